@@ -1,0 +1,216 @@
+"""One streaming pass or two over the calibration data -> statistics of every neuron. Raw activations are never kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from tqdm import tqdm
+
+from ablation_sweeps import store
+from ablation_sweeps.data import Batch, UserError
+from ablation_sweeps.sites import Projection, as_rows, hooked
+from ablation_sweeps.transformer import Transformer
+
+Rows = Float[torch.Tensor, "tokens neurons"]
+
+
+class Histogram(NamedTuple):
+    """Equal bins between each neuron's own minimum and maximum, or between those of all neurons of the model."""
+
+    n_bins: int
+    one_range: bool = False
+
+
+@dataclass
+class Moments:
+    """Of one layer, each `[neurons]`. Sums are float64; minimum and maximum are the activations' own, as float32."""
+
+    n: int
+    total: Float[torch.Tensor, " neurons"]
+    squares: Float[torch.Tensor, " neurons"]
+    minimum: Float[torch.Tensor, " neurons"]
+    maximum: Float[torch.Tensor, " neurons"]
+
+    @property
+    def mean(self) -> Float[torch.Tensor, " neurons"]:
+        return (self.total / self.n).clamp(self.minimum.double(), self.maximum.double())
+
+    @property
+    def variance(self) -> Float[torch.Tensor, " neurons"]:
+        """Of the population (divided by n)."""
+        return (self.squares / self.n - self.mean**2).clamp(min=0)
+
+    @classmethod
+    def of(cls, x: Rows) -> Moments:
+        wide = x.double()
+        return cls(len(x), wide.sum(0), wide.square().sum(0), x.float().amin(0), x.float().amax(0))
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.n + other.n,
+            self.total + other.total,
+            self.squares + other.squares,
+            torch.minimum(self.minimum, other.minimum),
+            torch.maximum(self.maximum, other.maximum),
+        )
+
+
+@dataclass
+class Statistics:
+    """Of one site, one entry a layer, over all positions of the calibration data that are not padding.
+
+    Attributes:
+        counts: for each histogram asked for, int32 `[neurons, bins]` a layer.
+    """
+
+    moments: list[Moments]
+    counts: dict[Histogram, list[Int[torch.Tensor, "neurons bins"]]] = field(default_factory=dict)
+
+    def range(self, histogram: Histogram, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ends of the bins: `[neurons]` each, float32."""
+        low, high = self.moments[layer].minimum, self.moments[layer].maximum
+        if histogram.one_range:
+            low = torch.stack([m.minimum.min() for m in self.moments]).min().expand_as(low)
+            high = torch.stack([m.maximum.max() for m in self.moments]).max().expand_as(high)
+        return low, high
+
+
+def collect(
+    model: Transformer,
+    projections: list[Projection],
+    batches: Sequence[Batch],
+    cache: Path,
+    *histograms: Histogram,
+) -> Statistics:
+    """Exact to the bit: one pass for the moments and the range, a second one for the counts.
+
+    Both are kept under `cache`, whose name holds the signature of the model, the data and the site, and are shared by
+    all jobs that need them; a lock sees to it that they are computed once.
+
+    Raises:
+        UserError: an activation is not finite, or there is no calibration data.
+    """
+    if not batches:
+        raise UserError("the dataset's calibration split is empty; give more documents, or dataset.calibration_path")
+    with store.locked(cache):
+        moments = store.cached(
+            cache / "moments.safetensors", _from_moments, _to_moments, lambda: _moments(model, projections, batches)
+        )
+        statistics = Statistics(moments)
+        missing = []
+        for histogram in dict.fromkeys(histograms):
+            found = store.load_tensors(_counts_file(cache, histogram))
+            if found is None:
+                missing.append(histogram)
+            else:
+                statistics.counts[histogram] = _in_order(found)
+        if missing:
+            statistics.counts |= _counts(model, projections, batches, statistics, missing)
+            for histogram in missing:
+                store.save_tensors(_counts_file(cache, histogram), _numbered(statistics.counts[histogram]))
+    return statistics
+
+
+def bins(
+    x: Rows, low: Float[torch.Tensor, " neurons"], high: Float[torch.Tensor, " neurons"], n_bins: int
+) -> Int[torch.Tensor, "tokens neurons"]:
+    """The bin of each value, in float32: `trunc((x - low) * n_bins / (high - low))`, the maximum in the last one.
+
+    A neuron that never changes has all its values in bin 0.
+    """
+    width = high - low
+    scaled = (x.float() - low) * n_bins / torch.where(width > 0, width, 1)
+    return scaled.long().clamp_(0, n_bins - 1)
+
+
+def _moments(model: Transformer, projections: list[Projection], batches: Sequence[Batch]) -> list[Moments]:
+    moments: list[Moments | None] = [None] * len(projections)
+
+    def see(layer: int, x: Rows) -> None:
+        if not torch.isfinite(x).all():
+            neuron = int((~torch.isfinite(x)).any(0).nonzero()[0])
+            raise UserError(
+                f"model={model.label}: the activation of neuron {neuron} in layer {layer} is not finite on the "
+                "calibration data; try model.dtype=float32, and check the weights"
+            )
+        new, old = Moments.of(x), moments[layer]
+        moments[layer] = new if old is None else old + new
+
+    _pass(model, projections, batches, see, "statistics, pass 1")
+    return [m for m in moments if m is not None]
+
+
+def _counts(
+    model: Transformer,
+    projections: list[Projection],
+    batches: Sequence[Batch],
+    statistics: Statistics,
+    histograms: list[Histogram],
+) -> dict[Histogram, list[torch.Tensor]]:
+    device = model.device
+    ranges = {h: [[end.to(device) for end in statistics.range(h, i)] for i in range(len(projections))]
+              for h in histograms}  # fmt: skip
+    counts = {h: [torch.zeros(p.width, h.n_bins, dtype=torch.int32, device=device) for p in projections]
+              for h in histograms}  # fmt: skip
+
+    def see(layer: int, x: Rows) -> None:
+        for h in histograms:
+            # Transposed and in chunks: the scattered writes of a neuron then stay in a few cache lines.
+            for chunk in x.split(512):
+                index = bins(chunk, *ranges[h][layer], h.n_bins).T
+                counts[h][layer].scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
+
+    _pass(model, projections, batches, see, "statistics, pass 2")
+    return {h: [c.cpu() for c in layers] for h, layers in counts.items()}
+
+
+def _pass(
+    model: Transformer,
+    projections: list[Projection],
+    batches: Sequence[Batch],
+    see: Callable[[int, Rows], None],
+    title: str,
+) -> None:
+    for batch in tqdm(batches, desc=title, delay=2, leave=False, disable=None):
+        here = batch.to(model.device)
+        keep: Bool[torch.Tensor, "batch pos"] | None = here.keep
+
+        def at(layer: int, x: torch.Tensor, here: Batch = here, keep: torch.Tensor | None = keep) -> None:
+            rows = as_rows(x, len(here.names))
+            see(layer, rows.flatten(0, 1) if keep is None else rows[keep])
+
+        with torch.inference_mode(), hooked(projections, at):
+            model.body(here)
+
+
+def _counts_file(cache: Path, histogram: Histogram) -> Path:
+    return cache / f"counts-{histogram.n_bins}{'-one-range' if histogram.one_range else ''}.safetensors"
+
+
+def _numbered(tensors: Sequence[torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
+    return {f"{prefix}{layer:04d}": tensor.contiguous().cpu() for layer, tensor in enumerate(tensors)}
+
+
+def _in_order(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    return [tensors[key] for key in sorted(tensors)]
+
+
+MOMENTS = ("total", "squares", "minimum", "maximum")
+
+
+def _from_moments(moments: list[Moments]) -> dict[str, torch.Tensor]:
+    named = {"n": torch.tensor([m.n for m in moments])}
+    for what in MOMENTS:
+        named |= _numbered([getattr(m, what) for m in moments], f"{what}.")
+    return named
+
+
+def _to_moments(tensors: dict[str, torch.Tensor]) -> list[Moments]:
+    return [
+        Moments(int(n), *(tensors[f"{what}.{layer:04d}"] for what in MOMENTS)) for layer, n in enumerate(tensors["n"])
+    ]

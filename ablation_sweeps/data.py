@@ -1,0 +1,71 @@
+"""Plain types that flow from datasets through models to the measurements."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+
+Split = Literal["train", "calibration", "evaluation"]
+Modality = Literal["text", "image"]
+
+NOT_SCORED = -100  # label of a position that no metric looks at; the convention of torch's cross entropy
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message is one line: it names the option and the remedy."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text: the unit that is split, cut to the context, and resampled over in confidence intervals."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One labelled image."""
+
+    name: str
+    image: Image
+    label: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass takes, and what it is scored against.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward.
+        labels: `[batch, pos]` token ids, or `[batch]` classes; NOT_SCORED where nothing is scored.
+            Already shifted: the logits at a position are scored against the label at that position.
+        keep: `[batch, pos]`, True where a position enters the statistics (no padding). None: all of them.
+        names: one document or picture a row.
+        index: the place of each row in the order of the dataset, whatever the batching.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    keep: Tensor | None
+    names: tuple[str, ...]
+    index: tuple[int, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        return replace(
+            self,
+            inputs={key: value.to(device) for key, value in self.inputs.items()},
+            labels=self.labels.to(device),
+            keep=None if self.keep is None else self.keep.to(device),
+        )
+
+
+def unit_hash(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone: it splits and orders documents the same way everywhere."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

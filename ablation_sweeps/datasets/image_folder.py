@@ -1,0 +1,91 @@
+"""A folder of labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as validated
+
+from ablation_sweeps.data import Modality, Picture, Split, UserError, unit_hash
+from ablation_sweeps.store import signature
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class ImageFolder:
+    """Attributes:
+    path: holds the images.
+    labels: folder: an image's class is the name of its folder; prefix: what stands before the first `_` of its name.
+    classes: text file whose line k begins with the name of class k, in the model's order (ImageNet's wnids, say).
+        None: the sorted class names that there are.
+    calibration_share: share of the images that statistics are collected on, chosen by a hash of the name.
+    """
+
+    modality: ClassVar[Modality] = "image"
+
+    label: str
+    path: str | None
+    labels: Literal["folder", "prefix"]
+    classes: str | None
+    calibration_share: Annotated[float, Field(gt=0, lt=1)]
+
+    def check(self, modality: Modality) -> None:
+        files = self._files()
+        known = self._classes(files)
+        unknown = [file for file in files if self._class_of(file) not in known]
+        if unknown:
+            raise UserError(
+                f"dataset.classes={self.classes}: has no class {self._class_of(unknown[0])!r}, of {unknown[0].name}; "
+                "its lines must begin with the class names"
+            )
+
+    def examples(self, split: Split) -> Iterator[Picture]:
+        """In the order of a hash of their names: a prefix is a random sample."""
+        from PIL import Image
+
+        files = self._files()
+        known = self._classes(files)
+        for file in sorted(files, key=lambda file: unit_hash(self._name(file))):
+            name = self._name(file)
+            if (unit_hash(f"split/{name}") < self.calibration_share) == (split == "calibration"):
+                with Image.open(file) as image:
+                    yield Picture(name, image.copy(), known[self._class_of(file)])
+
+    def fingerprint(self) -> str:
+        """Of the names, sizes and classes of the images."""
+        files = self._files()
+        known = self._classes(files)
+        images = [(self._name(file), file.stat().st_size, known[self._class_of(file)]) for file in files]
+        return signature([images, self.calibration_share])
+
+    def _name(self, file: Path) -> str:
+        return str(file.relative_to(Path(self.path or "").expanduser()))
+
+    def _files(self) -> list[Path]:
+        if self.path is None:
+            raise UserError("dataset.path: is not given; set dataset.path=FOLDER, a folder of images")
+        folder = Path(self.path).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"dataset.path={self.path}: there is no such folder; give a folder of images")
+        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise UserError(f"dataset.path={self.path}: holds no images ({', '.join(sorted(SUFFIXES))})")
+        return files
+
+    def _class_of(self, file: Path) -> str:
+        return file.parent.name if self.labels == "folder" else file.name.split("_")[0]
+
+    def _classes(self, files: list[Path]) -> dict[str, int]:
+        if self.classes is None:
+            return {name: number for number, name in enumerate(sorted({self._class_of(file) for file in files}))}
+        listed = Path(self.classes).expanduser()
+        if not listed.is_file():
+            raise UserError(
+                f"dataset.classes={self.classes}: there is no such file; give a text file, one class a line"
+            )
+        lines = listed.read_text().splitlines()
+        return {line.split()[0]: number for number, line in enumerate(lines) if line.strip()}

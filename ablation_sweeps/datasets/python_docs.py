@@ -1,0 +1,149 @@
+"""Text that every Python brings along: its documentation, and the source code of its standard library."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from ablation_sweeps.data import Document, Modality, Split, UserError, unit_hash
+
+MIN_CHARACTERS = 200  # shorter docstrings say too little to be scored
+SHARED_PARAGRAPH = 60  # characters from which a paragraph found in two documents is a copy, not a common phrase
+
+# Tests, installed packages, tables that a program wrote, and the documentation itself, which PythonDocs has already.
+SKIPPED_FOLDERS = {
+    *("test", "tests", "idle_test"),
+    *("site-packages", "dist-packages", "_bundled"),
+    *("encodings", "pydoc_data"),
+}
+SKIPPED_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")  # differ from machine to machine
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class PythonDocs:
+    """English: the topics of `help()`, and the docstrings of the standard library, one document a module."""
+
+    label: str
+    modality: ClassVar[Modality] = "text"
+
+    def examples(self, split: Split) -> Iterator[Document]:
+        return in_split(docs(), split)
+
+    def fingerprint(self) -> str:
+        return content_hash(docs())
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class PythonCode:
+    """Python: the source code of the standard library, one document a module."""
+
+    label: str
+    modality: ClassVar[Modality] = "text"
+
+    def examples(self, split: Split) -> Iterator[Document]:
+        return in_split(code(), split)
+
+    def fingerprint(self) -> str:
+        return content_hash(code())
+
+
+@cache
+def docs() -> tuple[Document, ...]:
+    documents = [Document(f"topic/{key}", text.strip()) for key, text in help_topics().items()]
+    for document in code():
+        text = "\n\n".join(docstrings(document.text))
+        documents.append(Document(f"doc/{document.name.removeprefix('code/')}", text))
+    return tuple(d for d in without_copies(documents) if len(d.text) >= MIN_CHARACTERS)
+
+
+@cache
+def code() -> tuple[Document, ...]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    documents = []
+    for path in sorted(root.rglob("*.py")):
+        module = path.relative_to(root).with_suffix("")
+        if SKIPPED_FOLDERS.intersection(module.parts) or module.name.startswith(SKIPPED_FILES):
+            continue
+        if not all(part.isidentifier() for part in module.parts):  # not importable: a script of the build
+            continue
+        text = source(path)
+        if len(text) >= MIN_CHARACTERS:
+            documents.append(Document(f"code/{module.as_posix()}", text))
+    if not documents:
+        raise UserError("dataset=python_docs: this Python has no source of its standard library; use another dataset")
+    return tuple(documents)
+
+
+def help_topics() -> dict[str, str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError("dataset=python_docs: this Python has no pydoc_data; use another dataset") from None
+    return topics
+
+
+def source(path: Path) -> str:
+    with tokenize.open(path) as file:  # honours the encoding that a file declares
+        return file.read().strip()
+
+
+def docstrings(text: str) -> list[str]:
+    """The docstrings of a module, in the order of its lines. The module is parsed, never run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes in somebody else's strings
+        tree = ast.parse(text)
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = sorted((n for n in ast.walk(tree) if isinstance(n, kinds)), key=lambda n: n.lineno)
+    return [doc for node in (tree, *nodes) if (doc := ast.get_docstring(node))]
+
+
+def without_copies(documents: Iterable[Document]) -> list[Document]:
+    """Leave each paragraph in the shortest document that has it.
+
+    `help("compound")` repeats `help("if")` word for word: left in, the same text would stand in two splits.
+    """
+    seen: set[str] = set()
+    kept = []
+    for document in sorted(documents, key=lambda d: (len(d.text), d.name)):
+        paragraphs = []
+        for paragraph in document.text.split("\n\n"):
+            key = " ".join(paragraph.split())
+            if key not in seen:
+                paragraphs.append(paragraph)
+            if len(key) >= SHARED_PARAGRAPH:
+                seen.add(key)
+        kept.append(Document(document.name, "\n\n".join(paragraphs).strip()))
+    return kept
+
+
+def split_of(name: str) -> Split:
+    """By the module alone, not by the dataset: the docstrings of `code/json` are in `doc/json` as well."""
+    position = split_position(name)
+    return "train" if position < 0.8 else "calibration" if position < 0.9 else "evaluation"
+
+
+def split_position(name: str) -> float:
+    return unit_hash(name.removeprefix("doc/").removeprefix("code/"))
+
+
+def in_split(documents: Iterable[Document], split: Split) -> Iterator[Document]:
+    """Documents of a split in the order of their hash, so that the first n are a random sample."""
+    return iter(sorted((d for d in documents if split_of(d.name) == split), key=lambda d: split_position(d.name)))
+
+
+def content_hash(documents: Iterable[Document]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        for part in (document.name, document.text):
+            digest.update(hashlib.sha256(part.encode()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,104 @@
+"""A folder, file or glob of plain text."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import ConfigDict, Field, field_validator
+from pydantic.dataclasses import dataclass as validated
+
+from ablation_sweeps.data import Document, Modality, Split, UserError, unit_hash
+from ablation_sweeps.store import fingerprint_of_files, signature
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class TextFiles:
+    """Attributes:
+    path: a text file, a folder (all its *.txt, at any depth), or a glob.
+    calibration_path: the same for the calibration documents; None takes a share of those at `path`.
+    calibration_share: that share, chosen by a hash of the document's name.
+    document_start: regular expression; each line that it matches whole begins a new document. None: a file is one.
+    """
+
+    modality: ClassVar[Modality] = "text"
+
+    label: str
+    path: str | None
+    calibration_path: str | None
+    calibration_share: Annotated[float, Field(gt=0, lt=1)]
+    document_start: str | None
+
+    @field_validator("document_start")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"no regular expression: {error}") from error
+        return pattern
+
+    def check(self, modality: Modality) -> None:
+        for option, path in (("path", self.path), ("calibration_path", self.calibration_path)):
+            if path is None:
+                continue
+            if not any(text.strip() for _, text in self._documents(option, path)):
+                raise UserError(f"dataset.{option}={path}: holds no text; give a folder with text in its *.txt files")
+        if self.path is None:
+            raise UserError("dataset.path: is not given; set dataset.path=FOLDER (or a file, or a glob)")
+
+    def examples(self, split: Split) -> Iterator[Document]:
+        """In the order of a hash of their names, so that a budget takes a random sample, the same everywhere."""
+        calibrates = split == "calibration"
+        if self.calibration_path and calibrates:
+            documents = self._documents("calibration_path", self.calibration_path)
+        else:
+            documents = self._documents("path", self.path)
+            if not self.calibration_path:
+                documents = [
+                    d for d in documents if (unit_hash(f"split/{d[0]}") < self.calibration_share) == calibrates
+                ]
+        for name, text in sorted(documents, key=lambda document: unit_hash(document[0])):
+            if text.strip():
+                yield Document(name, text)
+
+    def fingerprint(self) -> str:
+        """Of the content of all files, and of how they are cut into documents."""
+        paths = {"path": self.path, "calibration_path": self.calibration_path}
+        content = {option: fingerprint_of_files([file for _, file in _files(option, path)])
+                   for option, path in paths.items() if path}  # fmt: skip
+        return signature([content, self.calibration_share, self.document_start])
+
+    def _documents(self, option: str, path: str | None) -> list[tuple[str, str]]:
+        """Names and texts."""
+        if path is None:
+            raise UserError("dataset.path: is not given; set dataset.path=FOLDER (or a file, or a glob)")
+        documents = []
+        for name, file in _files(option, path):
+            text = file.read_text(encoding="utf-8", errors="replace")
+            if self.document_start is None:
+                documents.append((name, text))
+                continue
+            starts = [match.start() for match in re.finditer(f"^(?:{self.document_start})$", text, re.MULTILINE)]
+            pieces = zip([0, *starts], [*starts, len(text)], strict=True)
+            documents += [(f"{name}#{number}", text[start:end]) for number, (start, end) in enumerate(pieces)]
+        return documents
+
+
+def _files(option: str, path: str) -> list[tuple[str, Path]]:
+    """Names relative to the folder, and paths."""
+    given = Path(path).expanduser()
+    if given.is_dir():
+        files = [(str(file.relative_to(given)), file) for file in sorted(given.rglob("*.txt"))]
+    elif given.is_file():
+        files = [(given.name, given)]
+    else:
+        files = [(Path(found).name, Path(found)) for found in sorted(glob.glob(str(given), recursive=True))]
+    if not files:
+        raise UserError(
+            f"dataset.{option}={path}: there is no such file, and no *.txt in such a folder; check the path"
+        )
+    return files

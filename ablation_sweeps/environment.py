@@ -1,0 +1,52 @@
+"""What a run depended on beside its configuration."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("ablation-sweeps", "torch", "transformers", "timm", "datasets", "numpy", "pandas", "hydra-core", "wandb")
+
+
+def describe() -> dict[str, Any]:
+    """Commit, versions, device and peak memory of this process."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changed": bool(_git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": gpu or platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "peak_memory_mb": _peak_memory_mb(),
+        "peak_gpu_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if gpu else None,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Of the folder that holds this package; None where it is no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _peak_memory_mb() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))

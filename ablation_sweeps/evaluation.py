@@ -1,0 +1,228 @@
+"""Batches x fractions -> sums of every metric for every document -> rows with standard errors."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from ablation_sweeps.ablation import Masks, Replacement, ablated, reading
+from ablation_sweeps.data import NOT_SCORED, Batch, UserError
+from ablation_sweeps.sites import Projection
+from ablation_sweeps.transformer import Transformer
+
+SUMS = ("n", "loss", "top1", "topk", "kl", "n_rare", "loss_rare", "top1_rare", "topk_rare")
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What someone who does not see the input would answer: the chance level of every metric.
+
+    Attributes:
+        probability: of each token (its frequency in the calibration data, add-one smoothed) or class (uniform).
+        common: the most common tokens, which the skip metrics leave out; empty for images.
+    """
+
+    probability: Float[Tensor, " classes"]
+    common: Int[Tensor, " common"]
+
+
+def unigram(batches: Sequence[Batch], n_classes: int, special_ids: Iterable[int], skip: int) -> Guess:
+    """From the tokens of the calibration data, special ones left out."""
+    counts: Counter[int] = Counter()
+    for batch in batches:
+        assert batch.keep is not None
+        counts.update(batch.inputs["input_ids"][batch.keep].tolist())
+    for special in special_ids:
+        counts.pop(special, None)
+    frequency = torch.ones(n_classes, dtype=torch.float64)
+    for token, count in counts.items():
+        frequency[token] += count
+    common = sorted(counts, key=lambda token: (-counts[token], token))[:skip]
+    return Guess(frequency / frequency.sum(), torch.tensor(common, dtype=torch.long))
+
+
+def uniform(n_classes: int) -> Guess:
+    return Guess(torch.full((n_classes,), 1 / n_classes, dtype=torch.float64), torch.empty(0, dtype=torch.long))
+
+
+def evaluate(
+    model: Transformer,
+    projections: list[Projection],
+    batches: Sequence[Batch],
+    masks: dict[float, Masks],
+    replacement: Replacement,
+    common: Int[Tensor, " common"],
+    top_k: int,
+    done: Sequence[pd.DataFrame],
+    save: Callable[[pd.DataFrame], None],
+) -> pd.DataFrame:
+    """One clean pass a batch, then one pass for every fraction.
+
+    Args:
+        masks: for each fraction; fraction 0 is the clean pass and needs none.
+        done: what earlier batches gave, if the job was interrupted; these are not run again.
+        save: called with the sums of each batch as soon as they are there.
+
+    Returns:
+        one row a document and fraction with the columns `SUMS`: sums over the document's scored positions.
+
+    Raises:
+        UserError: the model gives logits that are not finite, or nothing is scored.
+    """
+    device = model.device
+    masks = {fraction: [mask.to(device) for mask in layers] for fraction, layers in masks.items()}
+    common = common.to(device)
+    parts = list(done)
+    bar = tqdm(batches, desc=f"{model.label}, {len(masks) + 1} passes a batch", delay=2, leave=False, disable=None)
+    for number, batch in enumerate(bar):
+        if number < len(done):
+            continue
+        here, size = batch.to(device), len(batch.names)
+        scored = here.labels != NOT_SCORED
+        with torch.inference_mode():
+            if replacement.reads_clean:
+                with reading(projections, size) as clean_activations:
+                    logits = model.logits(here)
+            else:
+                clean_activations, logits = [], model.logits(here)
+            clean = _finite(logits[scored], model, 0.0)
+            sums = {0.0: _sums(clean, clean, here.labels, scored, common, top_k)}
+            values = replacement(here, clean_activations)
+            for fraction, layers in masks.items():
+                with ablated(projections, layers, values, size):
+                    logits = model.logits(here)
+                damaged = _finite(logits[scored], model, fraction)
+                sums[fraction] = _sums(damaged, clean, here.labels, scored, common, top_k)
+        parts.append(_frame(sums, batch))
+        save(parts[-1])
+    documents = pd.concat(parts, ignore_index=True).sort_values(["fraction", "document"], ignore_index=True)
+    if not documents["n"].sum():
+        raise UserError("dataset: nothing is scored in the evaluation split; give longer or more documents")
+    return documents
+
+
+def _finite(logits: Tensor, model: Transformer, fraction: float) -> Tensor:
+    if not torch.isfinite(logits).all():
+        where = f"with {fraction:.0%} of the neurons ablated" if fraction else "before anything is ablated"
+        raise UserError(f"model={model.label}: gives NaN or infinite logits {where}; try model.dtype=float32")
+    return logits
+
+
+def _sums(
+    logits: Float[Tensor, "scored classes"],
+    clean: Float[Tensor, "scored classes"],
+    labels: Int[Tensor, batch * pos],
+    scored: Bool[Tensor, batch * pos],
+    common: Int[Tensor, " common"],
+    top_k: int,
+) -> Float[np.ndarray, "batch sums"]:
+    """The sums of `SUMS` over each example's scored positions, in float64."""
+    targets = labels[scored]
+    examples = torch.arange(len(labels), device=labels.device)
+    examples = examples.view(-1, *[1] * (labels.ndim - 1)).expand_as(labels)[scored]
+    values = []
+    for rows in torch.arange(len(targets), device=labels.device).split(
+        256
+    ):  # so that no second [tokens, d_vocab] exists
+        values.append(_score(logits[rows], clean[rows], targets[rows], common, top_k))
+    sums = torch.zeros(len(labels), len(SUMS), dtype=torch.float64, device=labels.device)
+    return sums.index_add_(0, examples, torch.cat(values)).cpu().numpy() if values else sums.cpu().numpy()
+
+
+def _score(
+    logits: Float[Tensor, "scored classes"],
+    clean: Float[Tensor, "scored classes"],
+    targets: Int[Tensor, " scored"],
+    common: Int[Tensor, " common"],
+    top_k: int,
+) -> Float[Tensor, "scored sums"]:
+    log_q = logits.float().log_softmax(-1)
+    log_p = clean.float().log_softmax(-1)
+    own = log_q.gather(-1, targets[:, None])
+    # Rank of the label. Among equal logits the lower id wins: a model that gives all tokens the same is not right.
+    lower = torch.arange(log_q.shape[-1], device=log_q.device) < targets[:, None]
+    rank = (log_q > own).sum(-1) + ((log_q == own) & lower).sum(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    one = torch.ones_like(kl)
+    all_tokens = torch.stack([one, -own[:, 0], (rank < 1).float(), (rank < top_k).float()], -1)
+    rare = ~torch.isin(targets, common)
+    return torch.cat([all_tokens, kl[:, None], all_tokens * rare[:, None]], -1).double()
+
+
+def _frame(sums: dict[float, Float[np.ndarray, "batch sums"]], batch: Batch) -> pd.DataFrame:
+    frames = [
+        pd.DataFrame({"fraction": fraction, "document": batch.index, "name": batch.names}).join(
+            pd.DataFrame(values, columns=list(SUMS))
+        )
+        for fraction, values in sums.items()
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def metrics(documents: pd.DataFrame, guess: Guess, labels: Int[Tensor, " scored"], top_k: int) -> pd.DataFrame:
+    """The metrics at every fraction, each with its standard error and its chance level.
+
+    loss: cross entropy in nats a token (image); more is worse. perplexity: exp of the mean loss.
+    top1, top<k>: fraction of tokens (images) whose label is first, or among the first k; less is worse.
+    kl: KL(clean || ablated) in nats a token (image); more is worse.
+    ..._skip<n>: the same over the tokens whose label is not among the n most common ones of the calibration data.
+
+    The standard error is that of a ratio of sums over documents, since the tokens of one document are not independent:
+    with one document it is NaN.
+    """
+    skip = len(guess.common)
+    k = f"top{top_k}"
+    wanted = {"loss": ("loss", "n"), "top1": ("top1", "n"), k: ("topk", "n"), "kl": ("kl", "n")}
+    if skip:
+        wanted |= {f"{name}_skip{skip}": (f"{sums}_rare", "n_rare")
+                   for name, sums in (("loss", "loss"), ("top1", "top1"), (k, "topk"))}  # fmt: skip
+    chance = _chance(guess, labels, top_k)
+    rows = []
+    for fraction, group in documents.groupby("fraction"):
+        for metric, (total, count) in wanted.items():
+            value, stderr = ratio(group[total].to_numpy(), group[count].to_numpy())
+            row = {"fraction": fraction, "metric": metric, "value": value, "stderr": stderr,
+                   "n": int(group[count].sum()), "chance": chance.get(metric, math.nan)}  # fmt: skip
+            rows.append(row)
+            if metric == "loss":
+                perplexity = math.exp(min(value, 700))
+                rows.append({**row, "metric": "perplexity", "value": perplexity, "stderr": perplexity * stderr,
+                             "chance": math.exp(row["chance"])})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def ratio(totals: Float[np.ndarray, " documents"], counts: Float[np.ndarray, " documents"]) -> tuple[float, float]:
+    """Mean over positions, and its standard error with documents as the independent units (linearised)."""
+    n, d = counts.sum(), np.count_nonzero(counts)
+    if n == 0:
+        return math.nan, math.nan
+    value = totals.sum() / n
+    residuals = totals - value * counts
+    stderr = math.sqrt((residuals**2).sum() * d / (d - 1)) / n if d > 1 else math.nan
+    return float(value), float(stderr)
+
+
+def _chance(guess: Guess, labels: Int[Tensor, " scored"], top_k: int) -> dict[str, float]:
+    order = guess.probability.argsort(descending=True, stable=True)
+    first = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))  # rank of each class
+    uninformed = bool((guess.probability == guess.probability[0]).all())
+
+    def level(labels: Tensor, suffix: str) -> dict[str, float]:
+        if not len(labels):
+            return {}
+        top = {k: min(1.0, k / len(order)) if uninformed else (first[labels] < k).double().mean().item()
+               for k in (1, top_k)}  # fmt: skip
+        loss = -guess.probability[labels].log().mean().item()
+        return {f"loss{suffix}": loss, f"top1{suffix}": top[1], f"top{top_k}{suffix}": top[top_k]}
+
+    skip = f"_skip{len(guess.common)}"
+    return {**level(labels, ""), **level(labels[~torch.isin(labels, guess.common)], skip)}

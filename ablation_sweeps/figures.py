@@ -1,0 +1,197 @@
+"""One study -> one figure: loss, accuracy and KL against the fraction ablated."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; their yellow is too pale for a line on white.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#8C6D1F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
+# A method looks the same in all figures. The others get a place by their name, and the next free one if it is taken.
+PLACES = {"zero": 0, "mean": 1, "median": 2, "peak": 3, "resample": 4, "resample-dataset": 4}
+PLACES |= {"resample-random_tokens": 5, "resample-random_pixels": 5, "resample-random_characters": 7, "optimal": 6}
+GREY = "#6E6E6E"
+WIDTH = 7.2  # inches
+RC: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "svg.fonttype": "path",  # looks the same where our font is missing
+    "svg.hashsalt": "ablation-sweeps",  # the same rows give the same file
+}
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """The known methods first, as in PLACES."""
+    known = list(PLACES)
+    return sorted(methods, key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def looks(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and dashes of each method."""
+    free = list(range(len(COLOURS) * len(DASHES)))
+    found = {}
+    for method in in_order(methods):
+        digest = int.from_bytes(hashlib.sha256(method.encode()).digest()[:4], "big")
+        wanted = PLACES.get(method, digest % len(free))
+        place = min(free, key=lambda place: (place - wanted) % (len(COLOURS) * len(DASHES)))
+        if len(free) > 1:
+            free.remove(place)
+        i, turn = place % len(COLOURS), place // len(COLOURS)
+        marker = MARKERS[(i + 3 * turn) % len(MARKERS)]
+        found[method] = {"color": COLOURS[i], "marker": marker, "linestyle": DASHES[turn]}
+    return found
+
+
+def draw(rows: DataFrame, title: str, unit: str) -> Figure:
+    """Loss, top-1 accuracy and KL, side by side, as wide as the page of a paper; the legend below them."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = looks(rows["method"].unique())
+    labels = {"loss": f"Loss (nats per {unit})", "top1": "Top-1 accuracy (%)", "kl": f"KL from clean (nats per {unit})"}
+    labels = {metric: label for metric, label in labels.items() if metric in set(rows["metric"])}
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(WIDTH, 1))
+        panels = figure.subplots(1, len(labels), squeeze=False)[0]
+        notes = [_panel(axes, rows.query("metric == @m"), style) for axes, m in zip(panels, labels, strict=True)]
+        for axes, label, lines in zip(panels, labels.values(), notes, strict=True):
+            axes.set_title(label, loc="left", pad=4 + 9 * len(lines) + 2 * bool(lines))
+            axes.annotate("\n".join(lines), (0, 1), (0, 6), "axes fraction", "offset points", color=GREY, fontsize=6.5)
+        _arrange(figure, style, textwrap.fill(title, 100), max(map(len, notes)), _spread(rows))
+    return figure
+
+
+def _arrange(figure: Figure, style: dict[str, dict[str, Any]], title: str, n_notes: int, spread: str) -> None:
+    """Sizes in inches from the bottom: legend, label of the x axes, panels, their titles and notes, title."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], label=method, markersize=3.5, linewidth=1.3, **look) for method, look in style.items()]
+    widest, all_of_them = max(map(len, style)), sum(0.52 + 0.061 * len(method) for method in style)
+    n_columns = len(style) if all_of_them < WIDTH else max(1, int(WIDTH / (0.6 + 0.062 * widest)))
+    legend = 0.08 + 0.165 * math.ceil(len(style) / n_columns)
+    bottom, panel, above = legend + 0.48, 1.9, 0.46 + 0.12 * n_notes + 0.14 * title.count("\n")
+    height = bottom + panel + above
+    figure.set_size_inches(WIDTH, height)
+    figure.subplots_adjust(0.045, bottom / height, 0.99, (bottom + panel) / height, wspace=0.17)
+    figure.text(0.5, 1 - 0.06 / height, title, ha="center", va="top", fontsize=8.5, fontweight="bold")
+    figure.text(0.5175, (legend + 0.1) / height, "Neurons ablated (%)", ha="center")
+    figure.text(0.99, (legend + 0.1) / height, spread, ha="right", color=GREY, fontsize=6.5)
+    figure.legend(handles=handles, loc="lower center", ncols=n_columns, frameon=False, handlelength=2.6, borderpad=0.3)
+
+
+def save(figure: Figure, path: Path, suffix: str) -> None:
+    """Without a date: the same rows give the same file."""
+    import matplotlib
+
+    with matplotlib.rc_context(RC):
+        figure.savefig(path, format=suffix, dpi=300, metadata={"Date": None} if suffix == "svg" else None)
+
+
+def _spread(rows: DataFrame) -> str:
+    n_seeds = rows["seed"].nunique()
+    if n_seeds > 3:
+        return f"band: 95 % t-interval over {n_seeds} seeds"
+    return "thin: single seeds" if n_seeds > 1 else ""
+
+
+def _panel(axes: Axes, rows: DataFrame, style: dict[str, dict[str, Any]]) -> list[str]:
+    """Draw the curves of one metric. Returns the lines that say what the axis leaves out."""
+    metric, scale = str(rows["metric"].iloc[0]), 100.0 if rows["metric"].iloc[0] == "top1" else 1.0
+    rows = rows.assign(value=rows["value"] * scale)
+    curves = {
+        method: rows[rows["method"] == method].pivot_table(index="fraction", columns="seed", values="value")
+        for method in style
+    }
+    curves = {method: table for method, table in curves.items() if len(table)}
+    for method, table in curves.items():
+        _line(axes, table, style[method])
+    clean, chance = rows.loc[rows["fraction"] == 0.0, "value"].mean(), rows["chance"].mean() * scale
+    peaks = {method: float(table.mean(axis=1).max()) for method, table in curves.items()}
+    top = max(1.12 * max(peaks.values()), 1.0) if metric == "top1" else _top(list(peaks.values()), clean, chance)
+    low = clean - 0.13 * (top - clean) if metric == "loss" else -0.03 * top
+    right = max(100 * rows["fraction"].max(), 1.0)
+    axes.set(xlim=(-0.03 * right, 1.03 * right), ylim=(low, top))
+    if metric != "kl":
+        _level(axes, clean, "clean", "--", "above right" if metric == "top1" else "below right")
+    if low < chance < top:
+        _level(axes, chance, "chance", ":", "above left")
+    cut = {method: peak for method, peak in peaks.items() if peak > top}
+    for method in cut:
+        _mark_cut(axes, curves[method], top, style[method]["color"])
+    reach = ", ".join(f"{method} reaches {peak:.3g}" for method, peak in cut.items())
+    notes = textwrap.wrap(f"▲ axis is cut: {reach}", 46) if cut else []
+    return [*notes, f"chance ({chance:.3g}) lies above the axis"] if chance >= top else notes
+
+
+def _line(axes: Axes, curves: DataFrame, look: dict[str, Any]) -> None:
+    """Mean over seeds; with few seeds each of them too, with many the 95 % t-interval."""
+    from scipy import stats
+
+    x, mean = 100 * curves.index.to_numpy(), curves.mean(axis=1).to_numpy()
+    every = max(1, round(len(x) / 11))
+    axes.plot(x, mean, linewidth=1.3, markersize=3.2, markevery=every, markeredgewidth=0, zorder=3, **look)
+    n = curves.notna().sum(axis=1).to_numpy()
+    if curves.shape[1] > 3:
+        half = stats.t.ppf(0.975, (n - 1).clip(1)) * curves.std(axis=1, ddof=1).to_numpy() / n**0.5
+        axes.fill_between(x, mean - half, mean + half, color=look["color"], alpha=0.18, linewidth=0)
+    elif curves.shape[1] > 1:
+        axes.plot(x, curves.to_numpy(), color=look["color"], linewidth=0.5, alpha=0.6)
+
+
+def _top(peaks: list[float], clean: float, chance: float) -> float:
+    """Upper end of an axis on which up is worse: a terrible method must not press all others onto the floor."""
+    rises = sorted(max(peak - clean, 1e-3) for peak in peaks)
+    usual = rises[(len(rises) - 1) // 2]
+    if chance - clean > usual:  # not where chance is NaN
+        usual = min(chance - clean, 4 * usual)
+    shown = max(rise for rise in rises if rise <= max(4 * usual, rises[0]))
+    if shown < chance - clean <= 4 * shown:
+        shown = chance - clean
+    return clean + 1.1 * shown
+
+
+def _level(axes: Axes, value: float, text: str, dashes: str, at: str) -> None:
+    """A grey level with its name on it, at the end where the curves are not."""
+    axes.axhline(value, color=GREY, linewidth=0.8, linestyle=dashes, zorder=1.5)
+    vertical, horizontal = at.split()
+    axes.annotate(
+        text,
+        (0.015 if horizontal == "left" else 0.985, value),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(0, 1.5 if vertical == "above" else -2),
+        textcoords="offset points",
+        ha=horizontal,
+        va="bottom" if vertical == "above" else "top",
+        color=GREY,
+        fontsize=7,
+    )
+
+
+def _mark_cut(axes: Axes, curves: DataFrame, top: float, colour: str) -> None:
+    """A triangle where a curve leaves through the top."""
+    x, y = [100 * fraction for fraction in curves.index.tolist()], curves.mean(axis=1).tolist()
+    after = next(i for i, height in enumerate(y) if height > top)
+    before = max(after - 1, 0)
+    share = (top - y[before]) / (y[after] - y[before]) if before < after else 0.0
+    leaves = x[before] + share * (x[after] - x[before])
+    axes.plot([leaves], [top], marker="^", markersize=5, color=colour, clip_on=False, zorder=4)

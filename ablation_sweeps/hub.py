@@ -1,0 +1,165 @@
+"""Loading from a hub name or a local folder with transformers, and saying clearly why not."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import ConfigDict, field_validator, model_validator
+from pydantic.dataclasses import dataclass as validated
+from torch import nn
+
+from ablation_sweeps.data import Modality, UserError
+from ablation_sweeps.store import fingerprint_of_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Pretrained:
+    """Where a pretrained model comes from and how it is loaded.
+
+    Attributes:
+        label: its name in folders, tables and figures.
+        name: name on the hub; of no use where `path` is given.
+        path: a local folder that holds the model.
+        revision: branch, tag or commit on the hub.
+        gguf_file: file inside the folder or repository, for models in llama.cpp's format.
+        device: `auto` takes the first GPU if there is one.
+        attn_implementation: as in transformers; None lets the model choose.
+        site_paths: module paths or patterns, for a model whose projections are not found by themselves.
+    """
+
+    label: str
+    name: str | None
+    path: str | None
+    revision: str | None
+    gguf_file: str | None
+    dtype: DType
+    device: str
+    attn_implementation: str | None
+    trust_remote_code: bool
+    site_paths: tuple[str, ...] | None
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> Pretrained:
+        if not (self.name or self.path):
+            raise ValueError("give model.name (a name on the hub) or model.path (a local folder)")
+        return self
+
+    @property
+    def source(self) -> str:
+        return self.path or self.name or ""
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        return path and str(Path(path).expanduser().absolute())
+
+    def check(self, modality: Modality) -> None:
+        """What can be known before the model is loaded."""
+        if self.path and not Path(self.path).is_dir():
+            raise UserError(
+                f"model.path={self.path}: there is no such folder; give the folder that holds the model's files"
+            )
+        if self.path and self.gguf_file and not (Path(self.path) / self.gguf_file).is_file():
+            raise UserError(f"model.gguf_file={self.gguf_file}: there is no such file in {self.path}")
+
+    def identity(self) -> dict[str, Any]:
+        """All that can change the numbers. A folder counts by what is in it, not by where it lies."""
+        options = {key: value for key, value in asdict(self).items() if key not in ("label", "path", "device")}
+        return {**options, "files": fingerprint(self.path) if self.path else None}
+
+    def from_pretrained(self, auto_model: Any) -> nn.Module:
+        """The unmodified model on its device, in eval mode; weights from safetensors or GGUF alone."""
+        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "revision": self.revision}
+        if self.gguf_file:
+            options["gguf_file"] = self.gguf_file
+        else:
+            options |= {"attn_implementation": self.attn_implementation, "use_safetensors": not self.trust_remote_code}
+        load = lambda: auto_model.from_pretrained(  # noqa: E731
+            self.source, trust_remote_code=self.trust_remote_code, **{k: v for k, v in options.items() if v is not None}
+        )
+        return self.guarded(load).to(device(self.device)).eval()
+
+    def guarded(self, load: Callable[[], Any]) -> Any:
+        """Runs `load`; what goes wrong with the source becomes one line that names it."""
+        option = f"model.path={self.path}" if self.path else f"model.name={self.name}"
+        with quiet():
+            try:
+                return load()
+            except (OSError, ValueError, ImportError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise UserError(f"{option}: cannot be loaded: {reason}") from error
+
+
+@functools.cache
+def load_tokenizer(model: Pretrained) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    options = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+    return model.guarded(
+        lambda: AutoTokenizer.from_pretrained(
+            model.source, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
+        )
+    )
+
+
+def fingerprint(path: str) -> str:
+    """Of the files of a model: weights by name, size and their first 64 kB and last 64 kB, small files whole."""
+    files = sorted(
+        file for file in Path(path).iterdir() if file.is_file() and file.suffix not in (".md", ".py", ".pyc")
+    )
+    digest = hashlib.sha256(fingerprint_of_files(files, content_below=1 << 20).encode())
+    for file in files:
+        if file.stat().st_size >= 1 << 20:
+            with open(file, "rb") as opened:
+                digest.update(opened.read(1 << 16))
+                opened.seek(-(1 << 16), os.SEEK_END)
+                digest.update(opened.read())
+    return digest.hexdigest()
+
+
+def device(name: str) -> torch.device:
+    """`auto`: the first GPU, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def quiet():
+    """Hides the loaders' chatter, not their errors."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def context_length(module: nn.Module, tokenizer: Any) -> int:
+    """What both the model and its tokenizer can take. RoBERTa's positions start after the padding index."""
+    config = module.config.get_text_config()  # type: ignore[union-attr,operator]
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30
+    return min(limit, tokenizer.model_max_length)
+
+
+logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)

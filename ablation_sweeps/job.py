@@ -1,0 +1,247 @@
+"""One job is one curve: the whole experiment, from a validated configuration to rows on disk. Read top to bottom."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as validated
+
+from ablation_sweeps import activations, evaluation, sites, store
+from ablation_sweeps.ablation import Fitting, Method
+from ablation_sweeps.data import NOT_SCORED, Batch, Split, UserError
+from ablation_sweeps.selection import Random, Schedule, masks
+from ablation_sweeps.tracking import RunRecord
+from ablation_sweeps.transformer import Budget, Transformer
+
+log = logging.getLogger(__name__)
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Calibration:
+    """Attributes:
+    tokens: positions that the statistics are taken over; for images, their patches.
+    """
+
+    tokens: Annotated[int, Field(ge=2)]
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Evaluation:
+    """Attributes:
+    tokens: of text that are evaluated; None is all there are.
+    images: likewise.
+    top_k, top_k_images: the k of the second accuracy, for tokens and for classes.
+    skip: this many of the most common tokens are left out of the skip metrics.
+    """
+
+    tokens: Annotated[int | None, Field(ge=2)]
+    images: Annotated[int | None, Field(ge=1)]
+    top_k: Annotated[int, Field(ge=1)]
+    top_k_images: Annotated[int, Field(ge=1)]
+    skip: Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One curve. Its parts are built and checked; nothing is loaded."""
+
+    model: Any  # a class of ablation_sweeps.models, or one of your own: see the README, "Adding"
+    dataset: Any
+    method: Method
+    fraction: Schedule
+    site: sites.Site
+    selection: Random
+    statistics: Calibration
+    eval: Evaluation
+    tracking: Any
+    batch_tokens: int
+    seed: int
+    sweep: str
+    results_dir: Path
+    config: dict[str, Any]  # as composed and resolved: what config.yaml keeps
+
+    def check(self) -> None:
+        """All that can be found out before a model is loaded."""
+        if self.model.modality != self.dataset.modality:
+            fits = "dataset=digits or dataset=image_folder" if self.model.modality == "image" else "dataset=python_docs"
+            raise UserError(
+                f"dataset={self.dataset.label}: holds {self.dataset.modality}s, but model={self.model.label} takes "
+                f"{self.model.modality}s; choose e.g. {fits}"
+            )
+        for part in (self.model, self.dataset, self.method):
+            check = getattr(part, "check", None)  # most methods have nothing to check
+            if check is not None:
+                check(self.model.modality)
+        _check_examples(self.model, self.dataset)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the statistics depend on."""
+        return {
+            "model": self.model.identity(),
+            "dataset": {"class": type(self.dataset).__qualname__, "fingerprint": self.dataset.fingerprint()},
+            "site": asdict(self.site),
+            "statistics": asdict(self.statistics),
+            "batch_tokens": self.batch_tokens,
+        }
+
+    @property
+    def study(self) -> dict[str, Any]:
+        """What is the same for all jobs that may be compared."""
+        return {**self.data, "selection": asdict(self.selection), "eval": asdict(self.eval)}
+
+    @property
+    def signature(self) -> str:
+        """Of everything that can change the numbers."""
+        method = {"class": type(self.method).__qualname__, **asdict(self.method)}  # type: ignore[call-overload]
+        own = {"method": method, "fractions": self.fraction.values, "seed": self.seed}
+        return store.signature({**self.study, **own})
+
+    @property
+    def folder(self) -> Path:
+        name = f"{self.model.label}-{self.dataset.label}-{self.method.label}-s{self.seed}-{self.signature[:8]}"
+        return self.results_dir / self.sweep / name.replace("/", "--")
+
+
+def run_job(job: Job) -> Path:
+    """Runs the job, unless it is finished already. Returns its folder, which holds its rows."""
+    folder = job.folder
+    with store.locked(folder), store.run_log(folder):
+        if store.finished(folder):
+            log.info("%s is finished already", folder)
+            return folder
+        store.begin(folder, job.config)
+        started = time.perf_counter()
+        try:
+            documents, rows = measure(job, folder)
+        except BaseException as error:
+            store.fail(folder, error)
+            raise
+        store.finish(folder, rows, documents, time.perf_counter() - started)
+    track(job, folder, rows)
+    return folder
+
+
+def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The experiment. Returns the sums of every document, and the rows of the curve."""
+    model = load(job.model)
+    projections = sites.find(model, job.site, job.model.site_paths)
+
+    # Calibration: what does each neuron do on data that is not evaluated?
+    calibration = encode(job, model, "calibration", Budget(job.statistics.tokens, None))
+    cache = job.results_dir / ".cache" / store.signature(job.data)[:16]
+    statistics = functools.partial(activations.collect, model, projections, calibration, cache)
+
+    # Evaluation: the same documents, and the same neurons, for every method.
+    images = model.modality == "image"
+    budget = Budget(None, job.eval.images) if images else Budget(job.eval.tokens, None)
+    batches = encode(job, model, "evaluation", budget)
+    orders = job.selection.orders([p.width for p in projections], job.seed)
+    replacement = job.method.fit(
+        Fitting(model, projections, statistics, max(b.labels.shape[-1] for b in batches), job.seed)
+    )
+    top_k = job.eval.top_k_images if images else job.eval.top_k
+    guess = chance(job, model, batches, calibration)
+    documents = evaluation.evaluate(
+        model,
+        projections,
+        batches,
+        {fraction: masks(orders, fraction) for fraction in job.fraction.values},
+        replacement,
+        guess.common,
+        top_k,
+        done=store.progress(folder),
+        save=functools.partial(store.save_progress, folder),
+    )
+    labels = torch.cat([batch.labels[batch.labels != NOT_SCORED] for batch in batches])
+    rows = evaluation.metrics(documents, guess, labels, top_k)
+    n_ablated = {f: sum(int(m.sum()) for m in masks(orders, f)) for f in (0.0, *job.fraction.values)}
+    return documents, describe(rows, job, model, n_ablated, sum(p.width for p in projections))
+
+
+def chance(job: Job, model: Transformer, batches: list[Batch], calibration: list[Batch]) -> evaluation.Guess:
+    """The guesser that does not see the input."""
+    with torch.inference_mode():
+        n_classes = model.logits(model.other_input("probe", 8, 0).to(model.device)).shape[-1]
+    if model.modality == "image":
+        return evaluation.uniform(n_classes)
+    return evaluation.unigram(calibration, n_classes, model.special_ids, job.eval.skip)
+
+
+def describe(
+    rows: pd.DataFrame, job: Job, model: Transformer, n_ablated: dict[float, int], n_neurons: int
+) -> pd.DataFrame:
+    """The columns that tell the runs apart, in front of the measurements."""
+    parameters = {key: value for key, value in asdict(job.method).items() if key != "label"}  # type: ignore[call-overload]
+    own = {
+        "run_id": job.signature[:16],
+        "study": store.signature(job.study)[:8],
+        "kind": model.kind,
+        "model": job.model.label,
+        "revision": model.revision,
+        "dataset": job.dataset.label,
+        "site": job.site.name,
+        "selection": job.selection.label,
+        "granularity": "neuron",
+        "method": job.method.label,
+        "method_params": json.dumps(parameters, sort_keys=True),
+        "seed": job.seed,
+    }
+    table = rows.assign(**own, n_ablated=rows["fraction"].map(n_ablated), n_neurons=n_neurons)
+    measured = ["fraction", "n_ablated", "n_neurons", "metric", "value", "stderr", "n", "chance"]
+    return table.loc[:, [*own, *measured]]
+
+
+def track(job: Job, folder: Path, rows: pd.DataFrame) -> None:
+    """Mirrors the curve; what is on disk does not depend on it."""
+    record = RunRecord(
+        run_id=job.signature[:16],
+        sweep=job.sweep,
+        model=job.model.label,
+        dataset=job.dataset.label,
+        site=job.site.name,
+        method=job.method.label,
+        seed=job.seed,
+        config=job.config,
+        rows=rows,
+        folder=folder.parent,
+    )
+    job.tracking.log_run(record)
+
+
+@functools.lru_cache(maxsize=1)
+def load(model: Any) -> Transformer:
+    """Loaded once for all jobs of this process that follow each other with the same model."""
+    loaded = model.load()
+    loaded.module.requires_grad_(False)
+    return loaded
+
+
+def encode(job: Job, model: Transformer, split: Split, budget: Budget) -> list[Batch]:
+    seed = job.seed if model.kind == "masked_lm" and split == "evaluation" else 0  # only masking is random
+    return _encode(job.model, job.dataset, split, budget, job.batch_tokens, seed)
+
+
+@functools.lru_cache(maxsize=8)
+def _encode(model: Any, dataset: Any, split: Split, budget: Budget, batch_tokens: int, seed: int) -> list[Batch]:
+    return load(model).encode(dataset.examples(split), split, budget, batch_tokens, seed)
+
+
+@functools.lru_cache(maxsize=64)
+def _check_examples(model: Any, dataset: Any) -> None:
+    """There is something to calibrate on and something to evaluate; a tokenizer may be loaded for it, no model."""
+    for split in ("calibration", "evaluation"):
+        if not any(model.can_score(example) for example in dataset.examples(split)):
+            raise UserError(
+                f"dataset={dataset.label}: nothing to score in its {split} split: no example, or all documents are "
+                "shorter than two tokens; give longer or more documents"
+            )

@@ -1,0 +1,60 @@
+"""What every launcher does before the first job and after the last."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from ablation_sweeps import report
+from ablation_sweeps.config import to_job
+from ablation_sweeps.data import UserError
+
+if TYPE_CHECKING:
+    from ablation_sweeps.job import Job
+
+log = logging.getLogger(__name__)
+
+
+def check(configs: Sequence[DictConfig]) -> list[Job]:
+    """Builds all jobs of a sweep, so that a mistake in the last one is found before the first one runs."""
+    from tqdm import tqdm
+
+    jobs = []
+    for config in tqdm(configs, desc="checking the jobs", delay=2, leave=False, disable=None):
+        job = to_job(config)
+        job.check()
+        jobs.append(job)
+    return jobs
+
+
+@dataclass
+class Failures:
+    """Jobs that failed while others went on."""
+
+    reasons: list[str] = field(default_factory=list)
+
+    def add(self, what: str, error: BaseException) -> None:
+        self.reasons.append(f"{what}: {error}")
+        log.error("failed: %s", self.reasons[-1])
+
+
+def end_of_sweep(job: Job, failures: Failures) -> None:
+    """Tables and figures of all that is finished in the sweep's folder; then, loudly, what failed.
+
+    Raises:
+        UserError: a job failed.
+    """
+    folder = job.results_dir / job.sweep
+    if failures.reasons and not list(folder.glob("*/rows.parquet")):
+        raise UserError("; ".join(failures.reasons))
+    report.write(folder)
+    if failures.reasons:
+        n = len(failures.reasons)
+        raise UserError(
+            f"{n} job{'s' * (n > 1)} failed, the others are finished and kept; the same command runs only what is "
+            f"missing. The first: {failures.reasons[0]}"
+        )

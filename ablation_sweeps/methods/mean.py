@@ -1,0 +1,16 @@
+"""Mean: the neuron's average over the calibration data."""
+
+from __future__ import annotations
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as validated
+
+from ablation_sweeps.ablation import Constant, Fitting
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Mean:
+    label: str
+
+    def fit(self, fitting: Fitting) -> Constant:
+        return Constant([moments.mean.float() for moments in fitting.statistics().moments])

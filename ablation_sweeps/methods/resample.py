@@ -1,0 +1,105 @@
+"""Resample: what the neuron did at the same position of another input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as validated
+from torch import Tensor
+
+from ablation_sweeps.ablation import Fitting, Replacement, reading
+from ablation_sweeps.data import Batch, Modality, UserError
+
+Source = Literal["dataset", "random_characters", "random_tokens", "generated", "random_pixels"]
+
+TEXT_SOURCES = ("dataset", "random_characters", "random_tokens", "generated")
+IMAGE_SOURCES = ("dataset", "random_pixels")
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Resample:
+    """Activations of another input, position by position.
+
+    Attributes:
+        source: dataset: the clean activations of another example of the same batch, which stay in distribution.
+            Of the paper, one fixed input for all examples: random_characters, random_tokens, generated (the model's
+            own sample), random_pixels.
+        as_run: give text number i the activation of position i at all its positions, and zero once the other input
+            has ended: what the paper's published runs did. Not for source=dataset.
+        length: of the other input, with as_run; without it, the input is as long as the longest example.
+
+    Source: arXiv:2408.17322. Departs from it in: source=dataset, and position by position as the default.
+    """
+
+    label: str
+    source: Source
+    as_run: bool
+    length: int | None
+
+    def check(self, modality: Modality) -> None:
+        suits = IMAGE_SOURCES if modality == "image" else TEXT_SOURCES
+        if self.source not in suits:
+            raise UserError(f"method.source={self.source}: is not for {modality}s; choose one of {', '.join(suits)}")
+        if self.source == "dataset" and self.as_run:
+            raise UserError("method.as_run=true: has no meaning with method.source=dataset; choose another source")
+
+    def fit(self, fitting: Fitting) -> Replacement:
+        if self.source == "dataset":
+            return AnotherExample()
+        length = self.length if self.as_run and self.length else fitting.length
+        batch = fitting.model.other_input(self.source, length, fitting.seed).to(fitting.model.device)
+        with torch.inference_mode(), reading(fitting.projections, 1) as activations:
+            fitting.model.body(batch)
+        return (OneForEachText if self.as_run else PositionByPosition)([x[0] for x in activations])
+
+
+@dataclass(frozen=True)
+class AnotherExample:
+    """The example before it in the batch, the last one for the first. Where that one is shorter, it starts again."""
+
+    reads_clean = True
+
+    def __call__(self, batch: Batch, clean: list[Tensor]) -> list[Tensor]:
+        size = len(batch.names)
+        if size < 2:
+            raise UserError(
+                "method.source=dataset: needs another example in each batch; evaluate two documents or more"
+            )
+        donor = (torch.arange(size) - 1) % size
+        if batch.keep is None:
+            return [x[donor.to(x.device)] for x in clean]
+        lengths = batch.keep.sum(1).cpu()[donor]
+        position = torch.arange(batch.keep.shape[1]) % lengths[:, None]
+        return [x[donor[:, None].to(x.device), position.to(x.device)] for x in clean]
+
+
+@dataclass(frozen=True)
+class PositionByPosition:
+    """`other`: `[rows, neurons]` a layer, at least as many rows as the examples have positions."""
+
+    other: list[Float[Tensor, "rows neurons"]]
+    reads_clean = False
+
+    def __call__(self, batch: Batch, clean: list[Tensor]) -> list[Tensor]:
+        if batch.keep is None:
+            return self.other
+        return [x[: batch.keep.shape[1]] for x in self.other]
+
+
+@dataclass(frozen=True)
+class OneForEachText:
+    """As the paper's published runs: one position of the other input for a whole text."""
+
+    other: list[Float[Tensor, "rows neurons"]]
+    reads_clean = False
+
+    def __call__(self, batch: Batch, clean: list[Tensor]) -> list[Tensor]:
+        return [torch.stack([_row_or_zero(x, i) for i in batch.index])[:, None] for x in self.other]
+
+
+def _row_or_zero(x: Float[Tensor, "rows neurons"], i: int) -> Float[Tensor, " neurons"]:
+    return x[i] if i < len(x) else torch.zeros_like(x[0])

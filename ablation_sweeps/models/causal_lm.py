@@ -1,0 +1,77 @@
+"""Decoder language models of transformers, scored on the next token."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as validated
+from torch import nn
+
+from ablation_sweeps.data import Batch, Document, Modality, UserError
+from ablation_sweeps.hub import Pretrained, context_length, load_tokenizer
+from ablation_sweeps.text import TextEncoder
+from ablation_sweeps.transformer import Transformer
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class CausalLM(Pretrained):
+    """Any model of `AutoModelForCausalLM`.
+
+    Attributes:
+        max_tokens: documents are cut to it, and to the model's context.
+    """
+
+    modality: ClassVar[Modality] = "text"
+
+    max_tokens: Annotated[int, Field(ge=2)]
+
+    def can_score(self, document: Document) -> bool:
+        """Needs the tokenizer alone."""
+        return len(load_tokenizer(self)(document.text[:1000])["input_ids"]) >= 2  # type: ignore[arg-type]
+
+    def load(self) -> Transformer:
+        from transformers import AutoModelForCausalLM
+
+        tokenizer = load_tokenizer(self)
+        module = self.from_pretrained(AutoModelForCausalLM)
+        encoder = TextEncoder(tokenizer, min(self.max_tokens, context_length(module, tokenizer)), masking=None)
+
+        def other_input(source: str, length: int, seed: int) -> Batch:
+            if source == "generated":
+                return encoder.other_input(_sample(module, tokenizer, encoder.ordinary_ids(), length, seed))
+            if source not in ("random_characters", "random_tokens", "probe"):
+                raise UserError(f"method.source={source}: a causal language model has no such input")
+            return encoder.other_input(encoder.random_ids(source, length, seed))
+
+        return Transformer(
+            label=self.label,
+            revision=self.revision or "",
+            kind="causal_lm",
+            module=module,
+            logits=lambda batch: module(**batch.inputs, use_cache=False).logits,
+            body=lambda batch: module.base_model(**batch.inputs, use_cache=False),  # type: ignore[operator]
+            encode=encoder,
+            other_input=other_input,
+            n_heads=module.config.get_text_config().num_attention_heads,  # type: ignore[union-attr,operator]
+            special_ids=frozenset(tokenizer.all_special_ids),
+        )
+
+
+def _sample(module: nn.Module, tokenizer, ordinary_ids, length: int, seed: int) -> list[int]:
+    """The model's own sample, token by token at temperature 1; never a token that ends the text."""
+    device = next(module.parameters()).device
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    generator = torch.Generator().manual_seed(seed)
+    allowed = torch.from_numpy(ordinary_ids)
+    ids = [start if start is not None else int(ordinary_ids[0])]
+    past, last = None, torch.tensor([ids], device=device)
+    with torch.inference_mode():
+        while len(ids) < length:
+            out = module(input_ids=last, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            probabilities = out.logits[0, -1].float().cpu()[allowed].softmax(-1)
+            ids.append(int(allowed[torch.multinomial(probabilities, 1, generator=generator)]))
+            last = torch.tensor([ids[-1:]], device=device)
+    return ids

@@ -1,0 +1,55 @@
+"""Image classifiers of transformers."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as validated
+
+from ablation_sweeps.data import Modality, Picture
+from ablation_sweeps.hub import Pretrained
+from ablation_sweeps.images import ImageEncoder
+from ablation_sweeps.transformer import Transformer
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class ImageClassifier(Pretrained):
+    """Any model of `AutoModelForImageClassification`, with its own image processor."""
+
+    modality: ClassVar[Modality] = "image"
+
+    def can_score(self, picture: Picture) -> bool:
+        return True
+
+    def load(self) -> Transformer:
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+        processor = self.guarded(lambda: AutoImageProcessor.from_pretrained(self.source, revision=self.revision))
+        module = self.from_pretrained(AutoModelForImageClassification)
+        config = module.config
+        dtype = getattr(torch, self.dtype)
+
+        def transform(image) -> torch.Tensor:
+            return processor(image, return_tensors="pt")["pixel_values"][0].to(dtype)
+
+        mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+        body = lambda batch: module.base_model(**batch.inputs)  # type: ignore[operator] # noqa: E731
+        encoder = ImageEncoder(transform, "pixel_values", mode, config.num_labels, tokens=1)  # type: ignore[union-attr,arg-type]
+        probe = encoder.other_input("probe", 1, 0).to(next(module.parameters()).device)
+        with torch.inference_mode():
+            tokens = body(probe).last_hidden_state.shape[1:-1].numel()
+        encoder = ImageEncoder(transform, "pixel_values", mode, config.num_labels, tokens)  # type: ignore[union-attr,arg-type]
+        return Transformer(
+            label=self.label,
+            revision=self.revision or "",
+            kind="image_classifier",
+            module=module,
+            logits=lambda batch: module(**batch.inputs).logits,
+            body=body,
+            encode=encoder,
+            other_input=encoder.other_input,
+            n_heads=getattr(config, "num_attention_heads", None),
+            special_ids=frozenset(),
+        )

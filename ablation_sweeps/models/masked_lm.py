@@ -1,0 +1,65 @@
+"""Encoder language models of transformers, scored on masked tokens."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as validated
+
+from ablation_sweeps.data import Batch, Document, Modality, UserError
+from ablation_sweeps.hub import Pretrained, context_length, load_tokenizer
+from ablation_sweeps.text import Masking, TextEncoder
+from ablation_sweeps.transformer import Transformer
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class MaskedLM(Pretrained):
+    """Any model of `AutoModelForMaskedLM`.
+
+    Attributes:
+        max_tokens: documents are cut to it, and to the model's context.
+        masked: share of the tokens that are not special which is scored.
+        replaced_by_mask: of these, the share shown to the model as the mask token.
+        replaced_at_random: of these, the share shown as a random token; the rest is shown as it is.
+    """
+
+    modality: ClassVar[Modality] = "text"
+
+    max_tokens: Annotated[int, Field(ge=2)]
+    masked: Annotated[float, Field(gt=0, le=1)]
+    replaced_by_mask: Annotated[float, Field(ge=0, le=1)]
+    replaced_at_random: Annotated[float, Field(ge=0, le=1)]
+
+    def can_score(self, document: Document) -> bool:
+        """Needs the tokenizer alone."""
+        tokenizer = load_tokenizer(self)
+        return bool(set(tokenizer(document.text[:1000])["input_ids"]) - set(tokenizer.all_special_ids))  # type: ignore[arg-type]
+
+    def load(self) -> Transformer:
+        from transformers import AutoModelForMaskedLM
+
+        tokenizer = load_tokenizer(self)
+        module = self.from_pretrained(AutoModelForMaskedLM)
+        masking = Masking(self.masked, self.replaced_by_mask, self.replaced_at_random)
+        encoder = TextEncoder(tokenizer, min(self.max_tokens, context_length(module, tokenizer)), masking)
+
+        def other_input(source: str, length: int, seed: int) -> Batch:
+            if source not in ("random_characters", "random_tokens", "probe"):
+                raise UserError(
+                    f"method.source={source}: a masked language model takes dataset, random_characters or random_tokens"
+                )
+            return encoder.other_input(encoder.random_ids(source, length, seed))
+
+        return Transformer(
+            label=self.label,
+            revision=self.revision or "",
+            kind="masked_lm",
+            module=module,
+            logits=lambda batch: module(**batch.inputs).logits,
+            body=lambda batch: module.base_model(**batch.inputs),  # type: ignore[operator]
+            encode=encoder,
+            other_input=other_input,
+            n_heads=module.config.num_attention_heads,  # type: ignore[union-attr]
+            special_ids=frozenset(tokenizer.all_special_ids),
+        )

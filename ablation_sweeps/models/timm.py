@@ -1,0 +1,82 @@
+"""Vision transformers of timm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as validated
+
+from ablation_sweeps.data import Modality, Picture, UserError
+from ablation_sweeps.hub import Pretrained
+from ablation_sweeps.hub import device as device_of
+from ablation_sweeps.images import ImageEncoder
+from ablation_sweeps.transformer import Transformer
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Timm(Pretrained):
+    """Any classifier of `timm.create_model`, with its own image transform.
+
+    With `path`, the weights are those of `model.safetensors` in that folder; the architecture is `name`, or what
+    `config.json` in the folder says.
+    """
+
+    modality: ClassVar[Modality] = "image"
+
+    def check(self, modality: Modality) -> None:
+        super().check(modality)
+        if self.path and not (Path(self.path) / "model.safetensors").is_file():
+            raise UserError(f"model.path={self.path}: there is no model.safetensors in this folder")
+        if self.path and not self.name and not (Path(self.path) / "config.json").is_file():
+            raise UserError(f"model.path={self.path}: there is no config.json in it, so give model.name as well")
+
+    def can_score(self, picture: Picture) -> bool:
+        return True
+
+    def load(self) -> Transformer:
+        from timm.data import create_transform, resolve_data_config
+
+        module = self.guarded(self._create).to(device=device_of(self.device), dtype=getattr(torch, self.dtype)).eval()
+        config = resolve_data_config({}, model=module)
+        to_pixels = create_transform(**config, is_training=False)
+        dtype = getattr(torch, self.dtype)
+        mode = "L" if config["input_size"][0] == 1 else "RGB"
+        body = lambda batch: module.forward_features(batch.inputs["x"])  # noqa: E731
+
+        def transform(image) -> torch.Tensor:
+            return to_pixels(image).to(dtype)  # type: ignore[union-attr]
+
+        encoder = ImageEncoder(transform, "x", mode, module.num_classes, tokens=1)
+        probe = encoder.other_input("probe", 1, 0).to(device_of(self.device))
+        with torch.inference_mode():
+            tokens = body(probe).shape[1:-1].numel()
+        heads = {m.num_heads for m in module.modules() if hasattr(m, "num_heads")}
+        encoder = ImageEncoder(transform, "x", mode, module.num_classes, tokens)
+        return Transformer(
+            label=self.label,
+            revision=self.revision or "",
+            kind="image_classifier",
+            module=module,
+            logits=lambda batch: module(batch.inputs["x"]),
+            body=body,
+            encode=encoder,
+            other_input=encoder.other_input,
+            n_heads=heads.pop() if len(heads) == 1 else None,
+            special_ids=frozenset(),
+        )
+
+    def _create(self) -> Any:
+        import timm
+        from safetensors.torch import load_file
+
+        if self.path and self.name:
+            module = timm.create_model(self.name)
+            module.load_state_dict(load_file(Path(self.path) / "model.safetensors"))
+            return module
+        if self.path:
+            return timm.create_model(f"local-dir:{self.path}", pretrained=True)
+        name = f"{self.name}@{self.revision}" if self.revision else str(self.name)
+        return timm.create_model(name, pretrained=True)

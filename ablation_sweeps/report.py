@@ -1,0 +1,251 @@
+"""Rows of a sweep's runs -> tables on the terminal, curves.parquet, summary.csv and figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ablation_sweeps.data import UserError
+from ablation_sweeps.figures import draw, in_order, save
+from ablation_sweeps.store import read_json, replacing, write_table
+from ablation_sweeps.tracking import area
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from rich.console import Console
+    from rich.table import Table
+
+STUDY = ["study", "kind", "model", "dataset", "site", "selection"]
+POINT = ["study", "method", "seed", "fraction", "metric"]
+MAX_COLUMNS = 11  # fractions in a table
+
+
+@dataclass(frozen=True)
+class Study:
+    """The rows of all runs that may be compared."""
+
+    name: str  # of its figure's file; unique in a sweep
+    title: str
+    unit: str  # "token" or "image"
+    rows: DataFrame
+
+
+def read_curves(sweep_dir: Path) -> DataFrame:
+    """Rows of all finished runs below a folder, one for each study, method, seed, fraction and metric.
+
+    Raises:
+        UserError: no finished run lies there.
+    """
+    import pandas as pd
+
+    paths = sorted(Path(sweep_dir).rglob("rows.parquet"))
+    finished = [path for path in paths if (read_json(path.with_name("status.json")) or {}).get("state") == "finished"]
+    if not finished:
+        raise UserError(f"no finished run below {sweep_dir}: name the folder of a sweep (results/<sweep>) that has run")
+    rows = _distinguish(pd.concat([pd.read_parquet(path) for path in finished], ignore_index=True))
+    return rows.drop_duplicates(POINT).sort_values(POINT).reset_index(drop=True)
+
+
+def _distinguish(rows: DataFrame) -> DataFrame:
+    """Name the parameters in which methods of one label differ: one label must not hide two experiments."""
+    rows = rows.copy()
+    for _, same in rows.groupby(["study", "method"]):
+        variants = {text: json.loads(text) for text in same["method_params"].unique()}
+        keys = sorted({key for params in variants.values() for key in params})
+        differing = [key for key in keys if len({json.dumps(params.get(key)) for params in variants.values()}) > 1]
+        for text, params in variants.items() if differing else ():
+            index = same.index[same["method_params"] == text]
+            rows.loc[index, "method"] += " " + ",".join(f"{key}={params.get(key)}" for key in differing)
+    return rows
+
+
+def _groups(rows: DataFrame, keys: list[str]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
+    for key, group in rows.groupby(keys):
+        yield dict(zip(keys, cast("tuple[Any, ...]", key), strict=True)), group
+
+
+def areas(curves: DataFrame) -> DataFrame:
+    """Column `auc` (see `tracking.area`) for each curve and metric; NaN where the fractions do not span 0 to 1."""
+    import pandas as pd
+
+    found = []
+    for key, curve in _groups(curves, [*STUDY, "method", "seed", "metric"]):
+        curve = curve.sort_values("fraction")
+        found.append({**key, "auc": area(curve["fraction"].tolist(), curve["value"].tolist(), key["metric"])})
+    return pd.DataFrame(found)
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """95 % t-interval of a mean; NaN where there are fewer than two values."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return math.nan, math.nan
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values) - half, statistics.fmean(values) + half
+
+
+def summarise(curves: DataFrame) -> DataFrame:
+    """One row for each study, method and metric.
+
+    Columns: auc, auc_low, auc_high (mean over seeds and its 95 % t-interval), n_seeds, clean, at_50 (means over seeds)
+    and half_gone_at: the fraction at which the mean curve first falls to half of its clean value (accuracies only).
+    NaN where a value was not measured or is never reached.
+    """
+    import pandas as pd
+
+    found, keys = [], [*STUDY, "method", "metric"]
+    of_seeds = {tuple(key.values()): table["auc"].dropna().tolist() for key, table in _groups(areas(curves), keys)}
+    for key, curve in _groups(curves, keys):
+        auc = of_seeds[tuple(key.values())]
+        low, high = interval(auc)
+        mean = {at: float(points["value"].mean()) for at, points in curve.groupby("fraction")}
+        row = {"n_seeds": curve["seed"].nunique(), "clean": mean.get(0.0, math.nan), "at_50": mean.get(0.5, math.nan)}
+        row |= {"auc": statistics.fmean(auc) if auc else math.nan, "auc_low": low, "auc_high": high}
+        row["half_gone_at"] = _half_gone_at(mean) if key["metric"].startswith("top") else math.nan
+        found.append({**key, **row})
+    return pd.DataFrame(found)
+
+
+def _half_gone_at(mean: dict[Any, float]) -> float:
+    target, points = mean.get(0.0, math.nan) / 2, sorted(mean.items())
+    for (left, above), (right, below) in zip(points, points[1:], strict=False):
+        if below <= target < above:
+            return left + (right - left) * (above - target) / (above - below)
+    return math.nan
+
+
+def write(sweep_dir: Path, console: Console | None = None) -> list[Path]:
+    """Write curves.parquet, summary.csv and a figure for each study into the sweep's folder; print the tables."""
+    sweep_dir = Path(sweep_dir)
+    curves = read_curves(sweep_dir)
+    write_table(sweep_dir / "curves.parquet", curves)
+    with replacing(sweep_dir / "summary.csv") as temporary:
+        summarise(curves).to_csv(temporary, index=False)
+    written = [sweep_dir / "curves.parquet", sweep_dir / "summary.csv"]
+    for study in studies(curves):
+        figure = draw(study.rows, study.title, study.unit)
+        for suffix in ("png", "svg"):
+            written.append(sweep_dir / "figures" / f"{study.name}.{suffix}")
+            with replacing(written[-1]) as temporary:
+                save(figure, temporary, suffix)
+    print_tables(curves, console)
+    return written
+
+
+def studies(curves: DataFrame) -> list[Study]:
+    """Each study under a name that says what it is; the hash is part of it only where the rest is not unique."""
+    by_name: dict[str, list[DataFrame]] = {}
+    for _, rows in curves.groupby("study"):
+        name = "-".join(str(rows[label].iloc[0]) for label in ("model", "dataset", "site"))
+        by_name.setdefault(re.sub(r"[^\w.-]+", "_", name), []).append(rows)
+    found = []
+    for name, group in by_name.items():
+        for rows in group:
+            short = "" if len(group) == 1 else rows["study"].iloc[0][:8]
+            unit = "image" if rows["kind"].iloc[0] == "image_classifier" else "token"
+            title = _title(rows, unit) + (f" · study {short}" if short else "")
+            found.append(Study(f"{name}-{short}" if short else name, title, unit, rows))
+    return found
+
+
+def _title(rows: DataFrame, unit: str) -> str:
+    first, counts, n_seeds = rows.iloc[0], rows.loc[rows["metric"] == "loss", "n"], rows["seed"].nunique()
+    size = f"{counts.min():,}" if counts.min() == counts.max() else f"{counts.min():,} to {counts.max():,}"
+    seeds = "1 seed" if n_seeds == 1 else f"{n_seeds} seeds"
+    return f"{first['model']} on {first['dataset']} · {first['site']} · {first['selection']} · {size} {unit}s · {seeds}"
+
+
+def print_tables(curves: DataFrame, console: Console | None = None) -> None:
+    """A table of the loss and one of the accuracy for each study: no wider than the terminal, whole in a file."""
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.text import Text
+
+    console = console or Console()
+    unlimited, screen = console.options.update(max_width=10_000), console.width
+    summary = summarise(curves)
+    for study in studies(curves):
+        of_study = summary.query("study == @study.rows.study.iloc[0]")
+        for step in _steps(study.rows["fraction"].nunique()):
+            tables = [_table(study, of_study, metric, step, console) for metric in ("loss", "top1")]
+            width = max(Measurement.get(console, unlimited, table).maximum for table in tables)
+            if width <= screen or not console.is_terminal:
+                break
+        console.print(Text(_encodable(study.title, console), style="bold"), soft_wrap=True)
+        console.width = max(width, screen)  # a table that is cut is of no use: better the terminal wraps its lines
+        console.print(*tables)
+        console.width = screen
+        for note in _notes(study.rows, of_study, step, console):
+            console.print(Text(_encodable(note, console), style="dim"), soft_wrap=True)
+        console.print()
+
+
+def _steps(n_fractions: int) -> list[int]:
+    """Every how many fractions a column may stand, from the most columns to the fewest; even steps if there are any."""
+    last = max(n_fractions - 1, 1)
+    steps = range(math.ceil(last / (MAX_COLUMNS - 1)), last + 1)
+    even = [step for step in steps if last % step == 0]
+    return even if len(even) > 1 or last <= 2 else list(steps)
+
+
+def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Console) -> Table:
+    """The best of each column is bold; a file has no bold, so there it gets a star."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    is_loss, rows = metric == "loss", study.rows.query("metric == @metric")
+    scale, digits = (1, 3) if is_loss else (100, 1)
+    methods = in_order(rows["method"].unique())
+    means = (rows.groupby(["fraction", "method"])["value"].mean() * scale).round(digits).to_dict()
+    auc = summary[summary["metric"] == metric].set_index("method")[["auc", "auc_low", "auc_high"]].round(3).T.to_dict()
+    fractions = sorted(rows["fraction"].unique())
+    shown = [*fractions[:-1:step], fractions[-1]]
+    columns = {f"{100 * f:.3g} %" if f else "clean": [means.get((f, m), math.nan) for m in methods] for f in shown}
+    if any(not math.isnan(auc[method]["auc"]) for method in methods):
+        columns["AUC"] = [auc[method]["auc"] for method in methods]
+
+    table = Table(f"loss (nats/{study.unit})" if is_loss else "top-1 (%)", box=box.SIMPLE_HEAD, pad_edge=False)
+    cells = [[Text(_encodable(method, console))] for method in methods]
+    for title, values in columns.items():
+        table.add_column(title, justify="right", no_wrap=True)
+        known = {value for value in values if not math.isnan(value)}
+        best = (min if is_loss else max)(known) if len(known) > 1 else None  # where all are equal, as clean, none is
+        for method, row, value in zip(methods, cells, values, strict=True):
+            text = "–" if math.isnan(value) else f"{value:.{3 if title == 'AUC' else digits}f}"
+            text += "" if console.is_terminal else "*" if value == best else " "
+            if title == "AUC":
+                low, high = auc[method]["auc_low"], auc[method]["auc_high"]
+                text += " –" if math.isnan(low) else f" [{low:.3f}, {high:.3f}]"
+            row.append(Text(_encodable(text, console), style="bold" if value == best else ""))
+    for row in cells:
+        table.add_row(*row)
+    return table
+
+
+def _notes(rows: DataFrame, summary: DataFrame, step: int, console: Console) -> list[str]:
+    n_fractions, n_seeds = rows["fraction"].nunique(), rows["seed"].nunique()
+    notes = [] if console.is_terminal else ["*: best of its column"]
+    if n_seeds > 1:
+        notes.append(f"means over {n_seeds} seeds")
+    if summary["auc"].notna().any():
+        notes.append("AUC: mean over fractions 0 to 1, as a share of the clean value [95 % t-interval over seeds]")
+        if summary["auc_low"].isna().any():
+            notes.append("–: no interval from one seed")
+    if step > 1:
+        notes.append(f"{math.ceil((n_fractions - 1) / step) + 1} of {n_fractions} fractions; all are in curves.parquet")
+    if len(rows) < rows["method"].nunique() * n_seeds * n_fractions * rows["metric"].nunique():
+        notes.append("not every method has every seed at every fraction: compare with care (curves.parquet)")
+    return notes
+
+
+def _encodable(text: str, console: Console) -> str:
+    """A log file in ASCII gets question marks and not a traceback."""
+    return text.encode(console.encoding, "replace").decode(console.encoding)

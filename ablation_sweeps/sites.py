@@ -1,0 +1,171 @@
+"""Find the projections of a model, check them, hook them, always unhook."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as validated
+from torch import Tensor, nn
+
+from ablation_sweeps.data import UserError
+from ablation_sweeps.transformer import Transformer
+
+log = logging.getLogger(__name__)
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Site:
+    """Where neurons are read and replaced: the input of a projection, one in each layer.
+
+    Attributes:
+        name: `attn_pre_out` or `mlp_pre_out`; a name of your own for a pattern of your own.
+        projection: regular expression for the path of the projection inside its layer.
+        by_head: the width must be a multiple of the number of heads.
+    """
+
+    name: str
+    projection: str
+    by_head: bool
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One layer's site. A module that a model calls once a layer (ALBERT) appears once for each call."""
+
+    path: str
+    module: nn.Module
+    width: int
+    rows: int  # positions of one example at this site, as seen by the probe
+
+
+def find(model: Transformer, site: Site, paths: tuple[str, ...] | None) -> list[Projection]:
+    """The site's projections in the order in which a forward pass calls them, one a layer.
+
+    They are found by structure, and checked by a forward pass over a probe: every hook fires, as often as every other
+    one, and the width fits the heads. What cannot be found is refused, never skipped.
+
+    Args:
+        paths: module paths or patterns such as `model.layers.*.self_attn.o_proj`, instead of the search.
+
+    Raises:
+        UserError: nothing found, several towers found, or a module whose hook never fires.
+    """
+    found = _by_path(model.module, paths) if paths else _by_structure(model.module, site)
+    calls: list[tuple[str, torch.Size]] = []
+    paths_of = {module: path for path, module in found.items()}
+    note = lambda module, args: calls.append((paths_of[module], args[0].shape))  # noqa: E731
+    handles = [module.register_forward_pre_hook(note) for module in found.values()]
+    try:
+        with torch.inference_mode():
+            model.body(model.other_input("probe", 8, 0).to(model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    _check(found, calls, site, model.n_heads)
+    return [Projection(path, found[path], shape[-1], shape[:-1].numel()) for path, shape in calls]
+
+
+def _by_path(module: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
+    modules = dict(module.named_modules())
+    found = {name: modules[name] for pattern in paths for name in fnmatch.filter(modules, pattern)}
+    if not found:
+        raise UserError(f"model.site_paths={list(paths)}: no module has such a path; print the model to see its paths")
+    return found
+
+
+def _by_structure(module: nn.Module, site: Site) -> dict[str, nn.Module]:
+    """Projections inside the numbered layers of a tower: a classifier head of the same name is in no layer."""
+    pattern = re.compile(site.projection)
+    towers: dict[str, dict[str, nn.Module]] = defaultdict(dict)
+    for path, candidate in module.named_modules():
+        layer = re.match(r"(.*\.)?\d+\.(?=\D)", path)
+        is_projection = getattr(candidate, "weight", None) is not None and not list(candidate.children())
+        if layer and is_projection and pattern.fullmatch(path[layer.end() :]):
+            towers[re.sub(r"\b\d+\b", "*", path)][path] = candidate
+    remedy = "give their paths, e.g. model.site_paths=['model.layers.*.self_attn.o_proj']"
+    if not towers:
+        raise UserError(
+            f"site={site.name}: {type(module).__name__} has no projection that matches {site.projection!r} "
+            f"inside a numbered layer; {remedy}"
+        )
+    if len(towers) > 1:
+        raise UserError(f"site={site.name}: {type(module).__name__} has several: {', '.join(towers)}; {remedy}")
+    ((tower, found),) = towers.items()
+    skipped = _layers_without(module, tower, found)
+    if skipped:
+        log.warning("%s: layers without %s are left alone: %s", site.name, tower, ", ".join(skipped))
+    return found
+
+
+def _layers_without(module: nn.Module, tower: str, found: dict[str, nn.Module]) -> list[str]:
+    """Layers that lie beside the found ones but hold no such projection (hybrids with linear attention)."""
+    inside_layer = tower.rpartition("*")[2]
+    layers = {path.removesuffix(inside_layer) for path in found}
+    siblings = {f"{layer.rpartition('.')[0]}.{name}" for layer in layers for name, _ in
+                module.get_submodule(layer.rpartition(".")[0]).named_children()}  # fmt: skip
+    return sorted(siblings - layers)
+
+
+def _check(found: dict[str, nn.Module], calls: list[tuple[str, torch.Size]], site: Site, n_heads: int | None) -> None:
+    fired = [path for path, _ in calls]
+    never = [path for path in found if path not in fired]
+    if never:
+        raise UserError(
+            f"site={site.name}: the hook of {never[0]} never fires (its weight is used without calling it), "
+            "so nothing would be ablated; this model cannot be used unless model.site_paths names modules that are called"
+        )
+    times = {fired.count(path) for path in found}
+    if len(times) > 1:
+        raise UserError(f"site={site.name}: some projections are called more often than others; set model.site_paths")
+    if times != {1}:
+        log.info("%s: one module serves %d layers; its calls are told apart by their order", site.name, times.pop())
+    wrong = [path for path, shape in calls if site.by_head and n_heads and shape[-1] % n_heads]
+    if wrong:
+        raise UserError(f"site={site.name}: the width of {wrong[0]} is no multiple of the {n_heads} heads")
+
+
+@contextmanager
+def hooked(projections: list[Projection], at: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    """Calls `at(layer, x)` with the input of each projection; a tensor it returns takes the place of `x`.
+
+    Raises:
+        AssertionError: on leaving, if the hooks did not all fire in every forward pass.
+    """
+    layers: dict[nn.Module, list[int]] = defaultdict(list)
+    for layer, projection in enumerate(projections):
+        layers[projection.module].append(layer)
+    calls = dict.fromkeys(layers, 0)
+
+    def pre_hook(module: nn.Module, args: tuple) -> tuple | None:
+        mine = layers[module]
+        layer = mine[calls[module] % len(mine)]
+        calls[module] += 1
+        replaced = at(layer, args[0])
+        return None if replaced is None else (replaced, *args[1:])
+
+    handles = [module.register_forward_pre_hook(pre_hook) for module in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    passes = {calls[module] / len(mine) for module, mine in layers.items()}
+    assert len(passes) == 1 and passes.pop() >= 1, "a hook never fired, or not in every forward pass"
+
+
+def as_rows(x: Float[Tensor, "*any neurons"], batch: int) -> Float[Tensor, "batch rows neurons"]:
+    """One leading axis for the examples and one for their positions.
+
+    OPT flattens both into one before its second MLP layer; Swin splits positions into windows. Both keep the examples
+    outermost, so the view is the same.
+    """
+    return x.reshape(batch, -1, x.shape[-1])

@@ -1,0 +1,219 @@
+"""Files: atomic writes, locks, checked reads. Never pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def signature(content: object) -> str:
+    """sha256 over the canonical json of `content`: equal content, equal name, on every machine."""
+    text = json.dumps(content, sort_keys=True, default=str, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint_of_files(paths: list[Path], content_below: int = 1 << 30) -> str:
+    """Names and sizes of files, and what is in them where they are smaller than `content_below` bytes."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        if size < content_below:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`, and moves it there once it is written whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: Path, content: object) -> None:
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict | None:
+    """None where the file is absent or is no json (a run that was killed before its first write)."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    with replacing(path) as temporary:
+        table.to_parquet(temporary, index=False)
+
+
+def read_table(path: Path) -> pd.DataFrame | None:
+    """None where the file is absent; also, with a warning, where it cannot be read."""
+    import pandas as pd
+
+    if not path.exists():
+        return None
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s); it is computed again", path, error)
+        return None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time, on all hosts that share the file system."""
+    from filelock import FileLock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        yield
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file that carries a checksum of its content, so that a later reader knows it is whole."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"sha256": _checksum(tensors)})
+
+
+def load_tensors(path: Path) -> dict[str, Tensor] | None:
+    """None where the file is absent; also, with a warning, where its content is not what was written."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+            if (file.metadata() or {}).get("sha256") == _checksum(tensors):
+                return tensors
+    except (SafetensorError, OSError, ValueError):
+        pass
+    log.warning("%s is damaged (truncated or altered); it is computed again", path)
+    return None
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(f"{key}{tuple(tensors[key].shape)}".encode())
+        digest.update(tensors[key].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cached(
+    path: Path,
+    to_tensors: Callable[[T], dict[str, Tensor]],
+    from_tensors: Callable[[dict[str, Tensor]], T],
+    compute: Callable[[], T],
+) -> T:
+    """The value kept at `path`, or computed and kept there. Hold the folder's lock."""
+    tensors = load_tensors(path)
+    if tensors is not None:
+        return from_tensors(tensors)
+    value = compute()
+    save_tensors(path, to_tensors(value))
+    return value
+
+
+# A run's folder: config.yaml, environment.json, status.json, rows.parquet, documents.parquet, log.
+
+
+@contextmanager
+def run_log(folder: Path) -> Iterator[None]:
+    """All that is logged meanwhile also goes to the folder's `log`."""
+    handler = logging.FileHandler(folder / "log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def finished(folder: Path) -> bool:
+    state = (read_json(folder / "status.json") or {}).get("state")
+    return state == "finished" and read_table(folder / "rows.parquet") is not None
+
+
+def begin(folder: Path, config: dict) -> None:
+    import yaml
+
+    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    write_json(folder / "status.json", {"state": "running", "started": _now(), "pid": os.getpid()})
+
+
+def fail(folder: Path, error: BaseException) -> None:
+    log.debug("the job failed", exc_info=error)
+    reason = f"{type(error).__name__}: {error}".strip()
+    write_json(folder / "status.json", {"state": "failed", "reason": reason, "ended": _now()})
+
+
+def finish(folder: Path, rows: pd.DataFrame, documents: pd.DataFrame, seconds: float) -> None:
+    """The status is written last: a run is finished when all of its files are whole."""
+    from ablation_sweeps.environment import describe
+
+    write_table(folder / "documents.parquet", documents)
+    write_table(folder / "rows.parquet", rows)
+    write_json(folder / "environment.json", {**describe(), "seconds": round(seconds, 2)})
+    write_json(folder / "status.json", {"state": "finished", "ended": _now()})
+    for file in _progress_files(folder):
+        file.unlink()
+
+
+def progress(folder: Path) -> list[pd.DataFrame]:
+    """What the batches of an interrupted run gave, as far as they follow each other without a gap."""
+    tables = []
+    files = _progress_files(folder)
+    for number, file in enumerate(files):
+        table = read_table(file) if file.name == f"progress-{number:06d}.parquet" else None
+        if table is None:
+            for useless in files[number:]:
+                useless.unlink()
+            break
+        tables.append(table)
+    if tables:
+        log.info("%s: continues after %d batches", folder.name, len(tables))
+    return tables
+
+
+def save_progress(folder: Path, table: pd.DataFrame) -> None:
+    write_table(folder / f"progress-{len(_progress_files(folder)):06d}.parquet", table)
+
+
+def _progress_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("progress-*.parquet"))
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,150 @@
+"""Documents -> batches of token ids, for causal and masked language models."""
+
+from __future__ import annotations
+
+import hashlib
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ablation_sweeps.data import NOT_SCORED, Batch, Document, Picture, Split, UserError
+from ablation_sweeps.transformer import Budget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One document as it enters the model: cut to the context, labelled, not yet padded."""
+
+    name: str
+    ids: np.ndarray  # [pos]
+    labels: np.ndarray  # [pos]
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How a masked language model is scored: of the chosen tokens, some are masked, some random, the rest stay."""
+
+    share: float
+    mask_share: float
+    random_share: float
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Implements `transformer.Encoder` and the text side of `transformer.OtherInput`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+    masking: Masking | None  # None: a causal model, scored on the next token
+
+    def __call__(
+        self, examples: Iterable[Document | Picture], split: Split, budget: Budget, batch_tokens: int, seed: int
+    ) -> list[Batch]:
+        """Whole documents, each cut to the context, until the budget is used; the last one is cut to meet it.
+
+        Documents are batched by length, so that little is padding; padding is at the right, is not attended to, and
+        enters neither statistics nor scores. Documents shorter than two tokens cannot be scored and are left out.
+        """
+        if self.masking and self.tokenizer.mask_token_id is None:
+            raise UserError("model: this tokenizer has no mask token; use a causal_lm model, or another tokenizer")
+        sequences: list[Sequence] = []
+        used = short = 0
+        for document in examples:
+            if not isinstance(document, Document):
+                raise UserError("dataset: a language model needs text; choose a text dataset, e.g. dataset=python_docs")
+            left = self.max_tokens if budget.tokens is None else min(self.max_tokens, budget.tokens - used)
+            if left < 2 or len(sequences) == budget.examples:
+                break
+            ids = np.array(self.ids(document.text)[:left])
+            if len(ids) < 2:
+                short += 1
+                continue
+            sequences.append(self._label(document.name, ids, split, seed))
+            used += len(ids)
+        if not sequences:
+            found = f"all {short} documents are shorter than two tokens" if short else "it has no text"
+            raise UserError(f"dataset: nothing to score in the {split} split: {found}; give longer or other documents")
+        return self._batches(sequences, batch_tokens)
+
+    def ids(self, text: str) -> list[int]:
+        # The tokenizer warns of long texts; they are cut right after.
+        return self.tokenizer(text, verbose=False)["input_ids"]  # type: ignore[return-value]
+
+    def other_input(self, ids: list[int]) -> Batch:
+        """One unscored input."""
+        row = torch.tensor([ids])
+        return Batch(
+            {"input_ids": row, "attention_mask": torch.ones_like(row)},
+            torch.full_like(row, NOT_SCORED), torch.ones_like(row, dtype=torch.bool), ("other",), (0,),
+        )  # fmt: skip
+
+    def random_ids(self, source: str, length: int, seed: int) -> list[int]:
+        """`length` tokens of random characters or random tokens, or 'probe': any tokens at all."""
+        rng = np.random.default_rng(seed)
+        if source == "random_characters":
+            ids: list[int] = []
+            n_characters = length
+            while len(ids) < length:  # a token holds one character or more
+                alphabet = list(string.ascii_letters + string.digits + string.punctuation + " ")
+                ids = self.ids("".join(rng.choice(alphabet, n_characters)))
+                n_characters *= 2
+            return ids[:length]
+        return rng.choice(self.ordinary_ids(), length).tolist()
+
+    def ordinary_ids(self) -> np.ndarray:
+        return np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
+
+    def _label(self, name: str, ids: np.ndarray, split: Split, seed: int) -> Sequence:
+        if self.masking is None:
+            return Sequence(name, ids, np.append(ids[1:], NOT_SCORED))
+        if split != "evaluation":  # statistics come from unmasked text
+            return Sequence(name, ids, np.full_like(ids, NOT_SCORED))
+        return self._masked(name, ids, seed)
+
+    def _masked(self, name: str, ids: np.ndarray, seed: int) -> Sequence:
+        """The same tokens for every method, fraction and batch size: they depend on the seed and the name alone."""
+        assert self.masking is not None
+        rng = np.random.default_rng([seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")])
+        candidates = np.flatnonzero(~np.isin(ids, self.tokenizer.all_special_ids))
+        n_chosen = min(len(candidates), max(1, round(self.masking.share * len(candidates))))
+        chosen = rng.choice(candidates, n_chosen, replace=False)
+        labels = np.full_like(ids, NOT_SCORED)
+        labels[chosen] = ids[chosen]
+        fate = rng.random(n_chosen)
+        shown = ids.copy()
+        masked = fate < self.masking.mask_share
+        shown[chosen[masked]] = self.tokenizer.mask_token_id
+        random = ~masked & (fate < self.masking.mask_share + self.masking.random_share)
+        shown[chosen[random]] = rng.choice(self.ordinary_ids(), int(random.sum()))
+        return Sequence(name, shown, labels)
+
+    def _batches(self, sequences: list[Sequence], batch_tokens: int) -> list[Batch]:
+        by_length = sorted(enumerate(sequences), key=lambda pair: (-len(pair[1].ids), pair[0]))
+        batches: list[Batch] = []
+        while by_length:
+            size = max(1, batch_tokens // len(by_length[0][1].ids))
+            if len(by_length) == size + 1:
+                size += 1  # never one alone: resampling from the batch needs another example
+            rows, by_length = by_length[:size], by_length[size:]
+            batches.append(self._pad([sequence for _, sequence in rows], tuple(index for index, _ in rows)))
+        return batches
+
+    def _pad(self, sequences: list[Sequence], index: tuple[int, ...]) -> Batch:
+        shape = len(sequences), max(len(s.ids) for s in sequences)
+        ids = torch.full(shape, int(self.tokenizer.pad_token_id or 0))  # type: ignore[arg-type]  # any id: never seen
+        labels = torch.full(shape, NOT_SCORED)
+        keep = torch.zeros(shape, dtype=torch.bool)
+        for row, sequence in enumerate(sequences):
+            n = len(sequence.ids)
+            ids[row, :n] = torch.from_numpy(sequence.ids)
+            labels[row, :n] = torch.from_numpy(sequence.labels)
+            keep[row, :n] = True
+        inputs = {"input_ids": ids, "attention_mask": keep.long()}
+        return Batch(inputs, labels, keep, tuple(s.name for s in sequences), index)

@@ -1,0 +1,200 @@
+"""W&B, or nothing. The files of a sweep are the truth and W&B mirrors them: nothing that fails here costs a job."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as validated
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    Rows = DataFrame | Sequence[Mapping[str, Any]]
+
+log = logging.getLogger(__name__)
+
+SUMMARY_METRICS = ("loss", "top1", "kl")
+INIT_SECONDS = 30.0  # a node without internet must not wait W&B's 90 s; once only, then the process stays offline
+FINISH_SECONDS = 60.0  # W&B's own default waits for ever
+TAG_LENGTH = 64  # the server refuses longer ones
+_offline_because: list[str] = []  # why this process no longer tries to go online; the user was told once
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One finished curve, as W&B shall show it."""
+
+    run_id: str  # signature of the job: W&B's id of the run
+    sweep: str  # name of the sweep: W&B's group
+    model: str
+    dataset: str
+    site: str
+    method: str
+    seed: int
+    config: Mapping[str, Any]  # settings of the job, nested or flat: `flatten` makes scalars of them
+    rows: Rows  # as they lie in rows.parquet, in any order
+    folder: Path  # of the sweep; W&B writes into `wandb/` below it
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.site}-{self.method}-s{self.seed}"
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class NoTracking:
+    """Logs nothing."""
+
+    def log_run(self, run: RunRecord) -> None:
+        pass
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Wandb:
+    """One W&B run a curve, x = fraction.
+
+    Attributes:
+        entity: user or team; None is the default one of the key.
+        mode: auto is online where there is a key and offline elsewhere. The environment's WANDB_MODE wins.
+        tags: added to the model, the method and the site.
+    """
+
+    project: str
+    entity: str | None
+    mode: Literal["auto", "online", "offline"]
+    tags: tuple[str, ...]
+
+    def log_run(self, run: RunRecord) -> None:
+        """Log the whole curve at once: an offline run that is opened a second time is uploaded twice."""
+        os.environ.pop("WANDB_SERVICE", None)  # inherited from a parent process, whose service may be gone
+        os.environ["WANDB_SILENT"] = "true"  # `silent` of the run's settings leaves the chatter of the log-in
+        # W&B's telemetry calls home in offline mode too, and on a node without internet it retries and warns for 10 s.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        mode = os.environ.get("WANDB_MODE") or self.mode
+        if mode == "disabled" or (mode not in ("offline", "dryrun") and self._online(run)):
+            return
+        # A retried job logs the same curve under the same id: uploading both would show each point twice.
+        for stale in (run.folder / "wandb").glob(f"*run-*-{run.run_id}"):
+            shutil.rmtree(stale, ignore_errors=True)
+        try:
+            self._write(run, "offline")
+        except Exception as error:
+            log.error("W&B: nothing logged for %s (%s); its rows are in rows.parquet", run.name, _line(error))
+
+    def _online(self, run: RunRecord) -> bool:
+        """Whether the curve is now W&B's business; where not, the caller writes it offline."""
+        if _offline_because:
+            return False
+        import wandb
+
+        try:
+            if not wandb.login(prompt=False, verify=False):
+                return _go_offline("no API key found", run)
+            self._write(run, "online")
+        except TimeoutError as error:  # of finish: the curve is complete on disk, and W&B has part of it already
+            _go_offline(_line(error), run)
+        except Exception as error:
+            # Or the id stays taken and the offline run fails ("run ID is in use"). Where W&B's service has died this
+            # raises, or exits (!), and the next `wandb.init` starts a new service all the same.
+            with contextlib.suppress(Exception, SystemExit):
+                wandb.teardown()
+            return _go_offline(_line(error), run)
+        return True
+
+    def _write(self, run: RunRecord, mode: Literal["online", "offline"]) -> None:
+        import wandb
+
+        run.folder.mkdir(parents=True, exist_ok=True)
+        tags = dict.fromkeys((run.model, run.method, run.site, *self.tags))
+        labels = {key: getattr(run, key) for key in ("sweep", "model", "dataset", "site", "method", "seed")}
+        timeouts = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
+        # No statistics of the machine: the run lasts a second, and its load during it means nothing.
+        settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, **timeouts)
+        with wandb.init(
+            project=self.project,
+            entity=self.entity,
+            mode=mode,
+            id=run.run_id,
+            name=run.name,
+            group=run.sweep,
+            job_type="ablation",
+            tags=[tag[:TAG_LENGTH] for tag in tags],
+            config={**flatten(run.config), **labels},
+            dir=str(run.folder),
+            reinit="create_new",  # a run that the caller has open stays his
+            settings=settings,
+        ) as logged:
+            # The automatic summary is the last point of a curve: everything ablated, which says little.
+            logged.define_metric("fraction", hidden=True, summary="none")
+            logged.define_metric("eval/*", step_metric="fraction", summary="none")
+            for point in points(run.rows):
+                logged.log(point)
+            logged.summary.update(summary(run.rows))
+
+
+def points(rows: Rows) -> list[dict[str, float]]:
+    """What is logged at each fraction, in increasing order of the fractions; NaN is left out."""
+    by_fraction: dict[float, dict[str, float]] = {}
+    for row in rows if isinstance(rows, Sequence) else rows.to_dict("records"):
+        point = by_fraction.setdefault(float(row["fraction"]), {"fraction": float(row["fraction"])})
+        point[f"eval/{row['metric']}"] = float(row["value"])
+        point[f"eval/{row['metric']}_stderr"] = float(row["stderr"])
+    return [{k: v for k, v in point.items() if not math.isnan(v)} for _, point in sorted(by_fraction.items())]
+
+
+def summary(rows: Rows) -> dict[str, float]:
+    """One number a curve: `auc/<metric>` (see `area`), `at_50/<metric>`, `clean/<metric>`; left out where unknown."""
+    found: dict[str, float] = {}
+    logged = points(rows)
+    for metric in SUMMARY_METRICS:
+        curve = {point["fraction"]: point[f"eval/{metric}"] for point in logged if f"eval/{metric}" in point}
+        found[f"clean/{metric}"] = curve.get(0.0, math.nan)
+        found[f"at_50/{metric}"] = curve.get(0.5, math.nan)
+        found[f"auc/{metric}"] = area(list(curve), list(curve.values()), metric)
+    return {key: value for key, value in found.items() if not math.isnan(value)}
+
+
+def area(fractions: Sequence[float], values: Sequence[float], metric: str) -> float:
+    """Mean height of a curve over fractions 0 to 1 by the trapezoid rule, as a share of its clean value.
+
+    1.0 is a curve that never leaves the clean value. KL is not divided: its clean value is 0. NaN where the fractions
+    (in increasing order) do not reach from 0 to 1, or the clean value is 0.
+    """
+    if len(fractions) < 2 or fractions[0] != 0.0 or fractions[-1] != 1.0:
+        return math.nan
+    widths = [right - left for left, right in zip(fractions, fractions[1:], strict=False)]
+    middles = [(left + right) / 2 for left, right in zip(values, values[1:], strict=False)]
+    height = sum(width * middle for width, middle in zip(widths, middles, strict=True))
+    clean = 1.0 if metric == "kl" else values[0]
+    return float(height / clean) if clean else math.nan
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Scalars under dotted names, which W&B can filter and group by; lists become one string."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            flat[f"{prefix}{key}"] = ",".join(str(item) for item in value)
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+    return flat
+
+
+def _go_offline(reason: str, run: RunRecord) -> Literal[False]:
+    _offline_because.append(reason)
+    log.warning("W&B: %s; logging offline. Upload later with: wandb sync %s/wandb/*run-*", reason, run.folder)
+    return False
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,70 @@
+"""What every kind of model looks like to the experiment, once it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ablation_sweeps.data import Batch, Document, Modality, Picture, Split
+
+Kind = Literal["causal_lm", "masked_lm", "image_classifier"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much data is used: whichever limit comes first. None is no limit."""
+
+    tokens: int | None
+    examples: int | None
+
+
+class Encoder(Protocol):
+    """Turns documents or pictures into the batches of one model."""
+
+    def __call__(
+        self, examples: Iterable[Document | Picture], split: Split, budget: Budget, batch_tokens: int, seed: int
+    ) -> list[Batch]: ...
+
+
+class OtherInput(Protocol):
+    """One input of `length` positions that has nothing to do with the data, for the resample method."""
+
+    def __call__(self, source: str, length: int, seed: int) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """A pretrained model and the few things that differ between its kinds.
+
+    Attributes:
+        module: the unmodified model, in eval mode.
+        logits: one forward pass; `[batch, pos, d_vocab]` or `[batch, classes]`.
+        body: the same pass without the language-model head, for collecting activations.
+        encode: examples to batches.
+        other_input: see `OtherInput`.
+        n_heads: query heads of a layer; None where the layers differ.
+        special_ids: token ids that carry no text (BOS, CLS, PAD, ...); empty for images.
+    """
+
+    label: str
+    revision: str
+    kind: Kind
+    module: nn.Module
+    logits: Callable[[Batch], Tensor]
+    body: Callable[[Batch], object]
+    encode: Encoder
+    other_input: OtherInput
+    n_heads: int | None
+    special_ids: frozenset[int]
+
+    @property
+    def modality(self) -> Modality:
+        return "image" if self.kind == "image_classifier" else "text"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device

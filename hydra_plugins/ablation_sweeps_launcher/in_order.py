@@ -1,0 +1,51 @@
+"""The default launcher: checks every job before it runs the first, then runs them in this process, one by one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+log = logging.getLogger(__name__)
+
+
+class InOrderLauncher(Launcher):
+    """Jobs of one process share the loaded model. One bad job never costs another one's result."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context = hydra_context
+        self.task_function = task_function
+        self.config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from ablation_sweeps.launching import Failures, check, end_of_sweep
+
+        setup_globals()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        configs = [self._compose(overrides, initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
+        jobs = check(configs)
+        failures = Failures()
+        returns = []
+        for number, (overrides, config, job) in enumerate(zip(job_overrides, configs, jobs, strict=True), start=1):
+            log.info("[%d/%d] %s", number, len(jobs), job.folder.name)
+            returns.append(run_job(
+                task_function=self.task_function, config=config, job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir", hydra_context=self.hydra_context,
+            ))  # fmt: skip
+            configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+            if returns[-1].status is not JobStatus.COMPLETED:
+                failures.add(" ".join(overrides), returns[-1]._return_value)
+        end_of_sweep(jobs[0], failures)
+        return returns
+
+    def _compose(self, overrides: Sequence[str], number: int) -> DictConfig:
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = number
+        return config

@@ -1,0 +1,48 @@
+"""Runs one job, or with -m a sweep: python launch.py -m method=zero,mean,resample,peak"""
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from ablation_sweeps.config import number_fractions, one_line, to_job
+
+CONF = Path(__file__).parent / "conf"
+WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    from ablation_sweeps.job import run_job
+
+    job = to_job(cfg)
+    if HydraConfig.get().mode is RunMode.MULTIRUN:  # the launcher has checked it, and will report
+        run_job(job)
+        return
+    from ablation_sweeps.launching import Failures, end_of_sweep
+
+    try:
+        job.check()
+        run_job(job)
+        end_of_sweep(job, Failures())
+    except Exception as error:
+        leave(error)
+
+
+def leave(error: Exception) -> None:
+    if WANTS_TRACEBACK:
+        raise error
+    sys.exit(f"error: {one_line(error, CONF)}")
+
+
+if __name__ == "__main__":
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves errors to us
+    sys.argv[1:] = number_fractions(sys.argv[1:])
+    try:
+        main()
+    except Exception as error:
+        leave(error)

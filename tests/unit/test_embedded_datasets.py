@@ -1,0 +1,125 @@
+"""The data that needs no download: splits hold, orders hold, contents are what they say."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from ablation_sweeps.data import Document, unit_hash
+from ablation_sweeps.datasets import python_docs
+from ablation_sweeps.datasets.digits import Digits
+from ablation_sweeps.datasets.python_docs import PythonCode, PythonDocs
+
+SPLITS = ("train", "calibration", "evaluation")
+DATASETS = [PythonDocs(label="python_docs"), PythonCode(label="python_code"), Digits(label="digits")]
+SHARES = {"python_docs": (0.8, 0.1, 0.1), "python_code": (0.8, 0.1, 0.1), "digits": (0.7, 0.1, 0.2)}
+every_dataset = pytest.mark.parametrize("dataset", DATASETS, ids=lambda d: d.label)
+
+
+def names(dataset, split):
+    return [example.name for example in dataset.examples(split)]
+
+
+@every_dataset
+def test_splits_are_disjoint_and_have_their_shares(dataset):
+    by_split = [names(dataset, split) for split in SPLITS]
+    everything = [name for found in by_split for name in found]
+    assert len(everything) == len(set(everything)) > 300
+    for found, share in zip(by_split, SHARES[dataset.label], strict=True):
+        assert len(found) / len(everything) == pytest.approx(share, abs=0.04)
+
+
+@every_dataset
+@pytest.mark.parametrize("split", SPLITS)
+def test_order_is_that_of_the_hash(dataset, split):
+    hashes = [unit_hash(name.removeprefix("doc/").removeprefix("code/")) for name in names(dataset, split)]
+    assert hashes == sorted(hashes)
+
+
+@every_dataset
+def test_fingerprint_is_the_same_each_time_and_each_process(dataset):
+    module, name = type(dataset).__module__, type(dataset).__name__
+    program = f"from {module} import {name}; print({name}(label='other').fingerprint())"
+    elsewhere = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert dataset.fingerprint() == dataset.fingerprint() == elsewhere.stdout.strip()
+
+
+@every_dataset
+def test_a_field_that_does_not_exist_is_refused(dataset):
+    with pytest.raises(ValidationError):
+        type(dataset)(label="x", lable="y")
+
+
+def test_fingerprint_sees_one_changed_letter():
+    before, after = [Document("a", "text")], [Document("a", "test")]
+    assert python_docs.content_hash(before) != python_docs.content_hash(after)
+
+
+def test_a_document_stays_in_its_split_when_others_disappear():
+    documents = python_docs.docs()
+    for split in SPLITS:
+        all_names = [d.name for d in python_docs.in_split(documents, split)]
+        half = [d.name for d in python_docs.in_split(documents[::2], split)]
+        kept = {d.name for d in documents[::2]}
+        assert half == [name for name in all_names if name in kept]
+
+
+def test_docs_and_code_of_a_module_are_in_the_same_split():
+    """Docstrings stand in the code too: a model trained on the one must not be scored on the other."""
+    for split in SPLITS:
+        docs = {n.removeprefix("doc/") for n in names(DATASETS[0], split) if n.startswith("doc/")}
+        for other in set(SPLITS) - {split}:
+            assert not docs & {n.removeprefix("code/") for n in names(DATASETS[1], other)}
+
+
+def test_no_paragraph_of_the_docs_stands_in_two_splits():
+    paragraphs = {
+        split: {
+            key
+            for document in DATASETS[0].examples(split)
+            for paragraph in document.text.split("\n\n")
+            if len(key := " ".join(paragraph.split())) >= python_docs.SHARED_PARAGRAPH
+        }
+        for split in SPLITS
+    }
+    assert not paragraphs["train"] & paragraphs["evaluation"]
+    assert not paragraphs["train"] & paragraphs["calibration"]
+    assert not paragraphs["calibration"] & paragraphs["evaluation"]
+
+
+def test_docstrings_in_the_order_of_the_lines():
+    text = '"""Module."""\nclass A:\n  "Class."\n  def f(self):\n    "Method."\nasync def g():\n  "Function."\n'
+    assert python_docs.docstrings(text) == ["Module.", "Class.", "Method.", "Function."]
+
+
+def test_tests_and_installed_packages_are_left_out():
+    found = {name for split in SPLITS for name in names(DATASETS[1], split)}
+    assert {"code/json/decoder", "code/queue"} <= found
+    assert not [n for n in found if {"test", "tests", "site-packages"} & set(n.split("/"))]
+    assert all(len(d.text) >= python_docs.MIN_CHARACTERS for d in python_docs.docs())
+
+
+def test_digits_are_the_pictures_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    data, seen = load_digits(), 0
+    for split in SPLITS:
+        for picture in DATASETS[2].examples(split):
+            index = int(picture.name.removeprefix("digits/"))
+            assert (picture.image.mode, picture.image.size) == ("L", (8, 8))
+            np.testing.assert_allclose(np.asarray(picture.image) / 255 * 16, data["images"][index], atol=0.04)
+            assert picture.label == data["target"][index] and DATASETS[2].class_names()[picture.label]
+            seen += 1
+    assert seen == 1797
+
+
+def test_importing_the_datasets_loads_nothing_heavy():
+    """`launch.py --help` imports them."""
+    program = (
+        "import sys, ablation_sweeps.datasets.python_docs, ablation_sweeps.datasets.digits;"
+        "print([m for m in ('torch', 'transformers', 'timm', 'sklearn', 'PIL', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
