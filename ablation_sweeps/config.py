@@ -35,9 +35,7 @@ def to_job(cfg: DictConfig) -> Job:
             raise UserError(f"{option}={config[option]}: must be a whole number of at least {least}")
     for option in ("sweep", "results_dir"):
         if not config[option]:
-            raise UserError(
-                f"{option}: must be a name, e.g. {option}={'opt-study' if option == 'sweep' else 'results'}"
-            )
+            raise UserError(f"{option}: must be a name, e.g. {option}=results")
     return Job(
         **parts,
         batch_tokens=config["batch_tokens"],
@@ -108,7 +106,8 @@ def one_line(error: BaseException, conf: Path) -> str:
         return _no_such_option(match[1], conf)
     if match := re.search(r"In '[^']*': Could not find '([^']+)/([^'/]+)'", text):
         options = sorted(file.stem for file in (conf / match[1]).glob("*.yaml"))
-        return f"{match[1]}={match[2]}: there is no such option; choose one of {', '.join(options)}{_near(match[2], options)}"
+        near = _near(match[2], options)
+        return f"{match[1]}={match[2]}: there is no such option{near}; choose one of {', '.join(options)}"
     if match := re.search(r"Could not override '([\w./]+)'\. No match in the defaults list", text):
         return _no_such_option(match[1], conf)
     if "Ambiguous value for argument" in text:

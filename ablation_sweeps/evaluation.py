@@ -130,9 +130,7 @@ def _sums(
     examples = torch.arange(len(labels), device=labels.device)
     examples = examples.view(-1, *[1] * (labels.ndim - 1)).expand_as(labels)[scored]
     values = []
-    for rows in torch.arange(len(targets), device=labels.device).split(
-        256
-    ):  # so that no second [tokens, d_vocab] exists
+    for rows in torch.arange(len(targets), device=labels.device).split(256):  # no second [tokens, d_vocab] in memory
         values.append(_score(logits[rows], clean[rows], targets[rows], common, top_k))
     sums = torch.zeros(len(labels), len(SUMS), dtype=torch.float64, device=labels.device)
     return sums.index_add_(0, examples, torch.cat(values)).cpu().numpy() if values else sums.cpu().numpy()

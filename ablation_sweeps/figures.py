@@ -128,7 +128,8 @@ def _panel(axes: Axes, rows: DataFrame, style: dict[str, dict[str, Any]]) -> lis
     clean, chance = rows.loc[rows["fraction"] == 0.0, "value"].mean(), rows["chance"].mean() * scale
     peaks = {method: float(table.mean(axis=1).max()) for method, table in curves.items()}
     top = max(1.12 * max(peaks.values()), 1.0) if metric == "top1" else _top(list(peaks.values()), clean, chance)
-    low = clean - 0.13 * (top - clean) if metric == "loss" else -0.03 * top
+    lowest = min(clean, *(float(table.mean(axis=1).min()) for table in curves.values()))
+    low = lowest - 0.13 * (top - lowest) if metric == "loss" else -0.03 * top
     right = max(100 * rows["fraction"].max(), 1.0)
     axes.set(xlim=(-0.03 * right, 1.03 * right), ylim=(low, top))
     if metric != "kl":
@@ -139,7 +140,7 @@ def _panel(axes: Axes, rows: DataFrame, style: dict[str, dict[str, Any]]) -> lis
     for method in cut:
         _mark_cut(axes, curves[method], top, style[method]["color"])
     reach = ", ".join(f"{method} reaches {peak:.3g}" for method, peak in cut.items())
-    notes = textwrap.wrap(f"▲ axis is cut: {reach}", 46) if cut else []
+    notes = textwrap.wrap(f"▲ axis is cut: {reach}", 40) if cut else []
     return [*notes, f"chance ({chance:.3g}) lies above the axis"] if chance >= top else notes
 
 

@@ -54,7 +54,6 @@ def read_curves(sweep_dir: Path) -> DataFrame:
 
 def _distinguish(rows: DataFrame) -> DataFrame:
     """Name the parameters in which methods of one label differ: one label must not hide two experiments."""
-    rows = rows.copy()
     for _, same in rows.groupby(["study", "method"]):
         variants = {text: json.loads(text) for text in same["method_params"].unique()}
         keys = sorted({key for params in variants.values() for key in params})
@@ -108,8 +107,8 @@ def summarise(curves: DataFrame) -> DataFrame:
         mean = {at: float(points["value"].mean()) for at, points in curve.groupby("fraction")}
         row = {"n_seeds": curve["seed"].nunique(), "clean": mean.get(0.0, math.nan), "at_50": mean.get(0.5, math.nan)}
         row |= {"auc": statistics.fmean(auc) if auc else math.nan, "auc_low": low, "auc_high": high}
-        row["half_gone_at"] = _half_gone_at(mean) if key["metric"].startswith("top") else math.nan
-        found.append({**key, **row})
+        half_gone = _half_gone_at(mean) if key["metric"].startswith("top") else math.nan
+        found.append({**key, **row, "half_gone_at": half_gone})
     return pd.DataFrame(found)
 
 
@@ -156,10 +155,10 @@ def studies(curves: DataFrame) -> list[Study]:
 
 
 def _title(rows: DataFrame, unit: str) -> str:
-    first, counts, n_seeds = rows.iloc[0], rows.loc[rows["metric"] == "loss", "n"], rows["seed"].nunique()
-    size = f"{counts.min():,}" if counts.min() == counts.max() else f"{counts.min():,} to {counts.max():,}"
-    seeds = "1 seed" if n_seeds == 1 else f"{n_seeds} seeds"
-    return f"{first['model']} on {first['dataset']} · {first['site']} · {first['selection']} · {size} {unit}s · {seeds}"
+    n_seeds, counts = rows["seed"].nunique(), rows.loc[rows["metric"] == "loss", "n"]
+    size = " to ".join(f"{int(n):,}" for n in sorted({counts.min(), counts.max()}))
+    model, dataset, site, selection = rows.iloc[0][["model", "dataset", "site", "selection"]]
+    return f"{model} on {dataset} · {site} · {selection} · {size} {unit}s · {n_seeds} seed{'s' * (n_seeds != 1)}"
 
 
 def print_tables(curves: DataFrame, console: Console | None = None) -> None:
@@ -202,9 +201,9 @@ def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Co
     from rich.text import Text
 
     is_loss, rows = metric == "loss", study.rows.query("metric == @metric")
-    scale, digits = (1, 3) if is_loss else (100, 1)
-    methods = in_order(rows["method"].unique())
-    means = (rows.groupby(["fraction", "method"])["value"].mean() * scale).round(digits).to_dict()
+    methods, scale, digits = in_order(rows["method"].unique()), 1 if is_loss else 100, 3 if is_loss else 1
+    points = _groups(rows, ["fraction", "method"])
+    means = {tuple(at.values()): round(scale * float(of_seeds["value"].mean()), digits) for at, of_seeds in points}
     auc = summary[summary["metric"] == metric].set_index("method")[["auc", "auc_low", "auc_high"]].round(3).T.to_dict()
     fractions = sorted(rows["fraction"].unique())
     shown = [*fractions[:-1:step], fractions[-1]]

@@ -121,7 +121,7 @@ def _check(found: dict[str, nn.Module], calls: list[tuple[str, torch.Size]], sit
     if never:
         raise UserError(
             f"site={site.name}: the hook of {never[0]} never fires (its weight is used without calling it), "
-            "so nothing would be ablated; this model cannot be used unless model.site_paths names modules that are called"
+            "so nothing would be ablated; set model.site_paths to modules that are called, or use another model"
         )
     times = {fired.count(path) for path in found}
     if len(times) > 1:

@@ -152,8 +152,7 @@ def points(rows: Rows) -> list[dict[str, float]]:
 
 def summary(rows: Rows) -> dict[str, float]:
     """One number a curve: `auc/<metric>` (see `area`), `at_50/<metric>`, `clean/<metric>`; left out where unknown."""
-    found: dict[str, float] = {}
-    logged = points(rows)
+    found, logged = {}, points(rows)
     for metric in SUMMARY_METRICS:
         curve = {point["fraction"]: point[f"eval/{metric}"] for point in logged if f"eval/{metric}" in point}
         found[f"clean/{metric}"] = curve.get(0.0, math.nan)
@@ -178,7 +177,7 @@ def area(fractions: Sequence[float], values: Sequence[float], metric: str) -> fl
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Scalars under dotted names, which W&B can filter and group by; lists become one string."""
+    """Scalars under dotted names, which W&B can filter and group by; a list becomes one string."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):

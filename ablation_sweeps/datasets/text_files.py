@@ -98,7 +98,5 @@ def _files(option: str, path: str) -> list[tuple[str, Path]]:
     else:
         files = [(Path(found).name, Path(found)) for found in sorted(glob.glob(str(given), recursive=True))]
     if not files:
-        raise UserError(
-            f"dataset.{option}={path}: there is no such file, and no *.txt in such a folder; check the path"
-        )
+        raise UserError(f"dataset.{option}={path}: no such file, and no *.txt in such a folder; check the path")
     return files

@@ -49,16 +49,14 @@ class Peak:
     bandwidth: Annotated[float, Field(gt=0)]
 
     def fit(self, fitting: Fitting) -> Constant:
-        n = self.n_bins
+        n, h = self.n_bins, self.bandwidth
         find = {
             "histogram": lambda: _each(fitting, Histogram(n), _fullest),
             "global_range": lambda: _each(fitting, Histogram(n, one_range=True), _fullest),
             "smoothed": lambda: _each(fitting, Histogram(n), lambda counts, _: _place(smooth(counts))),
             "coarse_to_fine": lambda: _each(fitting, Histogram(n * FINE), lambda counts, _: coarse_to_fine(counts)),
             "averaged": lambda: self._averaged(fitting),
-            "kde": lambda: _each(
-                fitting, Histogram(n * FINE), lambda c, width: kernel_density(c, width, self.bandwidth)
-            ),
+            "kde": lambda: _each(fitting, Histogram(n * FINE), lambda counts, width: kernel_density(counts, width, h)),
             "half_sample_mode": lambda: _each(fitting, Histogram(n * FINE), lambda counts, _: half_sample_mode(counts)),
         }
         return Constant(find[self.estimator]())

@@ -66,9 +66,7 @@ class AnotherExample:
     def __call__(self, batch: Batch, clean: list[Tensor]) -> list[Tensor]:
         size = len(batch.names)
         if size < 2:
-            raise UserError(
-                "method.source=dataset: needs another example in each batch; evaluate two documents or more"
-            )
+            raise UserError("method.source=dataset: needs another example; evaluate two documents or more")
         donor = (torch.arange(size) - 1) % size
         if batch.keep is None:
             return [x[donor.to(x.device)] for x in clean]

@@ -37,7 +37,8 @@ class Timm(Pretrained):
         return True
 
     def load(self) -> Transformer:
-        from timm.data import create_transform, resolve_data_config
+        from timm.data.config import resolve_data_config
+        from timm.data.transforms_factory import create_transform
 
         module = self.guarded(self._create).to(device=device_of(self.device), dtype=getattr(torch, self.dtype)).eval()
         config = resolve_data_config({}, model=module)
