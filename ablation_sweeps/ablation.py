@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,6 +19,7 @@ from ablation_sweeps.transformer import Transformer
 Masks = list[Bool[Tensor, " neurons"]]  # one a layer; True = ablated
 
 
+@runtime_checkable
 class Replacement(Protocol):
     """The values that are written, once for every batch; one tensor a layer, of any shape that broadcasts to
     `[batch, rows, neurons]`.
@@ -48,6 +49,7 @@ class Fitting:
     seed: int
 
 
+@runtime_checkable
 class Method(Protocol):
     """How the values are computed. `label` names it in tables, figures and folders."""
 

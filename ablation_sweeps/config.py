@@ -48,7 +48,7 @@ def to_job(cfg: DictConfig) -> Job:
 
 def to_dict(cfg: DictConfig) -> dict[str, Any]:
     """Resolved, without Hydra's own settings."""
-    options = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    options = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     try:
         return OmegaConf.to_container(options, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:

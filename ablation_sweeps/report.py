@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -86,8 +87,9 @@ def interval(values: list[float]) -> tuple[float, float]:
 
     if len(values) < 2:
         return math.nan, math.nan
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values) - half, statistics.fmean(values) + half
+    mean, n = statistics.fmean(values), len(values)
+    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return mean - half, mean + half
 
 
 def summarise(curves: DataFrame) -> DataFrame:
@@ -113,8 +115,8 @@ def summarise(curves: DataFrame) -> DataFrame:
 
 
 def _half_gone_at(mean: dict[Any, float]) -> float:
-    target, points = mean.get(0.0, math.nan) / 2, sorted(mean.items())
-    for (left, above), (right, below) in zip(points, points[1:], strict=False):
+    target = mean.get(0.0, math.nan) / 2
+    for (left, above), (right, below) in itertools.pairwise(sorted(mean.items())):
         if below <= target < above:
             return left + (right - left) * (above - target) / (above - below)
     return math.nan
@@ -145,12 +147,10 @@ def studies(curves: DataFrame) -> list[Study]:
         name = "-".join(str(rows[label].iloc[0]) for label in ("model", "dataset", "site"))
         by_name.setdefault(re.sub(r"[^\w.-]+", "_", name), []).append(rows)
     found = []
-    for name, group in by_name.items():
-        for rows in group:
-            short = "" if len(group) == 1 else rows["study"].iloc[0][:8]
-            unit = "image" if rows["kind"].iloc[0] == "image_classifier" else "token"
-            title = _title(rows, unit) + (f" · study {short}" if short else "")
-            found.append(Study(f"{name}-{short}" if short else name, title, unit, rows))
+    for name, rows, is_unique in [(name, rows, len(group) == 1) for name, group in by_name.items() for rows in group]:
+        short, unit = rows["study"].iloc[0][:8], "image" if rows["kind"].iloc[0] == "image_classifier" else "token"
+        name, also = (name, "") if is_unique else (f"{name}-{short}", f" · study {short}")
+        found.append(Study(name, _title(rows, unit) + also, unit, rows))
     return found
 
 
@@ -169,9 +169,8 @@ def print_tables(curves: DataFrame, console: Console | None = None) -> None:
 
     console = console or Console()
     unlimited, screen = console.options.update(max_width=10_000), console.width
-    summary = summarise(curves)
     for study in studies(curves):
-        of_study = summary.query("study == @study.rows.study.iloc[0]")
+        of_study = summarise(study.rows)
         for step in _steps(study.rows["fraction"].nunique()):
             tables = [_table(study, of_study, metric, step, console) for metric in ("loss", "top1")]
             width = max(Measurement.get(console, unlimited, table).maximum for table in tables)

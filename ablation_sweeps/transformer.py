@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class Budget:
     examples: int | None
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """Turns documents or pictures into the batches of one model."""
 
@@ -30,6 +31,7 @@ class Encoder(Protocol):
     ) -> list[Batch]: ...
 
 
+@runtime_checkable
 class OtherInput(Protocol):
     """One input of `length` positions that has nothing to do with the data, for the resample method."""
 

@@ -139,12 +139,14 @@ def server() -> Iterator[Server]:
     server.close()
 
 
-def log_run(folder: Path, mode: str, *, times: int = 1, table: list[dict] | None = None, **environment: str):
-    """Logs in a fresh process whose home is empty; W&B has no key but what `environment` gives it."""
+def log_run(
+    folder: Path, mode: str, extra: dict[str, str] | None = None, *, times: int = 1, table: list[dict] | None = None
+) -> str:
+    """Logs in a fresh process whose home is empty; W&B knows no key but one in `extra`. Returns what it said."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "NETRC"))}
     home = folder.parent / "home"
     home.mkdir(exist_ok=True)
-    env = {**clean, "HOME": str(home), "PYTHONPATH": str(ROOT), **environment}
+    env = {**clean, "HOME": str(home), "PYTHONPATH": str(ROOT), **(extra or {})}
     argument = json.dumps([str(folder), mode, rows() if table is None else table, CONFIG, times])
     command = [sys.executable, "-c", LOG_ONE_RUN, argument]
     done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=150)
@@ -179,7 +181,7 @@ def history_of(path: Path) -> list[dict]:
 
 def test_offline_run_holds_the_whole_curve_and_calls_nobody(tmp_path: Path, server: Server):
     proxies = {"HTTP_PROXY": server.url, "HTTPS_PROXY": server.url, "http_proxy": server.url, "https_proxy": server.url}
-    stderr = log_run(tmp_path / "sweep", "offline", **key_for(server.url), **proxies)
+    stderr = log_run(tmp_path / "sweep", "offline", key_for(server.url) | proxies)
     assert stderr == "", "a user who asked for offline needs no line, and W&B's own chatter is silenced"
     assert server.requests == []
 
@@ -227,7 +229,7 @@ def test_auto_without_a_key_is_offline_and_says_so_once(tmp_path: Path):
 
 @pytest.mark.parametrize("mode", ["auto", "online"])
 def test_online_run_arrives(tmp_path: Path, server: Server, mode: str):
-    stderr = log_run(tmp_path / "sweep", mode, **key_for(server.url))
+    stderr = log_run(tmp_path / "sweep", mode, key_for(server.url))
     assert stderr == ""
     assert [own(line) for line in server.streamed("wandb-history.jsonl")] == expected_history()
     assert own(server.streamed("wandb-summary.json")[-1]) == pytest.approx(EXPECTED_SUMMARY)
@@ -244,14 +246,14 @@ def test_online_run_arrives(tmp_path: Path, server: Server, mode: str):
 
 @pytest.mark.parametrize("mode", ["offline", "disabled"])
 def test_the_environment_wins(tmp_path: Path, server: Server, mode: str):
-    log_run(tmp_path / "sweep", "online", WANDB_MODE=mode, **key_for(server.url))
+    log_run(tmp_path / "sweep", "online", {"WANDB_MODE": mode, **key_for(server.url)})
     assert server.requests == []
     assert len(offline_files(tmp_path / "sweep")) == (1 if mode == "offline" else 0)
 
 
 def test_an_unreachable_server_costs_no_curve(tmp_path: Path):
     began = time.monotonic()
-    stderr = log_run(tmp_path / "sweep", "auto", times=2, **key_for("http://127.0.0.1:9"))
+    stderr = log_run(tmp_path / "sweep", "auto", key_for("http://127.0.0.1:9"), times=2)
     assert time.monotonic() - began < 16, "the second run must not wait for the server again"
     (line,) = stderr.splitlines()
     assert "WARNING" in line and "connection refused" in line and "wandb sync" in line
@@ -261,7 +263,7 @@ def test_an_unreachable_server_costs_no_curve(tmp_path: Path):
 
 
 def test_a_bad_key_costs_no_curve(tmp_path: Path):
-    stderr = log_run(tmp_path / "sweep", "auto", WANDB_API_KEY="too-short")
+    stderr = log_run(tmp_path / "sweep", "auto", {"WANDB_API_KEY": "too-short"})
     assert "WARNING" in stderr and len(stderr.splitlines()) == 1
     (path,) = offline_files(tmp_path / "sweep")
     assert history_of(path) == expected_history()
@@ -269,7 +271,7 @@ def test_a_bad_key_costs_no_curve(tmp_path: Path):
 
 def test_a_server_that_talks_nonsense_costs_no_curve(tmp_path: Path, server: Server):
     server.talks_nonsense = True  # W&B 0.31's service process dies of it, and `wandb.teardown` raises
-    stderr = log_run(tmp_path / "sweep", "auto", **key_for(server.url))
+    stderr = log_run(tmp_path / "sweep", "auto", key_for(server.url))
     assert "logging offline" in stderr
     (path,) = offline_files(tmp_path / "sweep")
     assert history_of(path) == expected_history()

@@ -1,0 +1,294 @@
+"""Tables, figures and numbers of curves that are written by hand here."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+from scipy import integrate, stats
+
+from ablation_sweeps import figures, report
+from ablation_sweeps.data import UserError
+
+TENTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+TWENTIETHS = tuple(i / 20 for i in range(21))
+
+
+def curve(
+    method: str, seed: int = 0, fractions: Sequence[float] = TENTHS, slope: float = 4.0, **columns
+) -> pd.DataFrame:
+    """Loss 3 + slope * f**2, top-1 0.5 * (1 - f), KL slope * f**2."""
+    rows = []
+    for f in fractions:
+        values = {"loss": 3.0 + slope * f**2, "top1": 0.5 * (1 - f) ** (slope / 4), "kl": slope * f**2}
+        chances = {"loss": 8.0, "top1": 0.04, "kl": math.nan}
+        rows += [{"fraction": f, "metric": m, "value": v, "chance": chances[m]} for m, v in values.items()]
+    run = {"run_id": "r", "study": "a" * 8, "kind": "causal_lm", "model": "opt", "revision": "main", "dataset": "pile"}
+    run |= {"site": "attn_pre_out", "selection": "random", "granularity": "neuron", "method": method}
+    run |= {"method_params": "{}", "seed": seed, "n_ablated": 0, "n_neurons": 64, "stderr": 0.01, "n": 4000}
+    return pd.DataFrame(rows).assign(**{**run, **columns})
+
+
+def save_run(folder: Path, rows: pd.DataFrame, state: str = "finished") -> None:
+    folder.mkdir(parents=True)
+    rows.to_parquet(folder / "rows.parquet")
+    (folder / "status.json").write_text(json.dumps({"state": state}))
+
+
+def printed(curves: pd.DataFrame, width: int = 80, terminal: bool = False) -> str:
+    file = io.StringIO()
+    report.print_tables(curves, Console(file=file, width=width, force_terminal=terminal))
+    return file.getvalue()
+
+
+# What is read
+
+
+def test_only_finished_runs_are_read_and_the_clean_pass_once(tmp_path: Path):
+    save_run(tmp_path / "a", curve("zero", fractions=[0.0, 0.1]))
+    save_run(tmp_path / "b", curve("zero", fractions=[0.0, 0.5]))
+    save_run(tmp_path / "c", curve("mean"), state="running")
+    curves = report.read_curves(tmp_path)
+    assert set(curves["method"]) == {"zero"}
+    loss = curves[curves["metric"] == "loss"]
+    assert loss["fraction"].tolist() == [0.0, 0.1, 0.5]
+    assert loss["value"].tolist() == pytest.approx([3.0, 3.04, 4.0])
+
+
+def test_nothing_finished_is_the_users_to_mend(tmp_path: Path):
+    save_run(tmp_path / "a", curve("zero"), state="failed")
+    with pytest.raises(UserError, match="no finished run") as error:
+        report.read_curves(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_one_label_never_hides_two_sets_of_parameters(tmp_path: Path):
+    for n_bins in (50, 100):
+        save_run(tmp_path / str(n_bins), curve("peak", method_params=json.dumps({"n_bins": n_bins, "sigma": 1})))
+    save_run(tmp_path / "other", curve("zero"))
+    assert set(report.read_curves(tmp_path)["method"]) == {"peak n_bins=50", "peak n_bins=100", "zero"}
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("fractions", [TENTHS, TWENTIETHS, (0.0, 0.03, 0.5, 1.0)])
+def test_areas_against_scipy(fractions: tuple[float, ...]):
+    shuffled = curve("zero", fractions=fractions).sample(frac=1, random_state=0)
+    auc = report.areas(shuffled).set_index("metric")["auc"]
+    f = np.array(fractions)
+    assert auc["loss"] == pytest.approx(integrate.trapezoid(3 + 4 * f**2, f) / 3)
+    assert auc["top1"] == pytest.approx(integrate.trapezoid(0.5 * (1 - f), f) / 0.5)
+    assert auc["kl"] == pytest.approx(integrate.trapezoid(4 * f**2, f))
+
+
+@pytest.mark.parametrize("fractions", [(0.0, 0.5), (0.0,), (0.1, 1.0), (0.0, 0.95)])
+def test_half_a_schedule_has_no_area(fractions: tuple[float, ...]):
+    assert report.areas(curve("zero", fractions=fractions))["auc"].isna().all()
+
+
+def test_summary_of_seeds():
+    slopes = [4.0, 5.0, 7.0]
+    curves = pd.concat([curve("zero", seed, slope=slope) for seed, slope in enumerate(slopes)])
+    row = report.summarise(curves).set_index("metric").loc["loss"]
+    areas = [integrate.trapezoid(3 + slope * np.array(TENTHS) ** 2, TENTHS) / 3 for slope in slopes]
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(areas), scale=stats.sem(areas))
+    assert (row["auc"], row["auc_low"], row["auc_high"]) == pytest.approx((np.mean(areas), low, high))
+    assert (row["n_seeds"], row["clean"], row["at_50"]) == pytest.approx((3, 3.0, 3 + np.mean(slopes) / 4))
+
+
+def test_one_seed_has_no_interval():
+    row = report.summarise(curve("zero")).set_index("metric").loc["loss"]
+    assert not math.isnan(row["auc"])
+    assert math.isnan(row["auc_low"]) and math.isnan(row["auc_high"])
+
+
+def test_where_half_of_the_accuracy_is_gone():
+    assert half_gone(curve("zero", fractions=[0.0, 0.4, 1.0])) == pytest.approx(0.5)  # between two points
+    assert math.isnan(half_gone(curve("zero", fractions=[0.0, 0.4])))  # never
+
+
+def half_gone(curves: pd.DataFrame) -> float:
+    found = dict(report.summarise(curves)[["metric", "half_gone_at"]].itertuples(index=False))
+    assert math.isnan(found["loss"])
+    return found["top1"]
+
+
+# Tables
+
+
+def two_methods(**columns) -> pd.DataFrame:
+    return pd.concat([curve("zero", slope=8.0, **columns), curve("mean", slope=4.0, **columns)])
+
+
+def test_table_says_what_it_is_of():
+    text = printed(two_methods())
+    assert text.startswith("opt on pile · attn_pre_out · random · 4,000 tokens · 1 seed\n")
+    assert "1,000 images" in printed(two_methods(kind="image_classifier", n=1000))
+    assert "3 seeds" in printed(pd.concat([curve("zero", seed) for seed in range(3)]))
+
+
+def test_plain_text_is_whole_and_without_codes():
+    text = printed(two_methods(), width=30)
+    assert "\x1b" not in text and "…" not in text
+    (header,) = [line for line in text.splitlines() if "loss (nats/token)" in line]
+    assert header.split()[2:] == ["clean", *" ".join(f"{10 * i} %" for i in range(1, 11)).split(), "AUC"]
+    (mean,) = [line for line in text.splitlines() if line.strip().startswith("mean") and "3.000" in line]
+    assert mean.split()[:4] == ["mean", "3.000", "3.040*", "3.160*"], "where all are equal, none is best"
+    (mean,) = [line for line in text.splitlines() if line.strip().startswith("mean") and "50.0" in line]
+    assert mean.split()[:4] == ["mean", "50.0", "45.0*", "40.0*"]
+
+
+def test_the_best_is_bold_and_ties_within_rounding_are_too():
+    tied = pd.concat([two_methods(fractions=[0.0, 0.5]), curve("peak", fractions=[0.0, 0.5], slope=4.0001)])
+    text = printed(tied, width=200, terminal=True)
+    assert text.count("\x1b[1m4.000\x1b[0m") == 2
+    assert "5.000" in text and "\x1b[1m5.000" not in text
+    assert text.count("\x1b[1m25.0\x1b[0m") == 2
+    assert "*" not in text
+    assert "\x1b[1m3.000" not in text
+
+
+def test_interval_and_the_lack_of_one():
+    seeds = pd.concat([curve("zero", seed, slope=4.0 + seed) for seed in range(3)])
+    row = report.summarise(seeds).set_index("metric").loc["loss"]
+    assert f"{row['auc']:.3f}  [{row['auc_low']:.3f}, {row['auc_high']:.3f}]" in printed(seeds)
+    assert "one seed" not in printed(seeds)
+    assert "–: no interval from one seed" in printed(two_methods())
+
+
+def test_a_partial_schedule_has_no_area_column():
+    assert "AUC" not in printed(two_methods(fractions=[0.0, 0.5]))
+
+
+def test_a_missing_seed_is_said_so():
+    curves = pd.concat([curve("zero", 0), curve("zero", 1), curve("mean", 0)])
+    assert "not every method has every seed" in printed(curves)
+    assert "not every method has every seed" not in printed(two_methods())
+
+
+def test_many_fractions_are_thinned_evenly():
+    text = printed(two_methods(fractions=TWENTIETHS))
+    assert "11 of 21 fractions" in text
+    assert " 10 %" in text and " 15 %" not in text and " 100 %" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+@pytest.mark.parametrize("fractions", [TENTHS, TWENTIETHS, tuple(i / 11 for i in range(12))])
+def test_a_narrow_terminal_gets_fewer_columns(width: int, fractions: tuple[float, ...]):
+    text = printed(two_methods(fractions=fractions), width=width, terminal=True)
+    assert "…" not in text and "fractions; all are in curves.parquet" in text and "AUC" in text
+    lines = [re.sub(r"\x1b\[\d*m", "", line) for line in text.splitlines()]
+    tables = [line for line in lines if "nats/" in line or "─" in line or "3.000" in line]
+    assert len(tables) >= 4 and max(map(len, tables)) <= width
+
+
+def test_a_log_in_ascii_is_no_crash():
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding="ascii")
+    report.print_tables(two_methods(), Console(file=file))
+    file.flush()
+    assert b"opt on pile ? attn_pre_out" in raw.getvalue()
+
+
+# Files
+
+
+def test_write_everything(tmp_path: Path):
+    save_run(tmp_path / "a", two_methods())
+    file = io.StringIO()
+    written = report.write(tmp_path, Console(file=file))
+    names = ["curves.parquet", "summary.csv", "figures/opt-pile-attn_pre_out.png", "figures/opt-pile-attn_pre_out.svg"]
+    assert written == [tmp_path / name for name in names]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [Path(name).name for name in names[2:]]
+    assert len(pd.read_parquet(written[0])) == len(two_methods())
+    assert set(pd.read_csv(written[1])["method"]) == {"zero", "mean"}
+    image = imread(written[2])
+    assert image.shape[1] == 2160 and image.std() > 0.05, "a blank page"
+    colours = {tuple(pixel) for pixel in (image[..., :3].reshape(-1, 3) * 255).round().astype(int)}
+    assert {(0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00)} <= colours, "a method is not drawn"
+    assert "opt on pile" in file.getvalue()
+
+    before = [path.read_bytes() for path in written]
+    report.write(tmp_path, Console(file=io.StringIO()))
+    assert [path.read_bytes() for path in written] == before, "the same rows must give the same files"
+
+
+def test_two_studies_of_one_name_are_kept_apart(tmp_path: Path):
+    save_run(tmp_path / "a", curve("zero", model="org/opt"))
+    save_run(tmp_path / "b", curve("zero", model="org/opt", study="b" * 8))
+    written = report.write(tmp_path, Console(file=io.StringIO()))
+    assert {path.name for path in written if path.suffix == ".png"} == {
+        "org_opt-pile-attn_pre_out-aaaaaaaa.png",
+        "org_opt-pile-attn_pre_out-bbbbbbbb.png",
+    }
+
+
+def text_of(figure) -> list[str]:
+    figure.canvas.draw()
+    return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")) if text.get_text()]
+
+
+def drawn(curves: pd.DataFrame):
+    (study,) = report.studies(curves)
+    return figures.draw(study.rows, study.title, study.unit)
+
+
+def test_levels_are_named_and_the_title_tells_all():
+    texts = text_of(drawn(two_methods()))
+    assert texts.count("clean") == 2 and texts.count("chance") == 2
+    assert "opt on pile · attn_pre_out · random · 4,000 tokens · 1 seed" in texts
+    assert {"zero", "mean", "Neurons ablated (%)", "Loss (nats per token)", "Top-1 accuracy (%)"} <= set(texts)
+
+
+def test_one_terrible_method_does_not_flatten_the_others_and_the_cut_is_said():
+    methods = [curve("mean"), curve("peak", slope=3.5), curve("zero", slope=400.0)]
+    figure = drawn(pd.concat(methods))
+    loss, _, kl = figure.axes
+    assert loss.get_ylim()[1] < 10 and kl.get_ylim()[1] < 6
+    texts = text_of(figure)
+    assert any("axis is cut" in text and "zero reaches 403" in text.replace("\n", " ") for text in texts)
+    assert [line.get_xdata() for line in loss.lines if line.get_marker() == "^" and not line.get_clip_on()] != []
+
+    uncut = drawn(pd.concat(methods[:2]))
+    assert not any("cut" in text for text in text_of(uncut))
+    for axes in uncut.axes:
+        low, high = axes.get_ylim()
+        heights = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
+        assert low <= heights.min() and heights.max() <= high
+
+
+@pytest.mark.parametrize("n_seeds, lines, bands", [(1, 1, 0), (2, 3, 0), (3, 4, 0), (5, 1, 1)])
+def test_few_seeds_are_lines_and_many_a_band(n_seeds: int, lines: int, bands: int):
+    curves = pd.concat([curve("zero", seed, slope=4 + seed / 10) for seed in range(n_seeds)])
+    kl = drawn(curves).axes[2]  # has no levels
+    assert len(kl.lines) == lines and len(kl.collections) == bands
+    mean = np.mean([4 + seed / 10 for seed in range(n_seeds)]) * np.array(TENTHS) ** 2
+    assert np.asarray(kl.lines[0].get_ydata()) == pytest.approx(mean)
+    if bands:
+        at_one = [4 + seed / 10 for seed in range(n_seeds)]
+        low, high = stats.t.interval(0.95, n_seeds - 1, loc=np.mean(at_one), scale=stats.sem(at_one))
+        edges = [y for x, y in np.asarray(kl.collections[0].get_paths()[0].vertices) if x == 100]
+        assert (min(edges), max(edges)) == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize("fractions", [(0.0,), (0.0, 0.5)])
+def test_a_partial_schedule_is_drawn(fractions: tuple[float, ...]):
+    figure = drawn(two_methods(fractions=fractions))
+    assert figure.axes[0].get_xlim()[1] == pytest.approx(1.03 * max(100 * fractions[-1], 1))
+
+
+def test_a_method_looks_the_same_in_all_figures_and_never_like_another():
+    alone = figures.looks(["peak"])["peak"]
+    many = figures.looks(["zero", "mean", "median", "peak", "peak-kde", "resample", "mine", "x", "y", "z", "w"])
+    assert many["peak"] == alone
+    assert len({(look["color"], look["linestyle"]) for look in many.values()}) == len(many)

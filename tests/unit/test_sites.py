@@ -1,0 +1,416 @@
+"""Projections are found, checked, hooked and let go; models that cannot be done right are refused."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from ablation_sweeps import sites
+from ablation_sweeps.ablation import ablated, reading
+from ablation_sweeps.data import NOT_SCORED, Batch, Document, UserError
+from ablation_sweeps.transformer import Budget, Transformer
+
+# Where the projections are, written down by hand: attention, MLP, and the width of the MLP.
+PATHS = {
+    "llama": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj", 48),
+    "gpt2": ("transformer.h.{}.attn.c_proj", "transformer.h.{}.mlp.c_proj", 128),
+    "opt": ("model.decoder.layers.{}.self_attn.out_proj", "model.decoder.layers.{}.fc2", 48),
+    "gpt_neox": ("gpt_neox.layers.{}.attention.dense", "gpt_neox.layers.{}.mlp.dense_4h_to_h", 48),
+    "bert": ("bert.encoder.layer.{}.attention.output.dense", "bert.encoder.layer.{}.output.dense", 48),
+    "timm_vit": ("blocks.{}.attn.proj", "blocks.{}.mlp.fc2", 128),
+}
+ALL = [*PATHS, "albert", "vit", "timm_swin"]
+SITES = ("attn_pre_out", "mlp_pre_out")
+every_family = pytest.mark.parametrize("family", ALL)
+every_site = pytest.mark.parametrize("name", SITES)
+
+
+def some_batch(model: Transformer) -> Batch:
+    """Two unequal texts, or two pictures."""
+    if model.modality == "image":
+        one, two = (model.other_input("random_pixels", 1, seed) for seed in (1, 2))
+        inputs = {key: torch.cat([one.inputs[key], two.inputs[key]]) for key in one.inputs}
+        return Batch(inputs, torch.tensor([0, 1]), None, ("a", "b"), (0, 1))
+    texts = [Document("a", "The quick brown fox"), Document("b", "jumps over")]
+    (batch,) = model.encode(texts, "calibration", Budget(None, None), 1000, 0)
+    return batch
+
+
+def logits(model: Transformer, batch: Batch) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.logits(batch)
+
+
+def n_hooks(module: nn.Module) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in module.modules())
+
+
+def all_false(projections):
+    return [torch.zeros(p.width, dtype=torch.bool) for p in projections]
+
+
+def only(projections, layer, neurons):
+    masks = all_false(projections)
+    masks[layer][neurons] = True
+    return masks
+
+
+def zeros(projections):
+    return [torch.zeros(p.width) for p in projections]
+
+
+def bare(module: nn.Module, run=None) -> Transformer:
+    """A transformer of any module that takes `x`."""
+    batch = Batch({"x": torch.randn(1, 4, 8)}, torch.full((1, 4), NOT_SCORED), None, ("other",), (0,))
+    run = run or (lambda b: module(b.inputs["x"]))
+    return Transformer("bare", "", "causal_lm", module.eval(), run, run, lambda *_: [], lambda *_: batch, 2, frozenset())
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out_proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out_proj(x)
+
+
+class Layer(nn.Module):
+    def __init__(self, **parts: nn.Module):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x):
+        for part in self.children():
+            x = x + part(x)
+        return x
+
+
+# What is found
+
+
+@every_site
+@pytest.mark.parametrize("family", PATHS)
+def test_the_projections_are_found_without_being_named(tiny, site, family, name):
+    attention, mlp, d_mlp = PATHS[family]
+    found = sites.find(tiny(family), site(name), None)
+    pattern, width = (attention, 32) if name == "attn_pre_out" else (mlp, d_mlp)
+    assert [p.path for p in found] == [pattern.format(layer) for layer in range(3)]
+    assert [p.width for p in found] == [width] * 3
+    if name == "attn_pre_out":
+        assert width == tiny(family).n_heads * 8
+
+
+def test_a_shared_layer_counts_once_for_each_call(tiny, site):
+    for name, width in zip(SITES, (32, 48), strict=True):
+        found = sites.find(tiny("albert"), site(name), None)
+        assert [p.width for p in found] == [width] * 3
+        assert len({id(p.module) for p in found}) == 1
+
+
+def test_vit_of_transformers(tiny, site):
+    assert [p.width for p in sites.find(tiny("vit"), site("attn_pre_out"), None)] == [32] * 3
+    assert [p.width for p in sites.find(tiny("vit"), site("mlp_pre_out"), None)] == [48] * 3
+
+
+def test_swin_has_layers_of_unequal_width(tiny, site):
+    model = tiny("timm_swin")
+    assert model.n_heads is None
+    found = sites.find(model, site("attn_pre_out"), None)
+    assert [p.width for p in found] == [16, 16, 32, 32]
+    assert [p.rows for p in found] == [64, 64, 16, 16]  # 8 x 8 patches, then 4 x 4
+    assert [p.width for p in sites.find(model, site("mlp_pre_out"), None)] == [64, 64, 128, 128]
+
+
+def test_a_classifier_head_of_the_same_name_is_no_layer(site):
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    config = RobertaConfig(vocab_size=50, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+                           intermediate_size=12, max_position_embeddings=40)  # fmt: skip
+    module = RobertaForSequenceClassification(config)
+    assert isinstance(module.classifier.dense, nn.Linear)
+    ids = torch.arange(5)[None] + 4
+    model = bare(module, lambda _: module(input_ids=ids))
+    for name in SITES:
+        found = sites.find(model, site(name), None)
+        assert len(found) == 2 and all(".encoder.layer." in p.path for p in found)
+        attends = [".attention." in p.path for p in found]
+        assert attends == [name == "attn_pre_out"] * 2
+
+
+def test_a_hybrid_says_which_layers_it_leaves_alone(site, caplog):
+    plain = [Layer(self_attn=Attention()), Layer(linear_attn=nn.Linear(8, 8)), Layer(self_attn=Attention())]
+    module = Layer(layers=nn.Sequential(*plain))
+    with caplog.at_level(logging.WARNING):
+        found = sites.find(bare(module), site("attn_pre_out"), None)
+    assert [p.path for p in found] == ["layers.0.self_attn.out_proj", "layers.2.self_attn.out_proj"]
+    assert "layers.1" in caplog.text and "layers.0" not in caplog.text
+
+
+def test_a_whole_model_gives_no_warning(tiny, site, caplog):
+    with caplog.at_level(logging.WARNING):
+        for family in ALL:
+            sites.find(tiny(family), site("attn_pre_out"), None)
+    assert not caplog.records
+
+
+def test_the_order_is_that_of_the_calls_not_of_the_definition(site):
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Layer(self_attn=Attention()) for _ in range(3)])
+
+        def forward(self, x):
+            for layer in reversed(self.layers):
+                x = layer(x)
+            return x
+
+    found = sites.find(bare(Backwards()), site("attn_pre_out"), None)
+    assert [p.path for p in found] == [f"layers.{i}.self_attn.out_proj" for i in (2, 1, 0)]
+
+
+# Paths given by the user
+
+
+def test_given_paths_take_patterns(tiny, site):
+    model = tiny("llama")
+    every = sites.find(model, site("attn_pre_out"), ("model.layers.*.self_attn.o_proj",))
+    assert every == sites.find(model, site("attn_pre_out"), None)
+    one = sites.find(model, site("attn_pre_out"), ("model.layers.1.self_attn.o_proj",))
+    assert one == every[1:2]
+    two = sites.find(model, site("attn_pre_out"), ("model.layers.2.self_attn.o_proj", "model.layers.[02].*.o_proj"))
+    assert two == [every[0], every[2]]
+
+
+def test_given_paths_that_match_nothing_are_refused(tiny, site):
+    with pytest.raises(UserError, match=r"site_paths.*nothing\.here"):
+        sites.find(tiny("llama"), site("attn_pre_out"), ("nothing.here",))
+
+
+def test_given_paths_of_a_module_without_a_positional_input_are_refused_in_one_line(tiny, site):
+    with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn"):
+        sites.find(tiny("llama"), site("attn_pre_out"), ("model.layers.*.self_attn",))
+    assert n_hooks(tiny("llama").module) == 0
+
+
+# What is refused
+
+
+def test_a_projection_whose_weight_is_used_without_a_call_is_refused(site):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attn(x, x, x, need_weights=False)[0]
+
+    model = bare(nn.Sequential(Block(), Block()))
+    with pytest.raises(UserError, match=r"0\.attn\.out_proj never fires"):
+        sites.find(model, site("attn_pre_out"), None)
+    assert n_hooks(model.module) == 0
+
+
+def test_two_towers_are_refused_and_both_are_named(site):
+    from transformers import BartConfig, BartModel
+
+    config = BartConfig(vocab_size=50, d_model=8, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+                        decoder_attention_heads=2, encoder_ffn_dim=12, decoder_ffn_dim=12)  # fmt: skip
+    with pytest.raises(UserError, match=r"encoder\.layers\.\*.*decoder\.layers\.\*"):
+        sites.find(bare(BartModel(config)), site("attn_pre_out"), None)
+
+
+def test_a_model_without_such_projections_is_refused(site):
+    with pytest.raises(UserError, match=r"no projection.*site_paths"):
+        sites.find(bare(nn.Sequential(nn.Linear(8, 8))), site("attn_pre_out"), None)
+
+
+def test_projections_called_unequally_often_are_refused(site):
+    class Uneven(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Layer(self_attn=Attention()) for _ in range(2)])
+
+        def forward(self, x):
+            return self.layers[1](self.layers[0](self.layers[0](x)))
+
+    with pytest.raises(UserError, match="more often"):
+        sites.find(bare(Uneven()), site("attn_pre_out"), None)
+
+
+def test_a_width_that_does_not_fit_the_heads_is_refused(site):
+    model = dataclasses.replace(bare(nn.Sequential(Layer(attn=Attention()))), n_heads=3)
+    with pytest.raises(UserError, match="3 heads"):
+        sites.find(model, site("attn_pre_out"), None)
+
+
+# Hooks
+
+
+@every_site
+@every_family
+def test_every_hook_fires_once_a_layer_in_each_pass(tiny, site, family, name):
+    model = tiny(family)
+    projections = sites.find(model, site(name), None)
+    fired: list[int] = []
+    with torch.inference_mode(), sites.hooked(projections, lambda layer, x: fired.append(layer)):
+        for _ in range(2):
+            model.logits(some_batch(model))
+    assert fired == 2 * list(range(len(projections)))
+
+
+@every_site
+@every_family
+def test_nothing_masked_leaves_the_logits_bit_equal_and_no_hook(tiny, site, family, name):
+    model = tiny(family)
+    batch, projections = some_batch(model), sites.find(model, site(name), None)
+    clean = logits(model, batch)
+    nans = [torch.full((p.width,), torch.nan) for p in projections]
+    with ablated(projections, all_false(projections), nans, 2):
+        assert n_hooks(model.module) > 0
+        assert torch.equal(logits(model, batch), clean)
+    assert n_hooks(model.module) == 0
+    assert torch.equal(logits(model, batch), clean)
+
+
+@every_family
+def test_every_neuron_masked_changes_the_logits(tiny, site, family):
+    model = tiny(family)
+    batch, projections = some_batch(model), sites.find(model, site("attn_pre_out"), None)
+    everything = [~mask for mask in all_false(projections)]
+    with ablated(projections, everything, zeros(projections), 2):
+        assert not torch.allclose(logits(model, batch), logits_of_copy(model, batch), atol=1e-3)
+
+
+def logits_of_copy(model: Transformer, batch: Batch) -> torch.Tensor:
+    module = copy.deepcopy(model.module)
+    for part in module.modules():
+        part._forward_pre_hooks.clear()
+    with torch.inference_mode():
+        return module(**batch.inputs).logits if hasattr(module, "config") else module(batch.inputs["x"])
+
+
+def test_no_hook_is_left_behind_by_an_exception(tiny, site):
+    model = tiny("llama")
+    projections = sites.find(model, site("attn_pre_out"), None)
+    with pytest.raises(KeyError), ablated(projections, all_false(projections), zeros(projections), 2):
+        raise KeyError
+    assert n_hooks(model.module) == 0
+
+    def breaks(layer: int, x: torch.Tensor) -> None:
+        if layer == 1:
+            raise KeyError
+
+    with pytest.raises(KeyError), sites.hooked(projections, breaks):
+        logits(model, some_batch(model))
+    assert n_hooks(model.module) == 0
+
+    def no_body(batch: Batch) -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        sites.find(dataclasses.replace(model, body=no_body), site("attn_pre_out"), None)
+    assert n_hooks(model.module) == 0
+
+
+def test_hooks_that_never_fire_are_an_error(tiny, site):
+    projections = sites.find(tiny("llama"), site("attn_pre_out"), None)
+    with pytest.raises(AssertionError, match="never fired"), sites.hooked(projections, lambda layer, x: None):
+        pass
+    with pytest.raises(AssertionError, match="every forward pass"), sites.hooked(projections, lambda layer, x: None):
+        projections[0].module(torch.zeros(1, 32))
+
+
+# Which neuron is which: silence a head by its value weights, in a copy of the model
+
+
+def without_values(model: Transformer, family: str, layer: int, head: int) -> nn.Module:
+    module = copy.deepcopy(model.module)
+    mine = slice(8 * head, 8 * head + 8)
+    if family == "gpt2":  # input x output, [q | k | v]
+        c_attn = module.transformer.h[layer].attn.c_attn
+        c_attn.weight.data[:, 64:][:, mine] = 0
+        c_attn.bias.data[64:][mine] = 0
+        return module
+    if family == "timm_vit":  # [q | k | v]
+        weights = module.blocks[layer].attn.qkv
+        rows = slice(64 + mine.start, 64 + mine.stop)
+    elif family == "gpt_neox":  # each head has its own [q | k | v]
+        weights = module.gpt_neox.layers[layer].attention.query_key_value
+        rows = slice(24 * head + 16, 24 * head + 24)
+    else:
+        weights = {
+            "llama": lambda: module.model.layers[layer].self_attn.v_proj,
+            "opt": lambda: module.model.decoder.layers[layer].self_attn.v_proj,
+            "bert": lambda: module.bert.encoder.layer[layer].attention.self.value,
+        }[family]()
+        rows = mine
+    weights.weight.data[rows] = 0
+    if weights.bias is not None:
+        weights.bias.data[rows] = 0
+    return module
+
+
+@pytest.mark.parametrize("family", PATHS)
+def test_neurons_of_a_head_are_that_heads_output(tiny, site, family):
+    model = tiny(family)
+    batch, projections = some_batch(model), sites.find(model, site("attn_pre_out"), None)
+    # In the Llama, key/value head 1 serves the query heads 2 and 3.
+    neurons = slice(16, 32) if family == "llama" else slice(8, 16)
+    silenced = dataclasses.replace(model, module=without_values(model, family, 1, 1))
+    with torch.inference_mode():
+        module = silenced.module
+        expected = module(batch.inputs["x"]) if family == "timm_vit" else module(**batch.inputs).logits
+    with ablated(projections, only(projections, 1, neurons), zeros(projections), 2):
+        found = logits(model, batch)
+    real = slice(None) if batch.keep is None else batch.keep
+    torch.testing.assert_close(found[real], expected[real], atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(logits(model, batch)[real], expected[real], atol=1e-3)
+
+
+@every_site
+@pytest.mark.parametrize("family", ["opt", "bert", "timm_vit", "gpt2"])
+def test_all_neurons_zeroed_leave_the_bias_of_the_projection_alone(tiny, site, family, name):
+    model = tiny(family)
+    batch, projections = some_batch(model), sites.find(model, site(name), None)
+    projection = projections[2].module
+    outputs = []
+    with ablated(projections, only(projections, 2, slice(None)), zeros(projections), 2):
+        handle = projection.register_forward_hook(lambda module, args, output: outputs.append(output))
+        logits(model, batch)
+        handle.remove()
+    torch.testing.assert_close(outputs[0], projection.bias.expand_as(outputs[0]), atol=0, rtol=0)
+
+
+def test_one_call_of_a_shared_layer_is_ablated_not_all_of_them(tiny, site):
+    model = tiny("albert")
+    batch, projections = some_batch(model), sites.find(model, site("attn_pre_out"), None)
+    seen: list[torch.Tensor] = []
+    with ablated(projections, only(projections, 1, slice(0, 8)), zeros(projections), 2):
+        handle = projections[0].module.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+        logits(model, batch)
+        handle.remove()
+    assert [bool((x[..., :8] == 0).all()) for x in seen] == [False, True, False]
+
+
+@pytest.mark.parametrize("family", ["opt", "timm_swin"])
+def test_rows_are_grouped_by_example_where_the_model_flattens_them(tiny, site, family):
+    """Each example alone sees the same rows as in a batch: OPT's fc2 has no batch axis, Swin's windows mix with it."""
+    model = tiny(family)
+    batch, projections = some_batch(model), sites.find(model, site("mlp_pre_out" if family == "opt" else "attn_pre_out"), None)
+    with torch.inference_mode(), reading(projections, 2) as together:
+        model.logits(batch)
+    for row in range(2):
+        n = None if batch.keep is None else int(batch.keep[row].sum())
+        alone = {key: value[row : row + 1, :n] if n else value[row : row + 1] for key, value in batch.inputs.items()}
+        with torch.inference_mode(), reading(projections, 1) as single:
+            model.logits(dataclasses.replace(batch, inputs=alone))
+        for x, y in zip(together, single, strict=True):
+            assert x.shape[0] == 2 and y.shape[0] == 1
+            torch.testing.assert_close(x[row, :n], y[0], atol=1e-4, rtol=1e-4)
