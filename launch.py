@@ -19,13 +19,13 @@ WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 def main(cfg: DictConfig) -> None:
     from ablation_sweeps.job import run_job
 
-    job = to_job(cfg)
     if HydraConfig.get().mode is RunMode.MULTIRUN:  # the launcher has checked it, and will report
-        run_job(job)
+        run_job(to_job(cfg))
         return
     from ablation_sweeps.launching import Failures, end_of_sweep
 
-    try:
+    try:  # Hydra would print the overrides above the error
+        job = to_job(cfg)
         job.check()
         run_job(job)
         end_of_sweep(job, Failures())

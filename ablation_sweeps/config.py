@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ablation_sweeps.job import Job
 
 PARTS = ("model", "dataset", "method", "fraction", "site", "selection", "statistics", "eval", "tracking")
+OPTIONS = (*PARTS, "batch_tokens", "seed", "sweep", "results_dir")
 
 
 def to_job(cfg: DictConfig) -> Job:
@@ -29,13 +31,18 @@ def to_job(cfg: DictConfig) -> Job:
     from ablation_sweeps.job import Job
 
     config: dict[str, Any] = to_dict(cfg)
+    for option in config.keys() - set(OPTIONS):
+        raise UserError(f"{option}: there is no such option{_near(option, list(OPTIONS))}; see python launch.py --help")
+    for option in OPTIONS:
+        if config.get(option) is None:
+            raise UserError(f"{option}: must be given; leave it out of the command to get its default")
     parts = {part: build(part, config[part]) for part in PARTS}
     for option, least in (("batch_tokens", 1), ("seed", 0)):
-        if not isinstance(config[option], int) or config[option] < least:
+        if type(config[option]) is not int or config[option] < least:
             raise UserError(f"{option}={config[option]}: must be a whole number of at least {least}")
     for option in ("sweep", "results_dir"):
-        if not config[option]:
-            raise UserError(f"{option}: must be a name, e.g. {option}=results")
+        if config[option] == "":
+            raise UserError(f"{option}=: must be a name, e.g. {option}=my_{option}")
     return Job(
         **parts,
         batch_tokens=config["batch_tokens"],
@@ -57,37 +64,70 @@ def to_dict(cfg: DictConfig) -> dict[str, Any]:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
 
 
-def build(part: str, options: dict[str, Any]) -> Any:
+def build(part: str, options: Any) -> Any:
     """An object of the class that `_target_` names, with the rest of the options as its fields."""
     from pydantic import ValidationError
 
+    if not isinstance(options, dict):
+        raise UserError(f"{part}={options}: there is no such option; see python launch.py --help")
+    if not options.get("_target_"):
+        raise UserError(f"{part}: its yaml has no _target_, the class that implements it")
     fields = {key: value for key, value in options.items() if key != "_target_"}
     try:
-        module, _, name = options["_target_"].rpartition(".")
-        return getattr(importlib.import_module(module), name)(**fields)
-    except KeyError:
-        raise UserError(f"{part}: its yaml has no _target_, the class that implements it") from None
-    except ValidationError as error:
-        raise UserError("; ".join(_explain(part, fields, e) for e in error.errors())) from error
+        module, _, name = str(options["_target_"]).rpartition(".")
+        target = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{part}._target_={options['_target_']}: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{part}._target_={options['_target_']}: there is no such class ({_first_line(error)}); give it as "
+            "package.module.Class of something that Python can import here"
+        ) from error
+    try:
+        return target(**fields)
+    except ValidationError as error:
+        empty = {e["loc"] for e in error.errors() if e["type"] == "too_short"}
+        errors = [e for e in error.errors() if not (e["loc"] in empty and fields.get(str(e["loc"][0])))]
+        raise UserError("; ".join(_explain(part, target, fields, e) for e in errors)) from error
+    except (TypeError, ValueError) as error:  # of a class that pydantic does not check
+        raise UserError(f"{part}: {_first_line(error)}") from error
 
 
-def _explain(part: str, fields: dict[str, Any], error: Any) -> str:
-    location = ".".join(str(place) for place in error["loc"])
-    option = f"{part}.{location}" if location else part
-    given = f"={fields[location]}" if location in fields else ""
-    message = error["msg"].removeprefix("Value error, ")
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _explain(part: str, target: Any, fields: dict[str, Any], error: Any) -> str:
+    name = str(error["loc"][0]) if error["loc"] else ""
+    option = f"{part}.{name}" if name else part
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{option}: there is no such option"
+        known = [f"{part}.{field}" for field in getattr(target, "__dataclass_fields__", {})]
+        return f"{option}: there is no such option{_near(option, known)}; {part} has {', '.join(sorted(known))}"
+    if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{option}: has no value; set {option}=VALUE, or write it in the yaml"
+    given = f"={_as_typed(fields[name])}" if name in fields else ""
+    if error["type"] in ("tuple_type", "list_type"):
+        return f"{option}{given}: must be a list, e.g. {option}=[{_as_typed(fields[name])}]"
+    if error["type"] == "too_short":
+        return f"{option}{given}: must not be empty"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = message.replace("valid integer", "whole number").split(", unable to parse")[0]
     return f"{option}{given}: {message[0].lower()}{message[1:]}"
+
+
+def _as_typed(value: Any) -> str:
+    """As on the command line: null, true, [a,b]."""
+    if isinstance(value, list):
+        return f"[{','.join(_as_typed(item) for item in value)}]"
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, dict) else "..."
+
+
+NUMBER = r"(?:[-+]?(?:[.\d][.\deE+-]*|inf|nan))"
 
 
 def number_fractions(arguments: list[str]) -> list[str]:
     """`fraction=0.1,0.5` -> `fraction.values=[0.1],[0.5]`, since Hydra takes no numbers for a group."""
     rewritten = []
     for argument in arguments:
-        match = re.fullmatch(r"fraction=(\[?)([-+.\deE]+(?:\s*,\s*[-+.\deE]+)*)\]?", argument)
+        match = re.fullmatch(rf"fraction=(\[?)({NUMBER}(?:\s*,\s*{NUMBER})*)\]?", argument)
         if match and match[1]:
             argument = f"fraction.values=[{match[2]}]"
         elif match:
@@ -99,23 +139,41 @@ def number_fractions(arguments: list[str]) -> list[str]:
 def one_line(error: BaseException, conf: Path) -> str:
     """What went wrong and what to do, for a person at a terminal."""
     if isinstance(error, UserError):
-        return str(error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    text = " ".join(lines)
-    if match := re.search(r"(?:Could not override|Key) '([\w.@/]+)'.*(?:is not in struct|in the defaults list)", text):
-        return _no_such_option(match[1], conf)
-    if match := re.search(r"In '[^']*': Could not find '([^']+)/([^'/]+)'", text):
-        options = sorted(file.stem for file in (conf / match[1]).glob("*.yaml"))
-        near = _near(match[2], options)
-        return f"{match[1]}={match[2]}: there is no such option{near}; choose one of {', '.join(options)}"
-    if match := re.search(r"Could not override '([\w./]+)'\. No match in the defaults list", text):
-        return _no_such_option(match[1], conf)
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        reason = f"{error.strerror[0].lower()}{error.strerror[1:]}"
+        return f"{error.filename}: {reason}; if it is the results that cannot be written there, set results_dir=FOLDER"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if type(error).__module__.startswith(("hydra", "omegaconf", "antlr4")) or "Config group override" in text:
+        return _of_hydra(error, text, conf)
+    return f"{type(error).__name__}: {text}"
+
+
+def _of_hydra(error: BaseException, text: str, conf: Path) -> str:
+    """Hydra's messages, as far as they say little to who has not written the program."""
+    text = text.split(" See https://hydra.cc")[0]
+    remedy = "write option=value, and quote what holds special characters twice: 'option=\"a(b)\"'"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read ({text.split(' expecting ')[0]}); {remedy}"
+    if type(error).__module__.startswith("antlr4"):
+        return f"{text.removesuffix('^').strip()}: cannot be read; {remedy}"
+    if match := re.search(r"Could not (?:override|delete\D*?)\.? '([^']+)'|config group '([^']+)' does not exist", text):
+        return _no_such_option(match[1] or match[2], conf)
+    if match := re.search(r"An item is already at '([^']+)'", text):
+        return f"+{match[1]}: there is such an option already; write it without the +"
+    if match := re.search(r"Could not find '([^']+)/([^'/]*)'(?: Available options in '[^']+': (.*?) Config search)?", text):
+        options = (match[3] or "").split()
+        chosen = f"; choose one of {', '.join(options)}" if options else "; see python launch.py --help"
+        return f"{match[1]}={match[2]}: there is no such option{_near(match[2], options)}{chosen}"
     if "Ambiguous value for argument" in text:
         argument = re.findall(r"'([^']+)'", text)[0]
         return f"{argument}: several values need a sweep; add -m, as in: python launch.py -m {argument}"
-    if type(error).__module__.startswith(("hydra", "omegaconf")):
-        return text
-    return f"{type(error).__name__}: {text}"
+    if match := re.search(r"Multiple values for ([\w/]+)\..*'override [\w/]+: (.*)'", text):
+        return f"+{match[1]}={match[2]}: there is a {match[1]} already; write {match[1]}={match[2]}, without the +"
+    if match := re.search(r"Config group override must be a string or a list\. Got (\w+)", text):
+        groups = ", ".join(sorted(folder.name for folder in conf.iterdir() if folder.is_dir() and folder.name != "hydra"))
+        return f"each of {groups} takes the name of an option, not a {match[1]}; see python launch.py --help"
+    return f"{text} ({_first_line(error.__cause__)})" if error.__cause__ else text
 
 
 def _no_such_option(key: str, conf: Path) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -68,6 +70,11 @@ class Pretrained:
     def _absolute(cls, path: str | None) -> str | None:
         return path and str(Path(path).expanduser().absolute())
 
+    @property
+    def option(self) -> str:
+        """As the user typed it."""
+        return f"model.path={self.path}" if self.path else f"model.name={self.name}"
+
     def check(self, modality: Modality) -> None:
         """What can be known before the model is loaded."""
         if self.path and not Path(self.path).is_dir():
@@ -89,20 +96,29 @@ class Pretrained:
             options["gguf_file"] = self.gguf_file
         else:
             options |= {"attn_implementation": self.attn_implementation, "use_safetensors": not self.trust_remote_code}
-        load = lambda: auto_model.from_pretrained(  # noqa: E731
-            self.source, trust_remote_code=self.trust_remote_code, **{k: v for k, v in options.items() if v is not None}
+        module, info = self.guarded(
+            lambda: auto_model.from_pretrained(
+                self.source,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+                **{key: value for key, value in options.items() if value is not None},
+            )
         )
-        return self.guarded(load).to(device(self.device)).eval()
+        if info["missing_keys"]:
+            raise UserError(
+                f"{self.option}: has no weights for {sorted(info['missing_keys'])[0]}, which would be random; "
+                "choose the kind of model that it was trained as (model=causal_lm, masked_lm or image_classifier)"
+            )
+        return module.to(device(self.device)).eval()
 
     def guarded(self, load: Callable[[], Any]) -> Any:
         """Runs `load`; what goes wrong with the source becomes one line that names it."""
-        option = f"model.path={self.path}" if self.path else f"model.name={self.name}"
         with quiet():
             try:
                 return load()
             except (OSError, ValueError, ImportError) as error:
                 reason = " ".join(str(error).split())[:300]
-                raise UserError(f"{option}: cannot be loaded: {reason}") from error
+                raise UserError(f"{self.option}: cannot be loaded: {reason}") from error
 
 
 @functools.cache
@@ -141,14 +157,14 @@ def device(name: str) -> torch.device:
 
 @contextmanager
 def quiet():
-    """Hides the loaders' chatter, not their errors."""
+    """Hides the loaders' chatter, not their errors. Their progress bars are for terminals."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    elsewhere = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), elsewhere:
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -51,7 +52,9 @@ def end_of_sweep(job: Job, failures: Failures) -> None:
     folder = job.results_dir / job.sweep
     if failures.reasons and not list(folder.glob("*/rows.parquet")):
         raise UserError("; ".join(failures.reasons))
-    report.write(folder)
+    for file in report.write(folder):
+        if file.suffix == ".png":
+            print(f"figure: {os.path.relpath(file)}")
     if failures.reasons:
         n = len(failures.reasons)
         raise UserError(

