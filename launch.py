@@ -33,9 +33,12 @@ def main(cfg: DictConfig) -> None:
         leave(error)
 
 
-def leave(error: Exception) -> None:
+def leave(error: BaseException) -> None:
     if WANTS_TRACEBACK:
         raise error
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        sys.exit(130)
     sys.exit(f"error: {one_line(error, CONF)}")
 
 
@@ -44,5 +47,5 @@ if __name__ == "__main__":
     sys.argv[1:] = number_fractions(sys.argv[1:])
     try:
         main()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         leave(error)

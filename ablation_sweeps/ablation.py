@@ -16,7 +16,7 @@ from ablation_sweeps.data import Batch
 from ablation_sweeps.sites import Projection, as_rows, hooked
 from ablation_sweeps.transformer import Transformer
 
-Masks = list[Bool[Tensor, " neurons"]]  # one a layer; True = ablated
+Masks = list[Bool[Tensor, " _neurons"]]  # one a layer, whose widths may differ; True = ablated
 
 
 @runtime_checkable
@@ -62,7 +62,7 @@ class Method(Protocol):
 class Constant:
     """The same value at every position of every example: `[neurons]` a layer."""
 
-    values: list[Float[Tensor, " neurons"]]
+    values: list[Float[Tensor, " _neurons"]]
     reads_clean = False
 
     def __call__(self, batch: Batch, clean: list[Tensor]) -> list[Tensor]:

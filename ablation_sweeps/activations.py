@@ -69,7 +69,7 @@ class Statistics:
     """
 
     moments: list[Moments]
-    counts: dict[Histogram, list[Int[torch.Tensor, "neurons bins"]]] = field(default_factory=dict)
+    counts: dict[Histogram, list[Int[torch.Tensor, "_neurons bins"]]] = field(default_factory=dict)
 
     def range(self, histogram: Histogram, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The ends of the bins: `[neurons]` each, float32."""

@@ -39,7 +39,7 @@ def to_job(cfg: DictConfig) -> Job:
     parts = {part: build(part, config[part]) for part in PARTS}
     for option, least in (("batch_tokens", 1), ("seed", 0)):
         if type(config[option]) is not int or config[option] < least:
-            raise UserError(f"{option}={config[option]}: must be a whole number of at least {least}")
+            raise UserError(f"{option}={_as_typed(config[option])}: must be a whole number of at least {least}")
     for option in ("sweep", "results_dir"):
         if config[option] == "":
             raise UserError(f"{option}=: must be a name, e.g. {option}=my_{option}")
@@ -69,7 +69,7 @@ def build(part: str, options: Any) -> Any:
     from pydantic import ValidationError
 
     if not isinstance(options, dict):
-        raise UserError(f"{part}={options}: there is no such option; see python launch.py --help")
+        raise UserError(f"{part}={options}: its options are set one by one; python launch.py --help shows them")
     if not options.get("_target_"):
         raise UserError(f"{part}: its yaml has no _target_, the class that implements it")
     fields = {key: value for key, value in options.items() if key != "_target_"}
@@ -117,7 +117,7 @@ def _as_typed(value: Any) -> str:
     """As on the command line: null, true, [a,b]."""
     if isinstance(value, list):
         return f"[{','.join(_as_typed(item) for item in value)}]"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, dict) else "..."
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 NUMBER = r"(?:[-+]?(?:[.\d][.\deE+-]*|inf|nan))"
@@ -138,15 +138,21 @@ def number_fractions(arguments: list[str]) -> list[str]:
 
 def one_line(error: BaseException, conf: Path) -> str:
     """What went wrong and what to do, for a person at a terminal."""
+    text = " ".join(str(error).split())
+    if type(error).__module__.startswith(("hydra", "omegaconf")) or "Config group override" in text:
+        return _of_hydra(error, text, conf)
+    return plain(error)
+
+
+def plain(error: BaseException) -> str:
+    """The same for an error that is not Hydra's."""
+    text = " ".join(str(error).split())
     if isinstance(error, UserError):
-        return " ".join(str(error).split())
+        return text
     if isinstance(error, OSError) and error.filename and error.strerror:
         reason = f"{error.strerror[0].lower()}{error.strerror[1:]}"
         return f"{error.filename}: {reason}; if it is the results that cannot be written there, set results_dir=FOLDER"
-    text = " ".join(str(error).split()) or type(error).__name__
-    if type(error).__module__.startswith(("hydra", "omegaconf", "antlr4")) or "Config group override" in text:
-        return _of_hydra(error, text, conf)
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def _of_hydra(error: BaseException, text: str, conf: Path) -> str:
@@ -154,15 +160,14 @@ def _of_hydra(error: BaseException, text: str, conf: Path) -> str:
     text = text.split(" See https://hydra.cc")[0]
     remedy = "write option=value, and quote what holds special characters twice: 'option=\"a(b)\"'"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read ({text.split(' expecting ')[0]}); {remedy}"
-    if type(error).__module__.startswith("antlr4"):
-        return f"{text.removesuffix('^').strip()}: cannot be read; {remedy}"
-    if match := re.search(r"Could not (?:override|delete\D*?)\.? '([^']+)'|config group '([^']+)' does not exist", text):
-        return _no_such_option(match[1] or match[2], conf)
+        return f"{error.override}: cannot be read; {remedy}"
+    if match := re.search(r"(?:Could not (?:override|delete.*?)\.?|but config group) '([^']+)'", text):
+        return _no_such_option(match[1], conf)
     if match := re.search(r"An item is already at '([^']+)'", text):
         return f"+{match[1]}: there is such an option already; write it without the +"
-    if match := re.search(r"Could not find '([^']+)/([^'/]*)'(?: Available options in '[^']+': (.*?) Config search)?", text):
-        options = (match[3] or "").split()
+    if match := re.search(r"Could not find '([^']+)/([^'/]*)'", text):
+        listed = re.search(r"Available options in '[^']+': (.*?) Config search", text)
+        options = listed[1].split() if listed else []
         chosen = f"; choose one of {', '.join(options)}" if options else "; see python launch.py --help"
         return f"{match[1]}={match[2]}: there is no such option{_near(match[2], options)}{chosen}"
     if "Ambiguous value for argument" in text:
@@ -170,18 +175,22 @@ def _of_hydra(error: BaseException, text: str, conf: Path) -> str:
         return f"{argument}: several values need a sweep; add -m, as in: python launch.py -m {argument}"
     if match := re.search(r"Multiple values for ([\w/]+)\..*'override [\w/]+: (.*)'", text):
         return f"+{match[1]}={match[2]}: there is a {match[1]} already; write {match[1]}={match[2]}, without the +"
-    if match := re.search(r"Config group override must be a string or a list\. Got (\w+)", text):
-        groups = ", ".join(sorted(folder.name for folder in conf.iterdir() if folder.is_dir() and folder.name != "hydra"))
-        return f"each of {groups} takes the name of an option, not a {match[1]}; see python launch.py --help"
+    if "Config group override must be a string" in text:
+        groups = sorted(folder.name for folder in conf.iterdir() if folder.is_dir() and folder.name != "hydra")
+        return f"{', '.join(groups)}: each takes the name of an option; see python launch.py --help"
     return f"{text} ({_first_line(error.__cause__)})" if error.__cause__ else text
 
 
 def _no_such_option(key: str, conf: Path) -> str:
+    if key.startswith("hydra"):
+        return f"{key}: Hydra has no such option; see python launch.py --hydra-help"
     known = _known_options(conf)
+    if known.get(key):
+        return f"{key}: what is chosen has no such option; these have: {', '.join(sorted(known[key]))}"
     group = key.split(".")[0]
-    inside = sorted({option for option in known if option.startswith(f"{group}.")}) if "." in key else []
-    hint = f"; {group} has {', '.join(inside)}" if inside else "; see python launch.py --help"
-    return f"{key}: there is no such option{_near(key, known)}{hint}"
+    inside = [option for option in known if option.startswith(f"{group}.")] if "." in key else []
+    hint = f"; {group} has {', '.join(sorted(inside))}" if inside else "; see python launch.py --help"
+    return f"{key}: there is no such option{_near(key, list(known))}{hint}"
 
 
 def _near(word: str, options: list[str]) -> str:
@@ -189,24 +198,25 @@ def _near(word: str, options: list[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _known_options(conf: Path) -> list[str]:
-    """Every option of every yaml of conf/, e.g. `method.n_bins`."""
+def _known_options(conf: Path) -> dict[str, set[str]]:
+    """Every option of every yaml of conf/, e.g. `method.n_bins`, and which have it, e.g. `method=peak`."""
     import yaml
 
-    known = set()
+    known: dict[str, set[str]] = {}
     for file in conf.rglob("*.yaml"):
-        content = yaml.safe_load(file.read_text()) or {}
-        group = "" if file.parent == conf else f"{file.relative_to(conf).parts[0]}."
-        for key, value in content.items():
+        group = file.relative_to(conf).parts[0] if file.parent != conf else ""
+        if group == "hydra":
+            continue
+        known.setdefault(group or "seed", set())
+        for key, value in (yaml.safe_load(file.read_text()) or {}).items():
             if key in ("defaults", "hydra", "_target_"):
                 continue
-            known.add(f"{group}{key}")
-            known |= (
-                {f"{group}{key}.{inner}" for inner in value if inner != "_target_"}
-                if isinstance(value, dict)
-                else set()
-            )
-    return sorted(known)
+            inner = [f"{key}.{name}" for name in value if name != "_target_"] if isinstance(value, dict) else []
+            for option in (key, *inner):
+                owners = known.setdefault(f"{group}.{option}" if group else option, set())
+                if group:
+                    owners.add(f"{group}={file.stem}")
+    return known
 
 
 def _embedded(name: str) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -87,21 +88,22 @@ def evaluate(
         if number < len(done):
             continue
         here, size = batch.to(device), len(batch.names)
-        scored = here.labels != NOT_SCORED
+        targets = _targets(here)
+        sums = {}
         with torch.inference_mode():
             if replacement.reads_clean:
                 with reading(projections, size) as clean_activations:
                     logits = model.logits(here)
             else:
                 clean_activations, logits = [], model.logits(here)
-            clean = _finite(logits[scored], model, 0.0)
-            sums = {0.0: _sums(clean, clean, here.labels, scored, common, top_k)}
+            clean = _log_probabilities(logits, targets.rows)
+            sums[0.0] = _sums(logits, clean, targets, common, top_k)
             values = replacement(here, clean_activations)
             for fraction, layers in masks.items():
                 with ablated(projections, layers, values, size):
                     logits = model.logits(here)
-                damaged = _finite(logits[scored], model, fraction)
-                sums[fraction] = _sums(damaged, clean, here.labels, scored, common, top_k)
+                sums[fraction] = _sums(logits, clean, targets, common, top_k)
+        _check_finite(sums, model)
         parts.append(_frame(sums, batch))
         save(parts[-1])
     documents = pd.concat(parts, ignore_index=True).sort_values(["fraction", "document"], ignore_index=True)
@@ -110,49 +112,80 @@ def evaluate(
     return documents
 
 
-def _finite(logits: Tensor, model: Transformer, fraction: float) -> Tensor:
-    if not torch.isfinite(logits).all():
-        where = f"with {fraction:.0%} of the neurons ablated" if fraction else "before anything is ablated"
-        raise UserError(f"model={model.label}: gives NaN or infinite logits {where}; try model.dtype=float32")
-    return logits
+def _check_finite(sums: dict[float, Float[np.ndarray, "batch sums"]], model: Transformer) -> None:
+    for fraction, values in sums.items():
+        if not np.isfinite(values).all():
+            where = f"with {fraction:.0%} of the neurons ablated" if fraction else "before anything is ablated"
+            raise UserError(f"model={model.label}: gives NaN or infinite logits {where}; try model.dtype=float32")
+
+
+class Targets(NamedTuple):
+    """The scored positions of a batch, as rows of its logits `[batch * pos, classes]`."""
+
+    rows: Int[Tensor, " scored"]
+    labels: Int[Tensor, " scored"]
+    examples: Int[Tensor, " scored"]  # the row of the batch that each belongs to
+    n_examples: int
+
+
+def _targets(batch: Batch) -> Targets:
+    labels = batch.labels.flatten()
+    rows = (labels != NOT_SCORED).nonzero()[:, 0]
+    n_examples = len(batch.names)
+    return Targets(rows, labels[rows], rows // (len(labels) // n_examples), n_examples)
+
+
+def _chunks(rows: Int[Tensor, " scored"], n_classes: int) -> Iterator[slice]:
+    """Of some 16 MB of logits: small enough that temporaries stay in memory that the process has already."""
+    size = max(1, (1 << 22) // n_classes)
+    return (slice(start, start + size) for start in range(0, len(rows), size))
+
+
+def _log_probabilities(
+    logits: Float[Tensor, "*batch classes"], rows: Int[Tensor, " scored"]
+) -> Float[Tensor, "scored classes"]:
+    flat = logits.flatten(0, -2)
+    result = torch.empty(len(rows), flat.shape[-1], device=flat.device)
+    for chunk in _chunks(rows, flat.shape[-1]):
+        result[chunk] = flat[rows[chunk]].float().log_softmax(-1)
+    return result
 
 
 def _sums(
-    logits: Float[Tensor, "scored classes"],
+    logits: Float[Tensor, "*batch classes"],
     clean: Float[Tensor, "scored classes"],
-    labels: Int[Tensor, batch * pos],
-    scored: Bool[Tensor, batch * pos],
+    targets: Targets,
     common: Int[Tensor, " common"],
     top_k: int,
 ) -> Float[np.ndarray, "batch sums"]:
-    """The sums of `SUMS` over each example's scored positions, in float64."""
-    targets = labels[scored]
-    examples = torch.arange(len(labels), device=labels.device)
-    examples = examples.view(-1, *[1] * (labels.ndim - 1)).expand_as(labels)[scored]
-    values = []
-    for rows in torch.arange(len(targets), device=labels.device).split(256):  # no second [tokens, d_vocab] in memory
-        values.append(_score(logits[rows], clean[rows], targets[rows], common, top_k))
-    sums = torch.zeros(len(labels), len(SUMS), dtype=torch.float64, device=labels.device)
-    return sums.index_add_(0, examples, torch.cat(values)).cpu().numpy() if values else sums.cpu().numpy()
+    """The sums of `SUMS` over each example's scored positions, in float64. `clean` holds log-probabilities."""
+    flat = logits.flatten(0, -2)
+    sums = torch.zeros(targets.n_examples, len(SUMS), dtype=torch.float64, device=flat.device)
+    values = [
+        _score(flat[targets.rows[chunk]], clean[chunk], targets.labels[chunk], common, top_k)
+        for chunk in _chunks(targets.rows, flat.shape[-1])
+    ]
+    return (sums.index_add_(0, targets.examples, torch.cat(values)) if values else sums).cpu().numpy()
 
 
 def _score(
     logits: Float[Tensor, "scored classes"],
-    clean: Float[Tensor, "scored classes"],
-    targets: Int[Tensor, " scored"],
+    log_p: Float[Tensor, "scored classes"],
+    labels: Int[Tensor, " scored"],
     common: Int[Tensor, " common"],
     top_k: int,
 ) -> Float[Tensor, "scored sums"]:
     log_q = logits.float().log_softmax(-1)
-    log_p = clean.float().log_softmax(-1)
-    own = log_q.gather(-1, targets[:, None])
+    own = log_q.gather(-1, labels[:, None])
     # Rank of the label. Among equal logits the lower id wins: a model that gives all tokens the same is not right.
-    lower = torch.arange(log_q.shape[-1], device=log_q.device) < targets[:, None]
-    rank = (log_q > own).sum(-1) + ((log_q == own) & lower).sum(-1)
+    rank = (log_q > own).sum(-1)
+    equal = log_q == own
+    if (equal.sum(-1) > 1).any():
+        rank += (equal & (torch.arange(log_q.shape[-1], device=log_q.device) < labels[:, None])).sum(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     one = torch.ones_like(kl)
     all_tokens = torch.stack([one, -own[:, 0], (rank < 1).float(), (rank < top_k).float()], -1)
-    rare = ~torch.isin(targets, common)
+    rare = ~torch.isin(labels, common)
     return torch.cat([all_tokens, kl[:, None], all_tokens * rare[:, None]], -1).double()
 
 

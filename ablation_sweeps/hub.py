@@ -81,8 +81,17 @@ class Pretrained:
             raise UserError(
                 f"model.path={self.path}: there is no such folder; give the folder that holds the model's files"
             )
+        if self.path and not self.name and not self.gguf_file and not (Path(self.path) / "config.json").is_file():
+            raise UserError(
+                f"model.path={self.path}: there is no config.json in this folder; give the folder of a model as "
+                "transformers and timm save them"
+            )
         if self.path and self.gguf_file and not (Path(self.path) / self.gguf_file).is_file():
             raise UserError(f"model.gguf_file={self.gguf_file}: there is no such file in {self.path}")
+        try:
+            torch.device("cpu" if self.device == "auto" else self.device)  # its name; a cluster's nodes may have others
+        except RuntimeError as error:
+            raise UserError(f"model.device={self.device}: there is no such device; give auto, cpu or cuda") from error
 
     def identity(self) -> dict[str, Any]:
         """All that can change the numbers. A folder counts by what is in it, not by where it lies."""
@@ -116,9 +125,12 @@ class Pretrained:
         with quiet():
             try:
                 return load()
-            except (OSError, ValueError, ImportError) as error:
+            except UserError:
+                raise
+            except Exception as error:  # transformers, timm, safetensors: each has its own
                 reason = " ".join(str(error).split())[:300]
-                raise UserError(f"{self.option}: cannot be loaded: {reason}") from error
+                remedy = "" if self.path else "; without internet, give a folder that holds it: model.path=FOLDER"
+                raise UserError(f"{self.option}: cannot be loaded: {reason}{remedy}") from error
 
 
 @functools.cache

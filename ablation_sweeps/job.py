@@ -135,6 +135,7 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The experiment. Returns the sums of every document, and the rows of the curve."""
     model = load(job.model)
     projections = sites.find(model, job.site, job.model.site_paths)
+    log.debug("%s: %s", job.site.name, ", ".join(f"{p.path} ({p.width})" for p in projections))
 
     # Calibration: what does each neuron do on data that is not evaluated?
     calibration = encode(job, model, "calibration", Budget(job.statistics.tokens, None))
@@ -145,6 +146,7 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     images = model.modality == "image"
     budget = Budget(None, job.eval.images) if images else Budget(job.eval.tokens, None)
     batches = encode(job, model, "evaluation", budget)
+    log.debug("%d documents or images in %d batches", sum(len(b.names) for b in batches), len(batches))
     orders = job.selection.orders([p.width for p in projections], job.seed)
     replacement = job.method.fit(
         Fitting(model, projections, statistics, max(b.labels.shape[-1] for b in batches), job.seed)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from ablation_sweeps import report
-from ablation_sweeps.config import to_job
+from ablation_sweeps.config import plain, to_job
 from ablation_sweeps.data import UserError
 
 if TYPE_CHECKING:
@@ -32,14 +32,24 @@ def check(configs: Sequence[DictConfig]) -> list[Job]:
     return jobs
 
 
+def by_model(jobs: Sequence[Job]) -> list[int]:
+    """The order in which each model is loaded once, whatever the order in which the options were typed."""
+    model_first = {job.model: i for i, job in reversed(list(enumerate(jobs)))}
+    data_first = {(job.model, job.dataset): i for i, job in reversed(list(enumerate(jobs)))}
+    place = lambda i: (model_first[jobs[i].model], data_first[jobs[i].model, jobs[i].dataset], i)  # noqa: E731
+    return sorted(range(len(jobs)), key=place)
+
+
 @dataclass
 class Failures:
     """Jobs that failed while others went on."""
 
     reasons: list[str] = field(default_factory=list)
+    first: BaseException | None = None  # its traceback is shown where one is wanted
 
     def add(self, what: str, error: BaseException) -> None:
-        self.reasons.append(f"{what}: {error}")
+        self.reasons.append(f"{what}: {plain(error)}")
+        self.first = self.first or error
         log.error("failed: %s", self.reasons[-1])
 
 
@@ -51,7 +61,7 @@ def end_of_sweep(job: Job, failures: Failures) -> None:
     """
     folder = job.results_dir / job.sweep
     if failures.reasons and not list(folder.glob("*/rows.parquet")):
-        raise UserError("; ".join(failures.reasons))
+        raise UserError("; ".join(failures.reasons)) from failures.first
     for file in report.write(folder):
         if file.suffix == ".png":
             print(f"figure: {os.path.relpath(file)}")
@@ -60,4 +70,4 @@ def end_of_sweep(job: Job, failures: Failures) -> None:
         raise UserError(
             f"{n} job{'s' * (n > 1)} failed, the others are finished and kept; the same command runs only what is "
             f"missing. The first: {failures.reasons[0]}"
-        )
+        ) from failures.first

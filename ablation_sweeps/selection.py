@@ -18,7 +18,7 @@ class Random:
 
     label: str
 
-    def orders(self, widths: list[int], seed: int) -> list[Int[Tensor, " neurons"]]:
+    def orders(self, widths: list[int], seed: int) -> list[Int[Tensor, " _neurons"]]:
         """One permutation of the neurons a layer. Depends on the seed, the layer and its width alone."""
         return [_permutation(width, f"{seed}/{layer}") for layer, width in enumerate(widths)]
 
@@ -29,7 +29,7 @@ def _permutation(width: int, key: str) -> Int[Tensor, " neurons"]:
     return torch.randperm(width, generator=generator)
 
 
-def masks(orders: list[Int[Tensor, " neurons"]], fraction: float) -> list[Bool[Tensor, " neurons"]]:
+def masks(orders: list[Int[Tensor, " _neurons"]], fraction: float) -> list[Bool[Tensor, " _neurons"]]:
     """The first `round(fraction * n)` neurons of each order are ablated: masks of growing fractions are nested."""
     chosen = []
     for order in orders:

@@ -170,9 +170,8 @@ def area(fractions: Sequence[float], values: Sequence[float], metric: str) -> fl
     """
     if len(fractions) < 2 or fractions[0] != 0.0 or fractions[-1] != 1.0:
         return math.nan
-    widths = [right - left for left, right in itertools.pairwise(fractions)]
-    middles = [(left + right) / 2 for left, right in itertools.pairwise(values)]
-    height = sum(width * middle for width, middle in zip(widths, middles, strict=True))
+    steps = itertools.pairwise(zip(fractions, values, strict=True))
+    height = sum((right - left) * (u + v) / 2 for (left, u), (right, v) in steps)
     clean = 1.0 if metric == "kl" else values[0]
     return float(height / clean) if clean else math.nan
 

@@ -20,7 +20,7 @@ study() {  # NAME RANDOM_SOURCE OVERRIDES...
 }
 
 : "${ASSETS:?set ASSETS to the folder with the weights and data, see results/reference/README.md}"
-text=(statistics.tokens=8192 eval.tokens=3072 model.max_tokens=256 batch_tokens=2048)
+text=(statistics.tokens=8192 eval.tokens=2560 model.max_tokens=256 batch_tokens=2048)
 smollm2=(model=smollm2_135m "${text[@]}")
 deit=(model=deit_tiny "model.path=$ASSETS/deit_tiny_imagenet1k" dataset=image_folder "dataset.path=$ASSETS/imagenet_sample_256px"
   dataset.labels=prefix "dataset.classes=$ASSETS/deit_tiny_imagenet1k/imagenet_synset_words.txt")

@@ -30,6 +30,7 @@ from ablation_sweeps.datasets.python_docs import PythonCode
 
 ASSETS = Path(__file__).resolve().parent.parent / "ablation_sweeps" / "assets"
 SEED = 0
+VOCABULARY = 512  # short tokens: more of them to learn each from, in the minutes there are
 N_CODE = 60  # source files that join the documentation in training, where the docs alone would be read ten times over
 
 
@@ -41,12 +42,12 @@ def train_causal(folder: Path) -> None:
 
     torch.manual_seed(SEED)
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
-    tokenizer = train_tokenizer(folder, 2048, CAUSAL_CONTEXT, special, around="<bos> $A")
+    tokenizer = train_tokenizer(folder, CAUSAL_CONTEXT, special, around="<bos> $A")
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=384,
-        num_hidden_layers=5,
+        num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=CAUSAL_CONTEXT,
@@ -60,7 +61,7 @@ def train_causal(folder: Path) -> None:
         ids = random_windows(stream, n=4, length=CAUSAL_CONTEXT + 1)
         return cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
 
-    steps, seconds = 3000, time.perf_counter()
+    steps, seconds = 2200, time.perf_counter()
     fit(model, loss, steps, lr=2e-3, name="tiny_causal")
     seconds = time.perf_counter() - seconds
     save(model, folder)
@@ -86,7 +87,7 @@ def train_masked(folder: Path) -> None:
 
     torch.manual_seed(SEED)
     special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "pad_token": "[PAD]"}
-    tokenizer = train_tokenizer(folder, 1024, MASKED_CONTEXT, special, around="[CLS] $A [SEP]")
+    tokenizer = train_tokenizer(folder, MASKED_CONTEXT, special, around="[CLS] $A [SEP]")
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -105,14 +106,14 @@ def train_masked(folder: Path) -> None:
     stream = torch.cat([torch.tensor(ids) for ids in lists])
 
     def loss() -> Tensor:
-        windows = random_windows(stream, n=16, length=MASKED_CONTEXT - 2)
+        windows = random_windows(stream, n=8, length=MASKED_CONTEXT - 2)
         windows = pad(pad(windows, (1, 0), value=tokenizer.cls_token_id), (0, 1), value=tokenizer.sep_token_id)
         ids, labels = score.mask_tokens(tokenizer, windows, rate=0.3)
         hidden = model.bert(ids).last_hidden_state[labels != NOT_SCORED]  # the head only where it is scored: faster
         return cross_entropy(model.cls(hidden), labels[labels != NOT_SCORED])
 
-    steps, seconds = 2800, time.perf_counter()
-    fit(model, loss, steps, lr=2e-3, name="tiny_masked")
+    steps, seconds = 3200, time.perf_counter()
+    fit(model, loss, steps, lr=1.5e-3, name="tiny_masked")
     seconds = time.perf_counter() - seconds
     save(model, folder)
 
@@ -203,7 +204,7 @@ def docs_description() -> str:
     return f"train splits of python_docs ({len(texts('train'))} documents) and python_code ({N_CODE}), Python {version}"
 
 
-def train_tokenizer(folder: Path, vocabulary: int, length: int, special: dict[str, str], around: str):
+def train_tokenizer(folder: Path, length: int, special: dict[str, str], around: str):
     """Byte-level BPE that puts special tokens `around` each text, as in "[CLS] $A [SEP]"; saved in the folder."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -211,7 +212,7 @@ def train_tokenizer(folder: Path, vocabulary: int, length: int, special: dict[st
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=VOCABULARY,
         special_tokens=list(special.values()),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -49,6 +49,11 @@ PRETRAINED = {"name": None, "revision": None, "gguf_file": None, "dtype": "float
 
 
 @pytest.fixture(scope="session")
+def repo() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
 def assets() -> Path:
     """Real trained weights and data, which lie beside the repository where there are any."""
     folder = ROOT.parent / "shared" / "assets"

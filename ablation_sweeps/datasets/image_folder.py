@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
@@ -12,7 +13,11 @@ from pydantic.dataclasses import dataclass as validated
 from ablation_sweeps.data import Modality, Picture, Split, UserError, unit_hash
 from ablation_sweeps.store import signature
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+N_CHECKED = 5000  # the first images to be used are opened before a model is loaded: a second, on a local disk
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -42,18 +47,16 @@ class ImageFolder:
                 f"dataset.classes={self.classes}: has no class {self._class_of(unknown[0])!r}, of {unknown[0].name}; "
                 "its lines must begin with the class names"
             )
+        _check_images(tuple(sorted(files, key=lambda file: unit_hash(self._name(file)))[:N_CHECKED]))
 
     def examples(self, split: Split) -> Iterator[Picture]:
         """In the order of a hash of their names: a prefix is a random sample."""
-        from PIL import Image
-
         files = self._files()
         known = self._classes(files)
         for file in sorted(files, key=lambda file: unit_hash(self._name(file))):
             name = self._name(file)
             if (unit_hash(f"split/{name}") < self.calibration_share) == (split == "calibration"):
-                with Image.open(file) as image:
-                    yield Picture(name, image.copy(), known[self._class_of(file)])
+                yield Picture(name, _read(file, whole=True), known[self._class_of(file)])
 
     def fingerprint(self) -> str:
         """Of the names, sizes and classes of the images."""
@@ -89,3 +92,19 @@ class ImageFolder:
             )
         lines = listed.read_text().splitlines()
         return {line.split()[0]: number for number, line in enumerate(lines) if line.strip()}
+
+
+def _read(file: Path, whole: bool) -> Image:
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(file) as image:
+            return image.copy() if whole else image
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises of damaged files
+        raise UserError(f"dataset.path: {file} is no whole image ({error}); mend or remove it") from error
+
+
+@cache
+def _check_images(files: tuple[Path, ...]) -> None:
+    for file in files:
+        _read(file, whole=False)

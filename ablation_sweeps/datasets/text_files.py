@@ -49,6 +49,11 @@ class TextFiles:
                 raise UserError(f"dataset.{option}={path}: holds no text; give a folder with text in its *.txt files")
         if self.path is None:
             raise UserError("dataset.path: is not given; set dataset.path=FOLDER (or a file, or a glob)")
+        if not (any(True for _ in self.examples("calibration")) and any(True for _ in self.examples("evaluation"))):
+            raise UserError(
+                f"dataset.path={self.path}: holds too few documents to split them; give dataset.calibration_path, or "
+                "dataset.document_start if a file holds several documents"
+            )
 
     def examples(self, split: Split) -> Iterator[Document]:
         """In the order of a hash of their names, so that a budget takes a random sample, the same everywhere."""
@@ -97,6 +102,8 @@ def _files(option: str, path: str) -> list[tuple[str, Path]]:
         files = [(given.name, given)]
     else:
         files = [(Path(found).name, Path(found)) for found in sorted(glob.glob(str(given), recursive=True))]
+    if not files and given.is_dir():
+        raise UserError(f"dataset.{option}={path}: there are no *.txt files in this folder; give a folder of text")
     if not files:
-        raise UserError(f"dataset.{option}={path}: no such file, and no *.txt in such a folder; check the path")
+        raise UserError(f"dataset.{option}={path}: there is no such file or folder; check the path")
     return files

@@ -76,7 +76,9 @@ def _each(fitting: Fitting, histogram: Histogram, place) -> list[Tensor]:
     values = []
     for layer, counts in enumerate(statistics.counts[histogram]):
         low, high = statistics.range(histogram, layer)
-        values.append(_value(place(counts, high - low), low, high))
+        own = statistics.moments[layer]  # with one range for all, the bin of a constant has another centre
+        value = _value(place(counts, high - low), low, high)
+        values.append(torch.where(own.minimum == own.maximum, own.minimum, value))
     return values
 
 
@@ -91,7 +93,7 @@ def _place(density: Float[Tensor, "neurons bins"] | Counts) -> Float[Tensor, " n
     n_bins = density.shape[-1]
     index = torch.arange(n_bins)
     first = torch.where(density == density.amax(-1, keepdim=True), index, n_bins).amin(-1)  # argmax may take any
-    return (first + 0.5) / n_bins
+    return (first.double() + 0.5) / n_bins
 
 
 def _fullest(counts: Counts, width: Float[Tensor, " neurons"]) -> Float[Tensor, " neurons"]:

@@ -79,7 +79,7 @@ class AnotherExample:
 class PositionByPosition:
     """`other`: `[rows, neurons]` a layer, at least as many rows as the examples have positions."""
 
-    other: list[Float[Tensor, "rows neurons"]]
+    other: list[Float[Tensor, "_rows _neurons"]]
     reads_clean = False
 
     def __call__(self, batch: Batch, clean: list[Tensor]) -> list[Tensor]:
@@ -92,7 +92,7 @@ class PositionByPosition:
 class OneForEachText:
     """As the paper's published runs: one position of the other input for a whole text."""
 
-    other: list[Float[Tensor, "rows neurons"]]
+    other: list[Float[Tensor, "_rows _neurons"]]
     reads_clean = False
 
     def __call__(self, batch: Batch, clean: list[Tensor]) -> list[Tensor]:

@@ -23,7 +23,7 @@ class InOrderLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from ablation_sweeps.launching import Failures, check, end_of_sweep
+        from ablation_sweeps.launching import Failures, by_model, check, end_of_sweep
 
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
@@ -31,18 +31,18 @@ class InOrderLauncher(Launcher):
         configs = [self._compose(overrides, initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
         jobs = check(configs)
         failures = Failures()
-        returns = []
-        for number, (overrides, config, job) in enumerate(zip(job_overrides, configs, jobs, strict=True), start=1):
-            log.info("[%d/%d] %s", number, len(jobs), job.folder.name)
-            returns.append(run_job(
-                task_function=self.task_function, config=config, job_dir_key="hydra.sweep.dir",
+        returns: dict[int, JobReturn] = {}
+        for place, i in enumerate(by_model(jobs), start=1):
+            log.info("[%d/%d] %s", place, len(jobs), jobs[i].folder.name)
+            returns[i] = run_job(
+                task_function=self.task_function, config=configs[i], job_dir_key="hydra.sweep.dir",
                 job_subdir_key="hydra.sweep.subdir", hydra_context=self.hydra_context,
-            ))  # fmt: skip
+            )  # fmt: skip
             configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-            if returns[-1].status is not JobStatus.COMPLETED:
-                failures.add(" ".join(overrides), returns[-1]._return_value)
+            if returns[i].status is not JobStatus.COMPLETED:
+                failures.add(jobs[i].folder.name, returns[i]._return_value)
         end_of_sweep(jobs[0], failures)
-        return returns
+        return [returns[i] for i in range(len(jobs))]
 
     def _compose(self, overrides: Sequence[str], number: int) -> DictConfig:
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))

@@ -56,7 +56,8 @@ def one_at_a_time(batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
 def numpy_counts(x: np.ndarray, n_bins: int) -> np.ndarray:
     low, high = x.min(0), x.max(0)
     assert x.dtype == low.dtype == np.float32
-    index = np.trunc((x - low) * np.float32(n_bins) / (high - low)).astype(int)
+    width = np.where(high > low, high - low, np.float32(1))  # ReLU's dead neurons never change: all in bin 0
+    index = np.trunc((x - low) * np.float32(n_bins) / width).astype(int)
     index[index == n_bins] = n_bins - 1
     return np.stack([np.bincount(column, minlength=n_bins) for column in index.T])
 

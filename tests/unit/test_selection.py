@@ -13,7 +13,7 @@ from ablation_sweeps.selection import Random, Schedule, masks
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "fraction"
 WIDTHS = [64, 64, 48, 7]
-FIRST_OF_SEED_0_LAYER_0_WIDTH_64 = [0, 0, 0, 0, 0]
+FIRST_OF_SEED_0_LAYER_0_WIDTH_64 = [9, 11, 37, 5, 22]
 
 
 def orders(seed: int = 0, widths: list[int] = WIDTHS):

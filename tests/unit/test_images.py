@@ -1,0 +1,111 @@
+"""Pictures to batches: the model's own transform, labels, budgets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL.Image import Image, fromarray
+
+from ablation_sweeps.data import Document, Picture, UserError
+from ablation_sweeps.images import ImageEncoder
+from ablation_sweeps.transformer import Budget
+
+NO_LIMIT = Budget(None, None)
+
+
+def image(seed: int, size: int = 16, mode: str = "RGB") -> Image:
+    shape = (size, size, 3) if mode == "RGB" else (size, size)
+    return fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def pictures(n: int, **options) -> list[Picture]:
+    return [Picture(f"p{i}", image(i, **options), i % 5) for i in range(n)]
+
+
+def encoded(model, given, budget=NO_LIMIT, batch_tokens=10):
+    return model.encode(given, "evaluation", budget, batch_tokens, 0)
+
+
+@pytest.mark.parametrize(("family", "key", "std"), [("vit", "pixel_values", 0.25), ("timm_vit", "x", 0.5)])
+def test_pixels_are_scaled_as_the_model_wants_them(tiny, family, key, std):
+    given = pictures(4)
+    batches = encoded(tiny(family), given)
+    pixels = torch.cat([batch.inputs[key] for batch in batches])
+    expected = np.stack([np.asarray(p.image, dtype=np.float64).transpose(2, 0, 1) / 255 for p in given])
+    np.testing.assert_allclose(pixels, (expected - 0.5) / std, atol=1e-5)
+
+
+def test_grey_pictures_get_the_models_colours(tiny):
+    (batch,) = encoded(tiny("vit"), pictures(2, mode="L"))
+    pixels = batch.inputs["pixel_values"]
+    assert pixels.shape == (2, 3, 16, 16)
+    assert torch.equal(pixels[:, 0], pixels[:, 1]) and torch.equal(pixels[:, 0], pixels[:, 2])
+
+
+def test_pictures_of_any_size_are_brought_to_that_of_the_model(tiny):
+    for family, key in (("vit", "pixel_values"), ("timm_vit", "x")):
+        (batch,) = encoded(tiny(family), pictures(2, size=40))
+        assert batch.inputs[key].shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize(("family", "positions"), [("vit", 5), ("timm_vit", 5), ("timm_swin", 4)])
+def test_positions_of_an_image_are_known(tiny, family, positions):
+    """4 patches and CLS; Swin ends with 4 x 4 patches, halved twice... as many as its last layer has."""
+    model = tiny(family)
+    if family == "timm_swin":
+        positions = model.module.layers[-1].output_resolution if hasattr(model.module.layers[-1], "output_resolution") else (4, 4)
+        positions = int(np.prod(positions))
+    assert model.encode.tokens == positions
+
+
+def test_labels_names_and_order_are_those_of_the_dataset(tiny):
+    batches = encoded(tiny("vit"), pictures(7))
+    assert [i for batch in batches for i in batch.index] == list(range(7))
+    assert [name for batch in batches for name in batch.names] == [f"p{i}" for i in range(7)]
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert all(batch.keep is None for batch in batches)
+
+
+@pytest.mark.parametrize("n", range(2, 9))
+@pytest.mark.parametrize("batch_tokens", [1, 10, 15, 20, 1000])
+def test_no_picture_is_left_alone(tiny, n, batch_tokens):
+    batches = encoded(tiny("vit"), pictures(n), batch_tokens=batch_tokens)
+    assert min(len(batch.names) for batch in batches) >= 2
+    assert sum(len(batch.names) for batch in batches) == n
+    assert max(len(batch.names) for batch in batches[:-1] or batches) <= max(2, batch_tokens // 5)
+
+
+@pytest.mark.parametrize(("budget", "n"), [(Budget(None, 3), 3), (Budget(20, None), 4), (Budget(21, None), 5),
+                                           (Budget(6, 5), 2), (Budget(600, 5), 5), (NO_LIMIT, 9)])  # fmt: skip
+def test_a_budget_is_met(tiny, budget, n):
+    assert sum(len(batch.names) for batch in encoded(tiny("vit"), pictures(9), budget)) == n
+
+
+def test_a_label_that_the_model_does_not_know_is_refused(tiny):
+    for family in ("vit", "timm_vit"):
+        with pytest.raises(UserError, match=r"odd has class 5, but the model knows 5 classes.*dataset\.classes"):
+            encoded(tiny(family), [*pictures(3), Picture("odd", image(0), 5)])
+
+
+def test_texts_and_nothing_at_all_are_refused(tiny):
+    with pytest.raises(UserError, match="needs images"):
+        encoded(tiny("vit"), [Document("a", "text")])
+    with pytest.raises(UserError, match="no images"):
+        encoded(tiny("vit"), [])
+
+
+def test_random_pixels_go_through_the_models_transform():
+    seen = []
+
+    def transform(picture: Image) -> torch.Tensor:
+        seen.append(np.asarray(picture))
+        return torch.from_numpy(np.asarray(picture).copy())
+
+    for mode, shape in (("RGB", (256, 256, 3)), ("L", (256, 256))):
+        batch = ImageEncoder(transform, "x", mode, 5, 1).other_input("random_pixels", 1, 0)
+        assert batch.inputs["x"].shape == (1, *shape)
+        counts = np.bincount(seen[-1].ravel(), minlength=256)
+        assert counts.min() > 0.5 * counts.mean()  # all values, evenly
+    with pytest.raises(UserError, match="random_pixels"):
+        ImageEncoder(transform, "x", "L", 5, 1).other_input("random_tokens", 1, 0)

@@ -1,0 +1,531 @@
+"""Every method against a brute-force computation on the raw activations."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
+
+from ablation_sweeps import activations, sites
+from ablation_sweeps.ablation import Fitting, ablated, reading
+from ablation_sweeps.config import to_job
+from ablation_sweeps.data import NOT_SCORED, Batch, Document, UserError
+from ablation_sweeps.methods.mean import Mean
+from ablation_sweeps.methods.median import Median
+from ablation_sweeps.methods.peak import Peak
+from ablation_sweeps.methods.resample import Resample
+from ablation_sweeps.methods.zero import Zero
+from ablation_sweeps.transformer import Budget, Transformer
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+ESTIMATORS = ("histogram", "coarse_to_fine", "averaged", "smoothed", "global_range", "kde", "half_sample_mode")
+TEXT_SOURCES = ("random_characters", "random_tokens", "generated")
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "of liquor!", "Pack my box with five dozen jugs"]
+
+
+def peak(estimator: str, n_bins: int = 100, bandwidth: float = 0.1) -> Peak:
+    return Peak(label="peak", estimator=estimator, n_bins=n_bins, bandwidth=bandwidth)
+
+
+def resample(source: str, as_run: bool = False, length: int | None = None) -> Resample:
+    return Resample(label="resample", source=source, as_run=as_run, length=length)
+
+
+# A model whose activations are what it is given, so that the raw values are known
+
+
+class Given(nn.Module):
+    """Layer `i` of the input goes to the projection of layer `i` as it is."""
+
+    def __init__(self, widths: list[int]):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"attn": nn.ModuleDict({"proj": nn.Linear(n, 1)})}) for n in widths])
+        self.widths = widths
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer["attn"]["proj"](part) for layer, part in zip(self.layers, x.split(self.widths, -1), strict=True)]
+
+
+def given(raw: list[np.ndarray], site, tmp_path) -> Fitting:
+    """`raw`: `[tokens, neurons]` a layer. Spread over batches, the last one with padding."""
+    tokens = len(raw[0])
+    x = torch.from_numpy(np.concatenate(raw, 1, dtype=np.float32))
+    module = Given([part.shape[1] for part in raw])
+    call = lambda batch: module(batch.inputs["x"])  # noqa: E731
+    keep = torch.arange(-(-tokens // 10) * 10) < tokens
+    rows = torch.cat([x, torch.full((len(keep) - tokens, x.shape[1]), 1e6)]).view(-1, 10, x.shape[1])
+    batches = [
+        Batch({"x": part}, torch.full(part.shape[:2], NOT_SCORED), kept, tuple(map(str, range(len(part)))),
+              tuple(range(len(part))))
+        for part, kept in zip(rows.split(7), keep.view(-1, 10).split(7), strict=True)
+    ]  # fmt: skip
+    model = Transformer("given", "", "causal_lm", module, call, call, lambda *_: [],
+                        lambda *_: batches[0], None, frozenset())  # fmt: skip
+    projections = sites.find(model, site("attn_pre_out"), None)
+    return Fitting(model, projections, functools.partial(activations.collect, model, projections, batches, tmp_path), 10, 0)
+
+
+@pytest.fixture(scope="module")
+def raw() -> list[np.ndarray]:
+    """Two layers of unequal width, of shapes that tell the estimators apart."""
+    rng = np.random.default_rng(0)
+    n = 3001
+    columns = [
+        rng.normal(0, 1, n),
+        rng.normal(3, 0.05, n),
+        rng.laplace(-1, 0.5, n),
+        rng.gamma(2.0, 1.0, n),
+        rng.lognormal(0, 1, n),
+        np.where(rng.random(n) < 0.3, rng.normal(-2, 0.1, n), rng.normal(2, 1, n)),
+        rng.standard_t(2, n),
+        np.maximum(rng.normal(-0.5, 1, n), 0),  # most of it is exactly zero
+        rng.uniform(-1, 1, n),
+        -rng.gamma(3.0, 0.01, n),
+    ]
+    x = np.stack(columns, 1).astype(np.float32)
+    return [x[:, :6], x[:, 6:]]
+
+
+def float32_counts(x: np.ndarray, n_bins: int, low=None, high=None) -> np.ndarray:
+    """Of one neuron: the rule of METHOD.md, in float32."""
+    low, high = x.min() if low is None else low, x.max() if high is None else high
+    index = np.trunc((x - low) * np.float32(n_bins) / (high - low)).astype(int)
+    return np.bincount(np.minimum(index, n_bins - 1), minlength=n_bins)
+
+
+def centre(x: np.ndarray, k: int, n_bins: int) -> float:
+    low, high = float(x.min()), float(x.max())
+    return low + (k + 0.5) / n_bins * (high - low)
+
+
+def brute_histogram(x, everything):
+    return centre(x, float32_counts(x, 100).argmax(), 100)
+
+
+def brute_coarse_to_fine(x, everything):
+    k = float32_counts(x, 100).argmax()
+    low, step = float(x.min()), (float(x.max()) - float(x.min())) / 100
+    index = np.minimum(np.trunc((x - x.min()) * np.float32(100) / (x.max() - x.min())), 99)
+    inside = x[index == k].astype(np.float64)
+    fine = np.clip(np.floor((inside - (low + k * step)) / step * 100), 0, 99).astype(int)
+    return low + step * (k + (np.bincount(fine, minlength=100).argmax() + 0.5) / 100)
+
+
+def brute_averaged(x, everything):
+    both = (np.repeat(float32_counts(x, 1000), 10) + float32_counts(x, 10000)) / 2
+    return centre(x, both.argmax(), 10000)
+
+
+def brute_smoothed(x, everything):
+    kernel = np.exp([-2, -0.5, 0, -0.5, -2])
+    return centre(x, np.convolve(float32_counts(x, 100), kernel / kernel.sum(), mode="same").argmax(), 100)
+
+
+def brute_global_range(x, everything):
+    low, high = everything.min(), everything.max()
+    counts = float32_counts(x, 100, low, high)
+    return float(low) + (counts.argmax() + 0.5) / 100 * (float(high) - float(low))
+
+
+BRUTE = {
+    "histogram": brute_histogram,
+    "coarse_to_fine": brute_coarse_to_fine,
+    "averaged": brute_averaged,
+    "smoothed": brute_smoothed,
+    "global_range": brute_global_range,
+}
+
+
+def columns_with_values(raw: list[np.ndarray], values: list[Tensor]):
+    for x, value in zip(raw, values, strict=True):
+        assert value.dtype == torch.float32 and value.shape == (x.shape[1],)
+        yield from zip(x.T, value.tolist(), strict=True)
+
+
+@pytest.mark.parametrize("estimator", BRUTE)
+def test_peak_is_that_of_a_brute_force_histogram(raw, site, tmp_path, estimator):
+    everything = np.concatenate(raw, 1)
+    values = peak(estimator).fit(given(raw, site, tmp_path)).values
+    for x, value in columns_with_values(raw, values):
+        assert value == pytest.approx(BRUTE[estimator](x, everything), rel=1e-6, abs=1e-7)
+
+
+def test_estimators_tell_different_peaks_on_these_data(raw, site, tmp_path):
+    """Else the comparisons above would show little."""
+    fitting = given(raw, site, tmp_path)
+    found = {estimator: tuple(torch.cat(peak(estimator).fit(fitting).values).tolist()) for estimator in ESTIMATORS}
+    assert len(set(found.values())) == len(ESTIMATORS)
+
+
+@pytest.mark.parametrize("bandwidth", [0.1, 0.02])
+def test_kde_peak_is_the_maximum_of_the_density_of_the_raw_values(raw, site, tmp_path, bandwidth):
+    values = peak("kde", bandwidth=bandwidth).fit(given(raw, site, tmp_path)).values
+    for x, value in columns_with_values(raw, values):
+        wide = x.astype(np.float64)
+
+        def density(at, wide=wide):
+            return np.exp(-0.5 * ((at[:, None] - wide) / bandwidth) ** 2).mean(1)
+
+        best = density(np.linspace(wide.min(), wide.max(), 2001)).max()
+        found = density(np.array([value]))[0]
+        bin_width = np.ptp(wide) / 10000
+        assert found >= best * (1 - 1e-3) - 0.05 * bin_width / bandwidth
+
+
+def test_kde_agrees_with_scipy(raw, site, tmp_path):
+    from scipy.stats import gaussian_kde
+
+    values = peak("kde").fit(given(raw, site, tmp_path)).values
+    x = raw[0][:, 0].astype(np.float64)
+    grid = np.linspace(x.min(), x.max(), 10001)
+    density = gaussian_kde(x, bw_method=0.1 / x.std(ddof=1))(grid)
+    assert values[0][0].item() == pytest.approx(grid[density.argmax()], abs=2 * (grid[1] - grid[0]))
+
+
+def textbook_half_sample_mode(x: np.ndarray) -> float:
+    """Bickel & Fruehwirth (2006), on the sorted sample."""
+    x = np.sort(x.astype(np.float64))
+    while len(x) > 3:
+        half = -(-len(x) // 2)
+        start = (x[half - 1 :] - x[: len(x) - half + 1]).argmin()
+        x = x[start : start + half]
+    if len(x) == 3:
+        x = x[:2] if x[1] - x[0] <= x[2] - x[1] else x[1:]
+    return float(x.mean())
+
+
+def test_half_sample_mode_is_that_of_the_sorted_sample(raw, site, tmp_path):
+    values = peak("half_sample_mode").fit(given(raw, site, tmp_path)).values
+    for x, value in columns_with_values(raw, values):
+        assert value == pytest.approx(textbook_half_sample_mode(x), abs=2 * float(np.ptp(x)) / 100)
+
+
+def test_mean_is_that_of_float64(raw, site, tmp_path):
+    values = Mean(label="mean").fit(given(raw, site, tmp_path)).values
+    for x, value in columns_with_values(raw, values):
+        assert value == np.float32(x.astype(np.float64).mean())
+
+
+@pytest.mark.parametrize("n_bins", [10, 1000])
+def test_median_is_within_a_bin(raw, site, tmp_path, n_bins):
+    values = Median(label="median", n_bins=n_bins).fit(given(raw, site, tmp_path)).values
+    for x, value in columns_with_values(raw, values):
+        assert value == pytest.approx(np.median(x.astype(np.float64)), abs=float(np.ptp(x)) / n_bins)
+
+
+def test_median_of_an_even_number_lies_between_the_two_in_the_middle(site, tmp_path):
+    x = np.array([[0.0], [0.1], [0.9], [1.0]])
+    (value,) = Median(label="median", n_bins=100).fit(given([x], site, tmp_path)).values
+    assert 0.1 <= value.item() <= 0.91
+
+
+def test_zero_is_zero(raw, site, tmp_path):
+    for x, value in columns_with_values(raw, Zero(label="zero").fit(given(raw, site, tmp_path)).values):
+        assert value == 0
+
+
+def test_number_of_bins_is_an_option(raw, site, tmp_path):
+    values = peak("histogram", n_bins=13).fit(given(raw, site, tmp_path)).values
+    for x, value in columns_with_values(raw, values):
+        assert value == pytest.approx(centre(x, float32_counts(x, 13).argmax(), 13), rel=1e-6, abs=1e-7)
+
+
+CONSTANT_METHODS = [Mean(label="mean"), Median(label="median", n_bins=1000), *map(peak, ESTIMATORS)]
+each_constant_method = pytest.mark.parametrize(
+    "method", CONSTANT_METHODS, ids=lambda method: getattr(method, "estimator", method.label)
+)
+
+
+@each_constant_method
+@pytest.mark.parametrize("constant", [0.1, -3.3, 0.0])
+def test_a_neuron_that_never_changes_gets_its_value(site, tmp_path, method, constant):
+    """Beside others that do change: one range for all must not move it."""
+    x = np.random.default_rng(0).normal(0, 2, (203, 4)).astype(np.float32)
+    x[:, 2] = constant
+    (values,) = method.fit(given([x], site, tmp_path)).values
+    assert values[2].item() == np.float32(constant)
+
+
+@each_constant_method
+def test_replacements_lie_within_the_range_of_the_neuron(raw, site, tmp_path, method):
+    if getattr(method, "estimator", "") == "global_range":
+        pytest.skip("the centre of a bin of all neurons may lie outside of one neuron's range")
+    for x, value in columns_with_values(raw, method.fit(given(raw, site, tmp_path)).values):
+        assert x.min() <= value <= x.max()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_ties_go_to_the_lower_bin(site, tmp_path, estimator):
+    two, three = np.tile([0.0, 1.0], 150), np.tile([0.0, 0.5, 1.0], 100)
+    x = np.stack([two, 1 - two, three, three[::-1]], 1)
+    if estimator == "half_sample_mode":  # its intervals of three values are not equally long in whole bins
+        x = x[:, :2]
+    (values,) = peak(estimator, bandwidth=0.01).fit(given([x], site, tmp_path)).values
+    assert values.abs().max() <= 0.01
+
+
+def test_statistics_are_asked_for_only_where_they_are_needed(raw, site, tmp_path):
+    asked: list[tuple] = []
+    fitting = given(raw, site, tmp_path)
+    ask = fitting.statistics
+
+    def noting(*histograms):
+        asked.append(histograms)
+        return ask(*histograms)
+
+    noted = Fitting(fitting.model, fitting.projections, noting, 10, 0)
+    Zero(label="zero").fit(noted)
+    assert asked == []
+    Mean(label="mean").fit(noted)
+    assert asked == [()]
+    peak("histogram").fit(noted)
+    assert asked[1:] == [(activations.Histogram(100),)]
+
+
+# Resampling
+
+
+def batches_of(model: Transformer, batch_tokens: int = 1000) -> list[Batch]:
+    documents = [Document(str(i), text) for i, text in enumerate(TEXTS)]
+    return model.encode(documents, "evaluation", Budget(None, None), batch_tokens, 0)
+
+
+def pictures_of(model: Transformer, n: int = 3) -> list[Batch]:
+    pixels = [model.other_input("random_pixels", 1, 100 + i).inputs for i in range(n)]
+    inputs = {key: torch.cat([p[key] for p in pixels]) for key in pixels[0]}
+    return [Batch(inputs, torch.arange(n), None, tuple(map(str, range(n))), tuple(range(n)))]
+
+
+def fitting_of(model: Transformer, site, tmp_path, name: str = "attn_pre_out", batches=None) -> Fitting:
+    projections = sites.find(model, site(name), None)
+    batches = batches or (pictures_of(model) if model.modality == "image" else batches_of(model))
+    statistics = functools.partial(activations.collect, model, projections, batches, tmp_path)
+    return Fitting(model, projections, statistics, max(b.labels.shape[-1] for b in batches), 7)
+
+
+def plain_run(model: Transformer, projections, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Activations of a single input by hooks of our own: `[pos, neurons]` a layer."""
+    seen: list[Tensor] = []
+    modules = list(dict.fromkeys(p.module for p in projections))
+    handles = [m.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone())) for m in modules]
+    with torch.inference_mode():
+        model.module(**inputs) if hasattr(model.module, "config") else model.module(inputs["x"])
+    for handle in handles:
+        handle.remove()
+    return [x.reshape(-1, x.shape[-1]) for x in seen]
+
+
+def written(fitting: Fitting, replacement, batch: Batch) -> list[Tensor]:
+    """What the projections really get when all neurons are ablated: `[batch, rows, neurons]` a layer."""
+    model, projections, size = fitting.model, fitting.projections, len(batch.names)
+    seen: list[Tensor] = []
+    with torch.inference_mode():
+        with reading(projections, size) as clean:
+            model.logits(batch)
+        masks = [torch.ones(p.width, dtype=torch.bool) for p in projections]
+        with ablated(projections, masks, replacement(batch, clean), size):
+            modules = list(dict.fromkeys(p.module for p in projections))
+            handles = [m.register_forward_pre_hook(lambda module, args: seen.append(args[0])) for m in modules]
+            model.logits(batch)
+            for handle in handles:
+                handle.remove()
+    return [x.reshape(size, -1, x.shape[-1]) for x in seen]
+
+
+def alone(batch: Batch, row: int) -> dict[str, Tensor]:
+    n = None if batch.keep is None else int(batch.keep[row].sum())
+    return {key: value[row : row + 1, :n] if n else value[row : row + 1] for key, value in batch.inputs.items()}
+
+
+RESAMPLED = [("llama", "attn_pre_out"), ("opt", "mlp_pre_out"), ("bert", "attn_pre_out"), ("albert", "mlp_pre_out")]
+each_resampled = pytest.mark.parametrize(("family", "name"), RESAMPLED)
+
+
+@each_resampled
+def test_dataset_gives_the_clean_activations_of_another_text_at_the_same_position(tiny, site, tmp_path, family, name):
+    model = tiny(family)
+    fitting = fitting_of(model, site, tmp_path, name)
+    (batch,) = batches_of(model)
+    runs = [plain_run(model, fitting.projections, alone(batch, row)) for row in range(3)]
+    lengths = [len(run[0]) for run in runs]
+    assert len(set(lengths)) == 3  # a donor is shorter, and another one longer
+    found = written(fitting, resample("dataset").fit(fitting), batch)
+    for row in range(3):
+        donor = (row - 1) % 3
+        for layer in range(3):
+            for position in range(lengths[row]):
+                expected = runs[donor][layer][position % lengths[donor]]
+                torch.testing.assert_close(found[layer][row, position], expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["vit", "timm_vit", "timm_swin"])
+def test_dataset_gives_the_clean_activations_of_another_image(tiny, site, tmp_path, family):
+    model = tiny(family)
+    fitting = fitting_of(model, site, tmp_path)
+    (batch,) = pictures_of(model)
+    runs = [plain_run(model, fitting.projections, alone(batch, row)) for row in range(3)]
+    found = written(fitting, resample("dataset").fit(fitting), batch)
+    for row in range(3):
+        for layer, x in enumerate(found):
+            torch.testing.assert_close(x[row], runs[(row - 1) % 3][layer], atol=2e-4, rtol=1e-4)
+
+
+def test_dataset_needs_another_example(tiny, site, tmp_path):
+    model = tiny("llama")
+    fitting = fitting_of(model, site, tmp_path)
+    single = model.encode([Document("a", "hello")], "evaluation", Budget(None, None), 1000, 0)
+    with pytest.raises(UserError, match="another example"):
+        written(fitting, resample("dataset").fit(fitting), single[0])
+
+
+@each_resampled
+@pytest.mark.parametrize("source", TEXT_SOURCES)
+def test_one_fixed_input_position_by_position(tiny, site, tmp_path, family, name, source):
+    model = tiny(family)
+    if source == "generated" and model.kind == "masked_lm":
+        pytest.skip("a masked language model cannot write")
+    fitting = fitting_of(model, site, tmp_path, name)
+    other = model.other_input(source, fitting.length, fitting.seed)
+    assert other.inputs["input_ids"].shape == (1, fitting.length)
+    expected = plain_run(model, fitting.projections, other.inputs)
+    replacement = resample(source).fit(fitting)
+    for batch in batches_of(model, batch_tokens=30):
+        n = batch.labels.shape[1]
+        for x, y in zip(written(fitting, replacement, batch), expected, strict=True):
+            torch.testing.assert_close(x, y[:n].expand_as(x), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["vit", "timm_swin"])
+def test_random_pixels_position_by_position(tiny, site, tmp_path, family):
+    model = tiny(family)
+    fitting = fitting_of(model, site, tmp_path)
+    expected = plain_run(model, fitting.projections, model.other_input("random_pixels", 1, fitting.seed).inputs)
+    (batch,) = pictures_of(model)
+    for x, y in zip(written(fitting, resample("random_pixels").fit(fitting), batch), expected, strict=True):
+        torch.testing.assert_close(x, y.expand_as(x), atol=1e-6, rtol=1e-6)
+
+
+def test_a_seed_fixes_the_other_input_and_another_seed_changes_it(tiny):
+    for source in TEXT_SOURCES:
+        ids = [model_input(tiny("llama"), source, seed) for seed in (0, 0, 1)]
+        assert ids[0] == ids[1] != ids[2]
+    pixels = [tiny("vit").other_input("random_pixels", 1, seed).inputs["pixel_values"] for seed in (0, 0, 1)]
+    assert torch.equal(pixels[0], pixels[1]) and not torch.equal(pixels[0], pixels[2])
+
+
+def model_input(model: Transformer, source: str, seed: int, length: int = 40) -> list[int]:
+    (ids,) = model.other_input(source, length, seed).inputs["input_ids"].tolist()
+    assert len(ids) == length
+    return ids
+
+
+def test_what_the_other_inputs_are_made_of(tiny):
+    model = tiny("llama")
+    special = model.special_ids
+    assert not special & set(model_input(model, "random_tokens", 0))
+    characters = model_input(model, "random_characters", 0)
+    assert characters[0] == 1 and not special & set(characters[1:])  # BOS, then text
+    generated = model_input(model, "generated", 0)
+    assert generated[0] == 1 and not special & set(generated[1:])
+
+
+def test_generated_is_a_sample_of_the_model(fresh):
+    """A model that knows but one continuation writes it."""
+    model = fresh("llama")
+    model.module.lm_head.weight.data.zero_()
+    model.module.model.norm.weight.data.fill_(1)
+    model.module.lm_head.weight.data[42] = 0
+    handle = model.module.lm_head.register_forward_hook(
+        lambda module, args, output: output + 100 * (torch.arange(output.shape[-1]) == 42)
+    )
+    assert model_input(model, "generated", 0)[1:] == [42] * 39
+    handle.remove()
+
+
+@each_resampled
+def test_as_run_gives_text_i_the_activation_of_position_i_everywhere(tiny, site, tmp_path, family, name):
+    model = tiny(family)
+    fitting = fitting_of(model, site, tmp_path, name)
+    expected = plain_run(model, fitting.projections, model.other_input("random_tokens", 2, fitting.seed).inputs)
+    replacement = resample("random_tokens", as_run=True, length=2).fit(fitting)
+    for batch_tokens in (1000, 100):  # of one batch, and of several
+        seen = []
+        for batch in batches_of(model, batch_tokens):
+            for x, y in zip(written(fitting, replacement, batch), expected, strict=True):
+                for row, text in enumerate(batch.index):
+                    value = y[text] if text < 2 else torch.zeros_like(y[0])
+                    torch.testing.assert_close(x[row], value.expand_as(x[row]), atol=1e-6, rtol=1e-6)
+            seen += batch.index
+        assert sorted(seen) == [0, 1, 2]
+
+
+def test_as_run_without_a_length_takes_the_longest_text(tiny, site, tmp_path):
+    fitting = fitting_of(tiny("llama"), site, tmp_path)
+    assert {len(x) for x in resample("random_tokens", as_run=True).fit(fitting).other} == {fitting.length}
+
+
+def test_sources_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match=r"method\.source=random_pixels"):
+        resample("random_pixels").check("text")
+    with pytest.raises(UserError, match=r"method\.source=generated"):
+        resample("generated").check("image")
+    with pytest.raises(UserError, match=r"method\.as_run"):
+        resample("dataset", as_run=True).check("text")
+    for source in TEXT_SOURCES:
+        resample(source, as_run=True).check("text")
+    resample("random_pixels").check("image")
+
+
+# All methods there are
+
+
+def options() -> list[str]:
+    found = [f"method={file.stem}" for file in sorted((CONF / "method").glob("*.yaml"))]
+    found += [f"method=peak method.estimator={estimator}" for estimator in ESTIMATORS]
+    found += [f"method=resample method.source={source}" for source in (*TEXT_SOURCES, "random_pixels")]
+    found += ["method=resample method.source=random_tokens method.as_run=true"]
+    return found
+
+
+@pytest.mark.parametrize("option", options())
+@pytest.mark.parametrize("family", ["llama", "bert", "timm_swin"])
+def test_every_method_writes_finite_values_of_the_right_shape(tiny, site, tmp_path, family, option):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=option.split())
+    method, model = to_job(cfg).method, tiny(family)
+    assert method.label and "/" not in method.label
+    try:
+        getattr(method, "check", lambda modality: None)(model.modality)
+    except UserError:
+        return  # not for this modality; tested above
+    if "generated" in option and model.kind == "masked_lm":
+        with pytest.raises(UserError, match="generated"):
+            method.fit(fitting_of(model, site, tmp_path))
+        return
+    fitting = fitting_of(model, site, tmp_path)
+    replacement = method.fit(fitting)
+    assert isinstance(replacement.reads_clean, bool)
+    batch = (pictures_of(model) if model.modality == "image" else batches_of(model))[0]
+    with torch.inference_mode(), reading(fitting.projections, len(batch.names)) as clean:
+        model.logits(batch)
+    values = replacement(batch, clean if replacement.reads_clean else [])
+    for value, x, projection in zip(values, clean, fitting.projections, strict=True):
+        assert x.shape[-1] == projection.width == value.shape[-1]
+        assert torch.broadcast_shapes(value.shape, x.shape) == x.shape
+        assert torch.isfinite(value).all()
+    again = method.fit(fitting)(batch, clean if replacement.reads_clean else [])
+    assert all(map(torch.equal, values, again))
+
+
+def test_labels_tell_the_variants_apart():
+    labels = []
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for option in options():
+            labels.append(to_job(compose("config", overrides=option.split())).method.label)
+    # `method=peak` and its default estimator are one, and so is as_run=true of the same source.
+    assert len(set(labels)) >= len(labels) - 2

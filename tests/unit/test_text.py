@@ -1,0 +1,254 @@
+"""Documents to batches: what is cut, padded, shifted and masked. A token is a character here, after BOS."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ablation_sweeps.data import NOT_SCORED, Batch, Document, Picture, UserError
+from ablation_sweeps.transformer import Budget, Transformer
+
+TEXTS = ["The quick brown fox", "", "ab", "Pack my box with five dozen liquor jugs", "x" * 200, "hello", "What?"]
+NO_LIMIT = Budget(None, None)
+CONTEXT = 64
+
+
+def documents(texts=TEXTS) -> list[Document]:
+    return [Document(f"doc{i}", text) for i, text in enumerate(texts)]
+
+
+def encoded(model: Transformer, texts=TEXTS, budget=NO_LIMIT, batch_tokens=130, split="evaluation", seed=0) -> list[Batch]:
+    return model.encode(documents(texts), split, budget, batch_tokens, seed)
+
+
+def by_document(batches: list[Batch]) -> dict[str, tuple[list[int], list[int]]]:
+    """What is shown and what is scored of each document, without its padding."""
+    found = {}
+    for batch in batches:
+        for row, name in enumerate(batch.names):
+            n = int(batch.inputs["attention_mask"][row].sum())
+            assert name not in found
+            found[name] = batch.inputs["input_ids"][row, :n].tolist(), batch.labels[row, :n].tolist()
+    return found
+
+
+def vocabulary() -> dict[str, int]:
+    import string
+
+    characters = string.ascii_letters + string.digits + string.punctuation + " "
+    return {character: 5 + i for i, character in enumerate(characters)}
+
+
+def ids_of(text: str) -> list[int]:
+    known = vocabulary()
+    return [1, *(known[character] for character in text)]
+
+
+# Causal models
+
+
+def test_labels_are_the_next_tokens(tiny):
+    found = by_document(encoded(tiny("llama")))
+    for i, text in enumerate(TEXTS):
+        if not text:
+            continue
+        ids = ids_of(text)[:CONTEXT]
+        assert found[f"doc{i}"] == (ids, [*ids[1:], NOT_SCORED])
+
+
+def test_a_document_of_less_than_two_tokens_is_left_out(tiny):
+    assert sorted(by_document(encoded(tiny("llama")))) == [f"doc{i}" for i in range(7) if i != 1]
+    with pytest.raises(UserError, match="all 2 documents are shorter"):
+        encoded(tiny("llama"), ["", ""])
+    with pytest.raises(UserError, match="has no text"):
+        encoded(tiny("llama"), [])
+
+
+def test_documents_are_cut_to_the_context_or_less(tiny, fresh):
+    assert len(by_document(encoded(tiny("llama")))["doc4"][0]) == CONTEXT
+    short = by_document(encoded(fresh("llama", max_tokens=8)))
+    assert {name: len(ids) for name, (ids, _) in short.items() if name != "doc2"} == dict.fromkeys(
+        ["doc0", "doc3", "doc4"], 8
+    ) | {"doc5": 6, "doc6": 6}
+
+
+@pytest.mark.parametrize("tokens", [22, 30, 63, 64, 100])
+def test_a_budget_in_tokens_is_met_exactly(tiny, tokens):
+    """19 + 1, 2 + 1, 39 + 1, 64, 6, 6 tokens are there; the documents come in order and the last one is cut."""
+    batches = encoded(tiny("llama"), budget=Budget(tokens, None))
+    assert sum(int(batch.keep.sum()) for batch in batches) == tokens
+    whole = by_document(encoded(tiny("llama")))
+    names = list(whole)
+    found = by_document(batches)
+    assert set(found) == set(sorted(names)[: len(found)])
+    cut = [name for name, (ids, _) in found.items() if ids != whole[name][0]]
+    assert cut in ([], [max(found)])
+    for name in found:
+        ids, labels = found[name]
+        assert ids == whole[name][0][: len(ids)] and labels == [*ids[1:], NOT_SCORED]
+
+
+def test_a_rest_of_one_token_is_not_used(tiny):
+    """One token has nothing to predict."""
+    batches = encoded(tiny("llama"), budget=Budget(21, None))
+    assert sum(int(batch.keep.sum()) for batch in batches) == 20
+
+
+def test_a_budget_in_examples_counts_those_that_are_scored(tiny):
+    assert sorted(by_document(encoded(tiny("llama"), budget=Budget(None, 3)))) == ["doc0", "doc2", "doc3"]
+
+
+def test_a_budget_larger_than_the_data_takes_all(tiny):
+    assert len(by_document(encoded(tiny("llama"), budget=Budget(10**6, None)))) == 6
+
+
+# Padding and batching
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_padding_is_at_the_right_and_enters_nothing(tiny, family):
+    batches = encoded(tiny(family), batch_tokens=1000)
+    assert len(batches) == 1 and not batches[0].keep.all()
+    for batch in batches:
+        keep = batch.inputs["attention_mask"].bool()
+        assert torch.equal(keep, batch.keep)
+        lengths = keep.sum(1)
+        assert torch.equal(keep, torch.arange(keep.shape[1]) < lengths[:, None])
+        assert (batch.labels[~keep] == NOT_SCORED).all()
+        assert lengths.max() == keep.shape[1]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 10, 64, 65, 100, 128, 130, 192, 200, 1000])
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 7])
+def test_no_document_is_left_alone(tiny, batch_tokens, n):
+    """Resampling from the batch needs another document."""
+    texts = ["x" * 80, "a" * 63, "b" * 63, "hello", "world", "of", "words" * 9][:n]
+    batches = encoded(tiny("llama"), texts, batch_tokens=batch_tokens)
+    assert min(len(batch.names) for batch in batches) >= 2
+    assert sorted(index for batch in batches for index in batch.index) == list(range(n))
+
+
+def test_batches_hold_no_more_than_they_may(tiny):
+    for batch_tokens in (200, 400):
+        batches = encoded(tiny("llama"), [f"{i}" * (7 * i) for i in range(1, 9)], batch_tokens=batch_tokens)
+        assert all(batch.labels.numel() <= batch_tokens for batch in batches[:-1])
+        assert batches[-1].labels.numel() <= batch_tokens + batches[-1].labels.shape[1]  # the one not left alone
+
+
+def test_the_index_is_the_place_in_the_dataset(tiny):
+    order = {f"doc{i}": place for place, i in enumerate([0, 2, 3, 4, 5, 6])}
+    for batch_tokens in (70, 130, 1000):
+        for batch in encoded(tiny("llama"), batch_tokens=batch_tokens):
+            assert batch.index == tuple(order[name] for name in batch.names)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_batching_changes_neither_tokens_nor_labels(tiny, family):
+    results = [by_document(encoded(tiny(family), batch_tokens=size)) for size in (1, 100, 130, 10_000)]
+    assert all(result == results[0] for result in results)
+
+
+def test_pictures_are_refused(tiny):
+    from PIL.Image import new
+
+    with pytest.raises(UserError, match="needs text"):
+        tiny("llama").encode([Picture("a", new("L", (2, 2)), 0)], "evaluation", NO_LIMIT, 100, 0)
+
+
+# Masked models
+
+
+@pytest.fixture(scope="module")
+def long_texts() -> list[str]:
+    rng = np.random.default_rng(0)
+    letters = list(vocabulary())
+    return ["".join(rng.choice(letters, 100)) for _ in range(300)]
+
+
+def test_special_tokens_are_never_scored_and_never_changed(tiny):
+    model = tiny("bert")
+    for seed in range(20):
+        for ids, labels in by_document(encoded(model, seed=seed)).values():
+            special = {0, 1, 2, 3, 4}
+            assert ids[0] == 1 and labels[0] == NOT_SCORED
+            assert not special & {label for label in labels if label != NOT_SCORED}
+
+
+def test_what_is_scored_is_the_original_and_the_rest_is_shown_as_it_is(tiny):
+    found = by_document(encoded(tiny("bert"), seed=3))
+    for i, text in enumerate(TEXTS):
+        original = [*ids_of(text), 2]
+        ids, labels = found[f"doc{i}"]
+        for shown, label, token in zip(ids, labels, original, strict=False):
+            if label == NOT_SCORED:
+                assert shown == token
+            else:
+                assert label == token
+
+
+def test_fifteen_percent_are_scored_in_each_document_and_at_least_one(tiny):
+    for name, (ids, labels) in by_document(encoded(tiny("bert"))).items():
+        n = len(ids) - (1 if len(ids) == CONTEXT else 2)
+        expected = 0 if name == "doc1" else max(1, round(0.15 * n))
+        assert sum(label != NOT_SCORED for label in labels) == expected
+
+
+def test_masks_are_those_of_the_seed_whatever_the_other_documents(tiny):
+    model = tiny("bert")
+    all_of_them = by_document(encoded(model, seed=1))
+    assert by_document(encoded(model, seed=1)) == all_of_them
+    other = by_document(encoded(model, seed=2))
+    assert all(all_of_them[name] != other[name] for name in ("doc0", "doc3", "doc4"))
+    backwards = by_document(model.encode(documents()[::-1], "evaluation", NO_LIMIT, 70, 1))
+    assert backwards == all_of_them
+
+
+def test_shares_of_mask_random_and_unchanged(fresh, long_texts):
+    """Each share within four standard deviations of a binomial; a random token may be the right one by chance."""
+    model = fresh("bert", masked=0.5)
+    found = by_document(encoded(model, long_texts))
+    pairs = [(shown, label) for ids, labels in found.values() for shown, label in zip(ids, labels, strict=True)
+             if label != NOT_SCORED]  # fmt: skip
+    n = len(pairs)
+    assert n > 9000
+    masked = sum(shown == 4 for shown, _ in pairs)
+    changed = sum(shown not in (4, label) for shown, label in pairs)
+    by_chance = 1 / len(vocabulary())
+    for count, share in ((masked, 0.8), (changed, 0.1 * (1 - by_chance))):
+        assert abs(count - n * share) < 4 * math.sqrt(n * share * (1 - share))
+    random = [shown for shown, label in pairs if shown not in (4, label)]
+    assert min(random) > 4 and len(set(random)) > 90
+
+
+@pytest.mark.parametrize(("mask", "random"), [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
+def test_each_share_can_be_all(fresh, mask, random):
+    found = by_document(encoded(fresh("bert", replaced_by_mask=mask, replaced_at_random=random), TEXTS[3:5]))
+    pairs = [(s, label) for ids, labels in found.values() for s, label in zip(ids, labels, strict=True) if label >= 0]
+    assert len(pairs) == 6 + 9
+    if mask:
+        assert all(shown == 4 for shown, _ in pairs)
+    elif random:
+        assert all(shown > 4 for shown, _ in pairs) and any(shown != label for shown, label in pairs)
+    else:
+        assert all(shown == label for shown, label in pairs)
+
+
+def test_calibration_is_unmasked_and_unscored(tiny):
+    found = by_document(encoded(tiny("bert"), split="calibration"))
+    for i, text in enumerate(TEXTS):
+        ids, labels = found[f"doc{i}"]
+        assert ids == [*ids_of(text), 2][:CONTEXT]
+        assert set(labels) == {NOT_SCORED}
+
+
+def test_a_tokenizer_without_a_mask_token_is_refused(fresh):
+    model = fresh("bert")
+    model.encode.tokenizer.mask_token = None
+    try:
+        with pytest.raises(UserError, match="no mask token"):
+            encoded(model)
+    finally:
+        model.encode.tokenizer.mask_token = "<mask>"
