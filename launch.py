@@ -14,6 +14,9 @@ from ablation_sweeps.config import number_fractions, one_line, to_job
 CONF = Path(__file__).parent / "conf"
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
+BARE_FLAGS = ("-m", "--multirun")
+FLAGS = ("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name", "-c", "--cfg")  # take a value
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
@@ -33,6 +36,15 @@ def main(cfg: DictConfig) -> None:
         leave(error)
 
 
+def flags_first(arguments: list[str]) -> list[str]:
+    """Hydra's parser refuses the options that come after a flag if others come before it."""
+    flags, options, takes_value = [], [], False
+    for argument in arguments:
+        (flags if takes_value or argument in (*BARE_FLAGS, *FLAGS) else options).append(argument)
+        takes_value = argument in FLAGS
+    return flags + options
+
+
 def leave(error: BaseException) -> None:
     if WANTS_TRACEBACK:
         raise error
@@ -44,7 +56,7 @@ def leave(error: BaseException) -> None:
 
 if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves errors to us
-    sys.argv[1:] = number_fractions(sys.argv[1:])
+    sys.argv[1:] = flags_first(number_fractions(sys.argv[1:]))
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:

@@ -97,19 +97,24 @@ class Job:
     @property
     def study(self) -> dict[str, Any]:
         """What is the same for all jobs that may be compared."""
-        return {**self.data, "selection": asdict(self.selection), "eval": asdict(self.eval)}
+        return {**self.data, "selection": _options(self.selection), "eval": asdict(self.eval)}
 
     @property
     def signature(self) -> str:
         """Of everything that can change the numbers."""
-        method = {"class": type(self.method).__qualname__, **asdict(self.method)}  # type: ignore[call-overload]
-        own = {"method": method, "fractions": self.fraction.values, "seed": self.seed}
+        own = {"method": _options(self.method), "fractions": self.fraction.values, "seed": self.seed}
         return store.signature({**self.study, **own})
 
     @property
     def folder(self) -> Path:
         name = f"{self.model.label}-{self.dataset.label}-{self.method.label}-s{self.seed}-{self.signature[:8]}"
         return self.results_dir / self.sweep / name.replace("/", "--")
+
+
+def _options(part: Any) -> dict[str, Any]:
+    """What it computes with; a label is only a name."""
+    options = {key: value for key, value in asdict(part).items() if key != "label"}
+    return {"class": type(part).__qualname__, **options}
 
 
 def run_job(job: Job) -> Path:

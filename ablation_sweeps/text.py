@@ -129,7 +129,7 @@ class TextEncoder:
         by_length = sorted(enumerate(sequences), key=lambda pair: (-len(pair[1].ids), pair[0]))
         batches: list[Batch] = []
         while by_length:
-            size = max(1, batch_tokens // len(by_length[0][1].ids))
+            size = max(2, batch_tokens // len(by_length[0][1].ids))
             if len(by_length) == size + 1:
                 size += 1  # never one alone: resampling from the batch needs another example
             rows, by_length = by_length[:size], by_length[size:]

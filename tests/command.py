@@ -1,4 +1,4 @@
-"""The command as a user types it, but in this process (importing torch takes seconds), and the least that it runs on."""
+"""The command as a user types it, but in this process, since importing torch takes seconds; and small data for it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import logging
 import os
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+import ablation_sweeps.config  # noqa: F401  (its resolvers, before Hydra's state is kept and put back)
+
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch.py"
-SMALL = ("fraction=half", "statistics.tokens=400", "eval.tokens=400", "eval.images=8", "batch_tokens=128")
+SMALL = ("fraction=half", "statistics.tokens=400", "eval.tokens=400", "eval.images=8", "eval.skip=5", "batch_tokens=99")
+NOISE = ("Error executing job", "HYDRA_FULL_ERROR", "hydra.cc", "full_key:", "object_type=", "Traceback")
+SENTENCE = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "dog", "run", "far", "away", "from", "it")
 
 Launch = Callable[..., "Outcome"]
 
@@ -30,10 +34,9 @@ class Outcome:
 
     @property
     def error(self) -> str:
-        """Its one line of error; a test fails where there is none, more than one, or anything of Hydra's or Python's."""
-        assert self.code not in (0, None), f"exit code {self.code}\n{self.out}\n{self.err}"
-        assert "Traceback" not in self.err, self.err
-        for noise in ("Error executing job", "HYDRA_FULL_ERROR", "hydra.cc", "full_key:", "object_type="):
+        """Its one line of error: where there is none, or more, or anything of Hydra's or Python's, the test fails."""
+        assert self.code != 0, f"no error\n{self.out}\n{self.err}"
+        for noise in NOISE:
             assert noise not in self.out + self.err, self.err
         (line,) = [line for line in self.err.splitlines() if line.startswith("error: ")]
         assert self.err.rstrip().endswith(line), f"more comes after the error:\n{self.err}"
@@ -41,118 +44,78 @@ class Outcome:
         return line
 
 
-def launcher(patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path) -> Launch:
-    """`launch("-m", "seed=0,1")` runs launch.py's main in `folder`, as `python launch.py -m seed=0,1` would."""
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Launch:
+    """`launch("-m", "seed=0,1")` does in `tmp_path` what `python launch.py -m seed=0,1` would."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.singleton import Singleton
 
-    import ablation_sweeps.config  # its resolvers stay when the state of Hydra is put back
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
-    def launch(*arguments: str) -> Outcome:
-        state, handlers = Singleton.get_state(), list(logging.getLogger().handlers)
-        full_error = os.environ.get("HYDRA_FULL_ERROR")  # launch.py sets it for Hydra
+    def run(*arguments: str) -> Outcome:
+        state, handlers, environment = Singleton.get_state(), logging.getLogger().handlers[:], dict(os.environ)
         GlobalHydra.instance().clear()
         capsys.readouterr()
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(sys, "argv", [str(LAUNCH), *arguments])
-            inner.setattr(sys, "path", list(sys.path))
+        code: object = 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(LAUNCH), *arguments])
+            patch.setattr(sys, "path", list(sys.path))
             try:
                 runpy.run_path(str(LAUNCH), run_name="__main__")
-                code: object = 0
             except SystemExit as left:
                 code = left.code
             finally:
                 Singleton.set_state(state)
                 logging.getLogger().handlers[:] = handlers
-                os.environ.pop("HYDRA_FULL_ERROR", None)
-                if full_error is not None:
-                    os.environ["HYDRA_FULL_ERROR"] = full_error
+                os.environ.clear()
+                os.environ.update(environment)
         out, err = capsys.readouterr()
-        if isinstance(code, str):  # what Python itself prints of sys.exit("text")
+        if isinstance(code, str):  # what Python itself does with sys.exit("text")
             code, err = 1, f"{err}{code}\n"
-        return Outcome(int(code or 0), out, err)  # type: ignore[call-overload]
+        assert code is None or isinstance(code, int)
+        return Outcome(code or 0, out, err)
 
-    patch.chdir(folder)
-    patch.setenv("WANDB_MODE", "disabled")
-    patch.delenv("HYDRA_FULL_ERROR", raising=False)
-    return launch
+    return run
 
 
-def save_tokenizer(folder: Path) -> int:
-    """Byte-level BPE with 60 merges; returns its vocabulary's size."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The test fails if a model is loaded, even if the program survives it."""
+    from ablation_sweeps import job
+    from ablation_sweeps.models import causal_lm, image_classifier, masked_lm, timm
 
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator(texts(20), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<s>").save_pretrained(folder)
-    return raw.get_vocab_size()
+    loaded = []
 
+    def load(*model: object) -> None:
+        loaded.append(model)
+        raise AssertionError("a model is loaded")
 
-def save_causal(folder: Path, *, seed: int = 0) -> Path:
-    """A Llama with grouped-query attention, two layers and random weights."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=save_tokenizer(folder), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    for kind in (causal_lm.CausalLM, masked_lm.MaskedLM, image_classifier.ImageClassifier, timm.Timm):
+        monkeypatch.setattr(kind, "load", load)
+    monkeypatch.setattr(job, "load", load)
+    yield
+    assert not loaded, "a model was loaded before the mistake was found"
 
 
-def save_broken(folder: Path) -> Path:
-    """The same with a NaN in its weights."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(save_causal(folder) / "model.safetensors")
-    weights["model.layers.1.self_attn.v_proj.weight"][:] = torch.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def save_vit(folder: Path) -> Path:
-    """A timm ViT for 8 x 8 grey pixels and ten classes, with random weights."""
-    import timm
-    import torch
-    from timm.models import save_for_hf
-
-    sizes = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    pretrained = {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.5], "crop_pct": 1.0, "num_classes": 10}
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, pretrained_cfg_overlay=pretrained, **sizes)
-    save_for_hf(model, str(folder), model_config={"model_args": sizes}, safe_serialization=True)
-    return folder
-
-
-def texts(n: int) -> list[str]:
-    words = "the cat sat on a mat and saw the dog run far away over green hills".split()
-    return [" ".join(words[(i * 7 + j * (i + 3)) % len(words)] for j in range(30)) + f" {i}." for i in range(n)]
+def text(number: int, words: int = 30) -> str:
+    picked = (SENTENCE[(number * 7 + place * (number + 3)) % len(SENTENCE)] for place in range(words))
+    return f"{' '.join(picked)} {number}."
 
 
 def write_texts(folder: Path, n: int = 12) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for i, text in enumerate(texts(n)):
-        (folder / f"{i}.txt").write_text(text)
+    for i in range(n):
+        (folder / f"{i}.txt").write_text(text(i))
     return folder
 
 
-def write_images(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), n: int = 6) -> Path:
+def write_images(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), n: int = 8) -> Path:
     import numpy as np
     from PIL import Image
 
-    pixels = np.random.default_rng(0).integers(0, 256, (len(classes), n, 8, 8), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (len(classes), n, 16, 16, 3), dtype=np.uint8)
     for name, images in zip(classes, pixels, strict=True):
         (folder / name).mkdir(parents=True)
         for i, image in enumerate(images):
@@ -160,6 +123,46 @@ def write_images(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), n: int
     return folder
 
 
-def rows_of(folder: Path) -> dict[str, object]:
-    """State and reason of the runs in a sweep's folder, by the name of the run."""
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/status.json"))}
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts") / "texts")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "images")
+
+
+@pytest.fixture(scope="session")
+def on_text(saved: Callable[[str], Path], texts: Path) -> tuple[str, ...]:
+    """Options of the smallest job there is: a random Llama on twelve short texts."""
+    model = ("model=causal_lm", f"model.path={saved('llama')}", "model.label=tiny")
+    return (*model, "dataset=text_files", f"dataset.path={texts}", "tracking=none", *SMALL)
+
+
+@pytest.fixture(scope="session")
+def on_images(saved: Callable[[str], Path], images: Path) -> tuple[str, ...]:
+    """The same for a random timm ViT."""
+    model = ("model=timm", f"model.path={saved('timm_vit')}", "model.label=tiny")
+    return (*model, "dataset=image_folder", f"dataset.path={images}", "tracking=none", *SMALL)
+
+
+@pytest.fixture(scope="session")
+def broken(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That Llama with NaN in its weights."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("models") / "broken"
+    shutil.copytree(saved("llama"), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.self_attn.v_proj.weight"][:] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def states(sweep: Path) -> dict[str, str]:
+    """How each run of a sweep ended."""
+    return {path.parent.name: json.loads(path.read_text())["state"] for path in sorted(sweep.glob("*/status.json"))}

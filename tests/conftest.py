@@ -1,4 +1,4 @@
-"""Small random models of many families, saved and loaded by the ordinary classes, and a tokenizer of single characters."""
+"""Small random models of many families, saved and loaded by the ordinary classes; a tokenizer of single characters."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ FAMILIES = {
     "bert": ("BertForMaskedLM", {**SMALL, "pad_token_id": 0, "intermediate_size": 48}),
     "albert": ("AlbertForMaskedLM", {**SMALL, **IDS, "intermediate_size": 48, "embedding_size": 16}),
     "vit": ("ViTForImageClassification", PICTURES),
-    "timm_vit": ("vit_tiny_patch16_224", {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}),
+    "timm_vit": ("vit_tiny_patch16_224", {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 3,
+                                          "num_heads": 4}),
     "timm_swin": ("swin_tiny_patch4_window7_224", {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16,
                                                    "depths": [2, 2], "num_heads": [2, 4]}),
 }  # fmt: skip
@@ -70,7 +71,8 @@ def save_tokenizer(folder: Path, sequence: str) -> None:
     tokenizer = Tokenizer(models.BPE(VOCABULARY, [], unk_token="<unk>"))
     around = [(token, VOCABULARY[token]) for token in ("<s>", "</s>")]
     tokenizer.post_processor = processors.TemplateProcessing(single=sequence, special_tokens=around)
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    names |= {"unk_token": "<unk>", "mask_token": "<mask>"}
     if "</s>" in sequence:
         names |= {"cls_token": "<s>", "sep_token": "</s>"}
     PreTrainedTokenizerFast(
@@ -95,8 +97,8 @@ def save_model(family: str, folder: Path) -> None:
 
         module = randomised(timm.create_model(name, num_classes=5, **options))
         size = (3, options["img_size"], options["img_size"])
-        config = {"architecture": name, "num_classes": 5, "model_args": options,
-                  "pretrained_cfg": {"input_size": size, "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}}  # fmt: skip
+        pretrained = {"input_size": size, "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
+        config = {"architecture": name, "num_classes": 5, "model_args": options, "pretrained_cfg": pretrained}
         (folder / "config.json").write_text(json.dumps(config))
         save_file(module.state_dict(), folder / "model.safetensors")
         return

@@ -67,7 +67,8 @@ def given(raw: list[np.ndarray], site, tmp_path) -> Fitting:
     model = Transformer("given", "", "causal_lm", module, call, call, lambda *_: [],
                         lambda *_: batches[0], None, frozenset())  # fmt: skip
     projections = sites.find(model, site("attn_pre_out"), None)
-    return Fitting(model, projections, functools.partial(activations.collect, model, projections, batches, tmp_path), 10, 0)
+    statistics = functools.partial(activations.collect, model, projections, batches, tmp_path)
+    return Fitting(model, projections, statistics, 10, 0)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +183,7 @@ def test_kde_agrees_with_scipy(raw, site, tmp_path):
 
     values = peak("kde").fit(given(raw, site, tmp_path)).values
     x = raw[0][:, 0].astype(np.float64)
-    grid = np.linspace(x.min(), x.max(), 10001)
+    grid = np.linspace(x.min(), x.max(), 2001)
     density = gaussian_kde(x, bw_method=0.1 / x.std(ddof=1))(grid)
     assert values[0][0].item() == pytest.approx(grid[density.argmax()], abs=2 * (grid[1] - grid[0]))
 
@@ -225,7 +226,7 @@ def test_median_of_an_even_number_lies_between_the_two_in_the_middle(site, tmp_p
 
 
 def test_zero_is_zero(raw, site, tmp_path):
-    for x, value in columns_with_values(raw, Zero(label="zero").fit(given(raw, site, tmp_path)).values):
+    for _, value in columns_with_values(raw, Zero(label="zero").fit(given(raw, site, tmp_path)).values):
         assert value == 0
 
 
@@ -492,12 +493,16 @@ def options() -> list[str]:
     return found
 
 
+@functools.cache
+def composed(option: str):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return to_job(compose("config", overrides=option.split())).method
+
+
 @pytest.mark.parametrize("option", options())
 @pytest.mark.parametrize("family", ["llama", "bert", "timm_swin"])
 def test_every_method_writes_finite_values_of_the_right_shape(tiny, site, tmp_path, family, option):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=option.split())
-    method, model = to_job(cfg).method, tiny(family)
+    method, model = composed(option), tiny(family)
     assert method.label and "/" not in method.label
     try:
         getattr(method, "check", lambda modality: None)(model.modality)
@@ -523,9 +528,6 @@ def test_every_method_writes_finite_values_of_the_right_shape(tiny, site, tmp_pa
 
 
 def test_labels_tell_the_variants_apart():
-    labels = []
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        for option in options():
-            labels.append(to_job(compose("config", overrides=option.split())).method.label)
+    labels = [composed(option).label for option in options()]
     # `method=peak` and its default estimator are one, and so is as_run=true of the same source.
     assert len(set(labels)) >= len(labels) - 2

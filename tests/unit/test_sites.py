@@ -68,7 +68,8 @@ def bare(module: nn.Module, run=None) -> Transformer:
     """A transformer of any module that takes `x`."""
     batch = Batch({"x": torch.randn(1, 4, 8)}, torch.full((1, 4), NOT_SCORED), None, ("other",), (0,))
     run = run or (lambda b: module(b.inputs["x"]))
-    return Transformer("bare", "", "causal_lm", module.eval(), run, run, lambda *_: [], lambda *_: batch, 2, frozenset())
+    module.eval()
+    return Transformer("bare", "", "causal_lm", module, run, run, lambda *_: [], lambda *_: batch, 2, frozenset())
 
 
 class Attention(nn.Module):
@@ -396,7 +397,8 @@ def test_one_call_of_a_shared_layer_is_ablated_not_all_of_them(tiny, site):
 def test_rows_are_grouped_by_example_where_the_model_flattens_them(tiny, site, family):
     """Each example alone sees the same rows as in a batch: OPT's fc2 has no batch axis, Swin's windows mix with it."""
     model = tiny(family)
-    batch, projections = some_batch(model), sites.find(model, site("mlp_pre_out" if family == "opt" else "attn_pre_out"), None)
+    name = "mlp_pre_out" if family == "opt" else "attn_pre_out"
+    batch, projections = some_batch(model), sites.find(model, site(name), None)
     with torch.inference_mode(), reading(projections, 2) as together:
         model.logits(batch)
     for row in range(2):

@@ -1,0 +1,187 @@
+"""Adding a method, a dataset or a kind of model is one Python file and one yaml, both outside of this repository."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from command import Launch
+
+Add = Callable[[str, str, str, str], str]
+
+METHOD = """
+from dataclasses import dataclass
+import torch
+from ablation_sweeps.ablation import Constant
+
+@dataclass(frozen=True)
+class Level:
+    label: str
+    value: float
+
+    def fit(self, fitting):
+        return Constant([torch.full((p.width,), self.value) for p in fitting.projections])
+"""
+
+DATASET = """
+from dataclasses import dataclass
+from typing import ClassVar
+from ablation_sweeps.data import Document
+
+@dataclass(frozen=True)
+class Alphabet:
+    label: str
+    letters: int
+    modality: ClassVar[str] = "text"
+
+    def examples(self, split):
+        for i in range(5):
+            yield Document(f"{split}/{i}", "abcdefghijklmnopqrstuvwxyz"[: self.letters])
+
+    def fingerprint(self):
+        return f"alphabet {self.letters}"
+"""
+
+MODEL = '''
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+import torch
+from torch import nn
+from ablation_sweeps.data import NOT_SCORED, Batch
+from ablation_sweeps.transformer import Transformer
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.o_proj = nn.Linear(8, 8)
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.self_attn = Attention()
+
+    def forward(self, x):
+        return x + self.self_attn.o_proj(x)
+
+class Bytes(nn.Module):
+    """Every byte is equally likely, whatever came before, unless a neuron is set."""
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(256, 8)
+        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.head = nn.Linear(8, 256)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+        nn.init.eye_(self.layers[1].self_attn.o_proj.weight)
+        nn.init.normal_(self.head.weight, generator=torch.Generator().manual_seed(0))
+
+    def body(self, ids):
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def forward(self, ids):
+        return self.head(self.body(ids))
+
+def batch(names, rows):
+    ids = torch.tensor(rows)
+    labels = torch.cat([ids[:, 1:], torch.full((len(rows), 1), NOT_SCORED)], 1)
+    return Batch({"ids": ids}, labels, torch.ones_like(ids, dtype=torch.bool), tuple(names), tuple(range(len(rows))))
+
+@dataclass(frozen=True)
+class ByteModel:
+    label: str
+    length: int
+    site_paths: tuple | None
+    modality: ClassVar[str] = "text"
+
+    def can_score(self, document):
+        return len(document.text) >= 2
+
+    def identity(self):
+        return asdict(self)
+
+    def load(self):
+        def encode(examples, split, budget, batch_tokens, seed):
+            documents = list(examples)
+            rows = [list(d.text.encode()[: self.length]) for d in documents]
+            kept = [(d.name, row) for d, row in zip(documents, rows) if len(row) == self.length]
+            return [batch(*zip(*kept))]
+
+        module = Bytes()
+        return Transformer(
+            label=self.label, revision="", kind="causal_lm", module=module,
+            logits=lambda batch: module(batch.inputs["ids"]), body=lambda batch: module.body(batch.inputs["ids"]),
+            encode=encode, other_input=lambda source, length, seed: batch(["other"], [[1] * length]),
+            n_heads=2, special_ids=frozenset(),
+        )
+'''
+
+
+@pytest.fixture
+def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Add:
+    """Writes a Python file and a yaml; returns the folder that Hydra has to look into as well."""
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+
+    def add(group: str, name: str, python: str, options: str) -> str:
+        (tmp_path / "packages").mkdir()
+        (tmp_path / "packages" / f"my_{name}.py").write_text(python)
+        (tmp_path / "my_conf" / group).mkdir(parents=True)
+        (tmp_path / "my_conf" / group / f"{name}.yaml").write_text(options)
+        return str(tmp_path / "my_conf")
+
+    return add
+
+
+def rows_of(sweep: Path) -> pd.DataFrame:
+    return pd.concat([pd.read_parquet(path) for path in sweep.glob("*/rows.parquet")], ignore_index=True)
+
+
+def loss(rows: pd.DataFrame, fraction: float, **where: object) -> float:
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    return rows[(rows["metric"] == "loss") & (rows["fraction"] == fraction)]["value"].item()
+
+
+def test_a_method(launch: Launch, add: Add, on_text, tmp_path):
+    conf = add("method", "level", METHOD, "_target_: my_level.Level\nlabel: level-${.value}\nvalue: 7.0\n")
+    outcome = launch("--config-dir", conf, *on_text, "-m", "method=level", "method.value=7.0,0.0")
+    assert outcome.code == 0, outcome.err
+    assert launch(*on_text, "method=zero").code == 0
+    rows = rows_of(tmp_path / "results" / "default")
+    assert loss(rows, 0.5, method="level-0.0") == loss(rows, 0.5, method="zero")
+    assert loss(rows, 0.5, method="level-7.0") != loss(rows, 0.5, method="zero")
+    assert loss(rows, 0.0, method="level-7.0") == loss(rows, 0.0, method="zero")
+    assert "level-7.0" in outcome.out
+
+
+def test_a_mistake_in_an_own_yaml_is_named_too(launch: Launch, add: Add, on_text):
+    conf = add("method", "level", METHOD, "_target_: my_level.Level\nlabel: level\n")
+    assert "method" in (error := launch("--config-dir", conf, *on_text, "method=level").error) and "value" in error
+    listed = launch("--config-dir", conf, *on_text, "method=levle").error
+    assert "did you mean level?" in listed and "peak" in listed
+
+
+def test_a_dataset(launch: Launch, add: Add, on_text, tmp_path):
+    conf = add("dataset", "alphabet", DATASET, "_target_: my_alphabet.Alphabet\nlabel: alphabet\nletters: 20\n")
+    options = [option for option in on_text if not option.startswith("dataset")]
+    outcome = launch(*options, "--config-dir", conf, "dataset=alphabet", "method=mean")
+    assert outcome.code == 0, outcome.err
+    rows = rows_of(tmp_path / "results" / "default")
+    assert set(rows["dataset"]) == {"alphabet"}
+    assert set(rows[rows["metric"] == "loss"]["n"]) == {5 * 20}  # <s> is not scored, each letter is
+
+
+def test_a_kind_of_model(launch: Launch, add: Add, on_text, tmp_path):
+    options = [option for option in on_text if not option.startswith("model")]
+    yaml = "_target_: my_bytes.ByteModel\nlabel: bytes\nlength: 12\nsite_paths: null\n"
+    conf = add("model", "bytes", MODEL, yaml)
+    outcome = launch(*options, "--config-dir", conf, "model=bytes", "method=mean", "eval.skip=0")
+    assert outcome.code == 0, outcome.err
+    rows = rows_of(tmp_path / "results" / "default")
+    assert set(rows["model"]) == {"bytes"} and set(rows["n_neurons"]) == {16}
+    assert loss(rows, 0.0) == pytest.approx(math.log(256), abs=1e-6)

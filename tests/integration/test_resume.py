@@ -1,0 +1,78 @@
+"""A process that is killed in the middle of its evaluation loses one batch, and changes no number."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from command import LAUNCH, Launch, states, write_texts
+
+WAIT = 180.0  # seconds
+
+
+@pytest.fixture
+def options(saved, tmp_path) -> list[str]:
+    """About sixty batches of one or two documents, eleven passes each."""
+    texts = write_texts(tmp_path / "texts", n=150)
+    model = ["model=causal_lm", f"model.path={saved('llama')}", "model.label=tiny"]
+    data = ["dataset=text_files", f"dataset.path={texts}", "statistics.tokens=400", "eval.tokens=null"]
+    return [*model, *data, "batch_tokens=128", "tracking=none", "method=mean"]
+
+
+def kill_after_batches(n: int, options: list[str], cwd: Path) -> Path:
+    """Starts the command, waits until `n` batches are on disk, and kills it. Returns the run's folder."""
+    with open(cwd / "output", "w") as output:
+        process = subprocess.Popen([sys.executable, str(LAUNCH), *options], cwd=cwd, stdout=output, stderr=output)
+    try:
+        until = time.monotonic() + WAIT
+        while not (found := list(cwd.glob(f"results/default/*/progress-{n - 1:06d}.parquet"))):
+            assert process.poll() is None, (cwd / "output").read_text()
+            assert time.monotonic() < until, "no batch was saved"
+            time.sleep(0.005)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    return found[0].parent
+
+
+def test_a_killed_run_continues_and_gives_the_same_bits(launch: Launch, options, tmp_path):
+    run = kill_after_batches(3, options, tmp_path)
+    saved = sorted(run.glob("progress-*.parquet"))
+    assert states(run.parent) == {run.name: "running"}
+    assert not (run / "rows.parquet").exists()
+
+    continued = launch(*options)
+    assert continued.code == 0, continued.err
+    n_batches = int(re.search(r"continues after (\d+) batches", continued.err)[1])
+    assert n_batches == len(saved) >= 3
+    assert states(run.parent) == {run.name: "finished"}
+    assert not list(run.glob("progress-*")) and not list(run.glob(".*.tmp"))
+
+    assert launch(*options, "results_dir=whole").code == 0
+    (whole,) = (tmp_path / "whole" / "default").glob("*-mean-*")
+    assert whole.name == run.name
+    for file in ("rows.parquet", "documents.parquet"):
+        interrupted, uninterrupted = pd.read_parquet(run / file), pd.read_parquet(whole / file)
+        pd.testing.assert_frame_equal(interrupted, uninterrupted, check_exact=True)
+
+
+def test_a_damaged_batch_is_computed_again(launch: Launch, options, tmp_path):
+    """The disk was full, say: what follows the damaged file is not trusted either."""
+    assert launch(*options, "results_dir=whole").code == 0
+    (whole,) = (tmp_path / "whole" / "default").glob("*-mean-*")
+    run = tmp_path / "results" / "default" / whole.name
+    run.mkdir(parents=True)
+    documents = pd.read_parquet(whole / "documents.parquet")
+    documents.assign(loss=-1e9).to_parquet(run / "progress-000001.parquet")
+    (run / "progress-000000.parquet").write_bytes(b"PAR1")
+    (run / "status.json").write_text(json.dumps({"state": "running"}))
+    assert launch(*options).code == 0
+    pd.testing.assert_frame_equal(pd.read_parquet(run / "documents.parquet"), documents, check_exact=True)

@@ -1,0 +1,376 @@
+"""Metrics against loops over single tokens in float64, and standard errors against resampling."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from ablation_sweeps import evaluation, sites
+from ablation_sweeps.ablation import Constant
+from ablation_sweeps.data import NOT_SCORED, Batch, Document, UserError
+from ablation_sweeps.evaluation import Guess, metrics, ratio, uniform, unigram
+from ablation_sweeps.selection import Random, masks
+from ablation_sweeps.transformer import Budget, Transformer
+
+D, VOCABULARY, TOP_K = 16, 30, 3
+FRACTIONS = (0.25, 0.5, 1.0)
+COMMON = torch.tensor([3, 7, 8])
+PROBABILITY = torch.rand(VOCABULARY, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.1
+GUESS = Guess(PROBABILITY / PROBABILITY.sum(), COMMON)
+
+
+class OneProjection(nn.Module):
+    """Logits are a linear map of the input, so that they can be computed again by hand, ablated too."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor):
+        super().__init__()
+        proj = nn.Linear(len(weight), len(bias))
+        proj.weight.data, proj.bias.data = weight.T.contiguous(), bias
+        self.layers = nn.ModuleList([nn.ModuleDict({"attn": nn.ModuleDict({"proj": proj})})])
+
+    def forward(self, x):
+        return self.layers[0]["attn"]["proj"](x)
+
+
+@pytest.fixture(scope="module")
+def study(site):
+    """A model, batches of 11 documents with padding and positions that are not scored, masks and replacements."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(D, VOCABULARY, generator=generator), torch.randn(VOCABULARY, generator=generator)
+    module = OneProjection(weight, bias).eval()
+    call = lambda batch: module(batch.inputs["x"])  # noqa: E731
+    rng = np.random.default_rng(0)
+    batches, index = [], 0
+    for n_documents in (4, 4, 3):
+        x = torch.randn(n_documents, 12, D, generator=generator)
+        clean = module(x).detach()
+        labels = torch.where(torch.rand(n_documents, 12, generator=generator) < 0.5, clean.argmax(-1),
+                             torch.randint(0, VOCABULARY, (n_documents, 12), generator=generator))  # fmt: skip
+        keep = torch.arange(12) < torch.from_numpy(rng.integers(2, 13, n_documents))[:, None]
+        labels[~keep] = NOT_SCORED
+        labels[torch.rand(n_documents, 12, generator=generator) < 0.2] = NOT_SCORED
+        place = tuple(range(index, index + n_documents))[::-1]
+        batches.append(Batch({"x": x}, labels, keep, tuple(f"doc{i}" for i in place), place))
+        index += n_documents
+    model = Transformer("linear", "", "causal_lm", module, call, call, lambda *_: [], lambda *_: batches[0], None,
+                        frozenset())  # fmt: skip
+    orders = Random(label="random").orders([D], 0)
+    return {
+        "model": model,
+        "projections": sites.find(model, site("attn_pre_out"), None),
+        "batches": batches,
+        "masks": {fraction: masks(orders, fraction) for fraction in FRACTIONS},
+        "replacement": Constant([torch.randn(D, generator=generator)]),
+    }
+
+
+def evaluated(study, common=COMMON, top_k=TOP_K, done=(), save=lambda table: None, **changes) -> pd.DataFrame:
+    return evaluation.evaluate(**{**study, **changes}, common=common, top_k=top_k, done=done, save=save)
+
+
+def scored_labels(study) -> torch.Tensor:
+    return torch.cat([batch.labels[batch.labels != NOT_SCORED] for batch in study["batches"]])
+
+
+def naive_log_softmax(z: np.ndarray) -> np.ndarray:
+    return z - z.max() - math.log(np.exp(z - z.max()).sum())
+
+
+def naive_tokens(study) -> list[dict]:
+    """One entry a scored token and fraction."""
+    linear = study["model"].module.layers[0]["attn"]["proj"]
+    weight, bias = linear.weight.detach().double().numpy(), linear.bias.detach().double().numpy()
+    (replacement,) = study["replacement"].values
+    tokens = []
+    for batch in study["batches"]:
+        for row, document in enumerate(batch.index):
+            for position in range(12):
+                label = int(batch.labels[row, position])
+                if label == NOT_SCORED:
+                    continue
+                x = batch.inputs["x"][row, position].double().numpy()
+                p = naive_log_softmax(weight @ x + bias)
+                for fraction in (0.0, *FRACTIONS):
+                    mask = study["masks"][fraction][0].numpy() if fraction else np.zeros(D, dtype=bool)
+                    q = naive_log_softmax(weight @ np.where(mask, replacement.double().numpy(), x) + bias)
+                    ranked = sorted(range(VOCABULARY), key=lambda token, q=q: -q[token])
+                    tokens.append({"fraction": fraction, "document": document, "label": label, "loss": -q[label],
+                                   "top1": float(ranked[0] == label), "top3": float(label in ranked[:TOP_K]),
+                                   "kl": sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))})  # fmt: skip
+    return tokens
+
+
+def test_every_metric_is_that_of_a_loop_over_tokens(study):
+    table = metrics(evaluated(study), GUESS, scored_labels(study), TOP_K).set_index(["fraction", "metric"])
+    tokens = naive_tokens(study)
+    for fraction in (0.0, *FRACTIONS):
+        here = [token for token in tokens if token["fraction"] == fraction]
+        rare = [token for token in here if token["label"] not in COMMON.tolist()]
+        assert 0 < len(rare) < len(here)
+        for metric in ("loss", "top1", "top3", "kl"):
+            row = table.loc[fraction, metric]
+            assert row["n"] == len(here)
+            assert row["value"] == pytest.approx(np.mean([token[metric] for token in here]), rel=1e-5, abs=1e-6)
+            if metric != "kl":
+                row = table.loc[fraction, f"{metric}_skip3"]
+                assert row["n"] == len(rare)
+                assert row["value"] == pytest.approx(np.mean([token[metric] for token in rare]), rel=1e-5)
+        mean_loss = np.mean([token["loss"] for token in here])
+        assert table.loc[fraction, "perplexity"]["value"] == pytest.approx(math.exp(mean_loss), rel=1e-5)
+    assert set(table.index.get_level_values("metric")) == {
+        "loss", "perplexity", "top1", "top3", "kl", "loss_skip3", "top1_skip3", "top3_skip3"
+    }  # fmt: skip
+    assert table.loc[0.25, "kl"]["value"] > 0.01
+
+
+def test_sums_of_each_document_are_those_of_its_own_tokens(study):
+    documents = evaluated(study).set_index(["fraction", "document"])
+    tokens = pd.DataFrame(naive_tokens(study)).rename(columns={"top3": "topk"})
+    sums = tokens.groupby(["fraction", "document"])[["loss", "top1", "topk", "kl"]].sum()
+    np.testing.assert_allclose(documents.loc[sums.index, sums.columns], sums, rtol=1e-5, atol=1e-5)
+    assert (documents["name"] == [f"doc{i}" for _, i in documents.index]).all()
+
+
+def test_the_clean_pass_has_no_divergence_from_itself(study, tiny, site):
+    assert (evaluated(study).query("fraction == 0")["kl"] == 0).all()
+    documents = evaluated(of(tiny("llama"), site, 100))
+    assert (documents.query("fraction == 0")["kl"] == 0).all()
+    assert (documents.query("fraction == 0.5")["kl"] > 0).all()
+
+
+def test_no_skip_metrics_without_common_tokens(study):
+    none = torch.empty(0, dtype=torch.long)
+    documents = evaluated(study, common=none)
+    table = metrics(documents, uniform(VOCABULARY), scored_labels(study), TOP_K)
+    assert set(table["metric"]) == {"loss", "perplexity", "top1", "top3", "kl"}
+
+
+def test_images_are_scored_once_each(tiny, site):
+    model = tiny("vit")
+    pixels = torch.cat([model.other_input("random_pixels", 1, i).inputs["pixel_values"] for i in range(4)])
+    labels = torch.tensor([0, 3, 2, 4])
+    study = of(model, site, 0, [Batch({"pixel_values": pixels}, labels, None, tuple("abcd"), (0, 1, 2, 3))])
+    with torch.inference_mode():
+        logits = model.module(pixels).logits.double().numpy()
+    table = metrics(evaluated(study, common=torch.empty(0, dtype=torch.long)), uniform(5), labels, TOP_K)
+    table = table.set_index(["fraction", "metric"])
+    losses = [-naive_log_softmax(z)[label] for z, label in zip(logits, labels, strict=True)]
+    assert table.loc[0, "loss"]["value"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert table.loc[0, "top1"]["value"] == np.mean(logits.argmax(1) == labels.numpy())
+    assert (table["n"] == 4).all()
+
+
+# Ties and numbers that are none
+
+
+@pytest.mark.parametrize("value", [0.0, 12345.0])
+def test_a_model_that_gives_all_tokens_the_same_is_not_right(study, value):
+    model = study["model"]
+    constant = lambda batch: model.logits(batch) * 0 + value  # noqa: E731
+    documents = evaluated(study, model=dataclasses.replace(model, logits=constant))
+    labels = scored_labels(study)
+    clean = documents.query("fraction == 0").sum(numeric_only=True)
+    assert clean["top1"] == int((labels == 0).sum())  # always the first token
+    assert clean["topk"] == int((labels < TOP_K).sum())
+    assert clean["loss"] == pytest.approx(len(labels) * math.log(VOCABULARY), rel=1e-6)
+
+
+def test_of_two_equal_first_tokens_one_is_right(study):
+    def two_first(batch):
+        logits = study["model"].logits(batch) * 0
+        logits[..., 5] = logits[..., 9] = 3.0
+        return logits
+
+    model = dataclasses.replace(study["model"], logits=two_first)
+    clean = evaluated(study, model=model, top_k=2).query("fraction == 0").sum(numeric_only=True)
+    labels = scored_labels(study)
+    assert clean["top1"] == int((labels == 5).sum())
+    assert clean["topk"] == int(((labels == 5) | (labels == 9)).sum()) > clean["top1"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_an_error(study, value):
+    model = study["model"]
+    broken = lambda batch: model.logits(batch).index_fill(-1, torch.tensor([4]), value)  # noqa: E731
+    with pytest.raises(UserError, match=r"linear.*before anything is ablated.*float32"):
+        evaluated(study, model=dataclasses.replace(model, logits=broken))
+    with pytest.raises(UserError, match=r"with 25% of the neurons ablated"):
+        evaluated(study, replacement=Constant([torch.full((D,), value)]))
+
+
+def test_nan_where_nothing_is_scored_does_not_matter(study):
+    batches = []
+    for batch in study["batches"]:
+        x = batch.inputs["x"].clone()
+        x[batch.labels == NOT_SCORED] = math.nan
+        batches.append(dataclasses.replace(batch, inputs={"x": x}))
+    pd.testing.assert_frame_equal(evaluated(study, batches=batches), evaluated(study))
+
+
+def test_nothing_scored_is_an_error(study):
+    batches = [dataclasses.replace(b, labels=torch.full_like(b.labels, NOT_SCORED)) for b in study["batches"]]
+    with pytest.raises(UserError, match="nothing is scored"):
+        evaluated(study, batches=batches)
+
+
+# The order of the data and the size of the batches
+
+
+def of(model: Transformer, site, batch_tokens: int, batches: list[Batch] | None = None) -> dict:
+    texts = ["The quick brown fox jumps over the lazy dog", "of liquor!", "Pack my box", "a", "five dozen jugs"]
+    documents = [Document(f"doc{i}", text) for i, text in enumerate(texts)]
+    projections = sites.find(model, site("attn_pre_out"), None)
+    orders = Random(label="random").orders([p.width for p in projections], 0)
+    return {
+        "model": model,
+        "projections": projections,
+        "batches": batches or model.encode(documents, "evaluation", Budget(None, None), batch_tokens, 0),
+        "masks": {0.5: masks(orders, 0.5)},
+        "replacement": Constant([torch.full((p.width,), 0.3) for p in projections]),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bert", "gpt2", "albert"])
+def test_batches_and_padding_change_nothing_but_rounding(tiny, site, family):
+    small, large = (evaluated(of(tiny(family), site, size)) for size in (1, 1000))
+    assert len(of(tiny(family), site, 1)["batches"]) > 1 == len(of(tiny(family), site, 1000)["batches"])
+    assert (small[["fraction", "document", "name", "n"]] == large[["fraction", "document", "name", "n"]]).all(None)
+    np.testing.assert_allclose(small[["loss", "kl"]], large[["loss", "kl"]], atol=1e-4, rtol=1e-5)
+    np.testing.assert_array_equal(small[["top1", "topk"]], large[["top1", "topk"]])
+
+
+def test_batches_that_are_done_are_not_run_again_and_give_the_same_table(study):
+    saved: list[pd.DataFrame] = []
+    whole = evaluated(study, save=saved.append)
+    assert len(saved) == 3
+    calls = []
+    model = study["model"]
+    counting = lambda batch: calls.append(batch.names) or model.logits(batch)  # noqa: E731
+    rest: list[pd.DataFrame] = []
+    again = evaluated(study, model=dataclasses.replace(model, logits=counting), done=saved[:2], save=rest.append)
+    assert len(calls) == 1 + len(FRACTIONS) and len(rest) == 1
+    pd.testing.assert_frame_equal(again, whole)
+
+
+# Standard errors
+
+
+@pytest.fixture(scope="module")
+def clusters():
+    """60 documents of unequal lengths whose tokens resemble each other."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(5, 60, 60).astype(float)
+    totals = counts * (3 + rng.normal(0, 0.4, 60)) + rng.normal(0, 1, 60) * np.sqrt(counts)
+    return totals, counts
+
+
+def test_stderr_is_the_formula(clusters):
+    totals, counts = clusters
+    value, stderr = ratio(totals, counts)
+    assert value == pytest.approx(totals.sum() / counts.sum(), rel=1e-12)
+    d = len(counts)
+    squares = sum((t - value * c) ** 2 for t, c in zip(totals, counts, strict=True))
+    assert stderr == pytest.approx(math.sqrt(d / (d - 1) * squares) / counts.sum(), rel=1e-12)
+
+
+def test_stderr_is_near_the_jackknife_and_the_bootstrap(clusters):
+    totals, counts = clusters
+    _, stderr = ratio(totals, counts)
+    d = len(counts)
+    without = np.array([np.delete(totals, i).sum() / np.delete(counts, i).sum() for i in range(d)])
+    assert stderr == pytest.approx(math.sqrt((d - 1) / d * ((without - without.mean()) ** 2).sum()), rel=0.05)
+    draws = np.random.default_rng(1).integers(0, d, (4000, d))
+    assert stderr == pytest.approx((totals[draws].sum(1) / counts[draws].sum(1)).std(), rel=0.1)
+
+
+def test_tokens_of_a_document_are_not_taken_as_independent(clusters):
+    """Each token twice: a naive standard error would shrink, this one must not."""
+    totals, counts = clusters
+    assert ratio(2 * totals, 2 * counts)[1] == pytest.approx(ratio(totals, counts)[1], rel=1e-12)
+
+
+def test_stderr_of_single_images_is_that_of_a_mean():
+    right = np.array([1.0, 0, 1, 1, 0, 1, 1])
+    value, stderr = ratio(right, np.ones(7))
+    assert value == right.mean()
+    assert stderr == pytest.approx(right.std(ddof=1) / math.sqrt(7), rel=1e-12)
+
+
+def test_documents_without_a_scored_token_do_not_count(clusters):
+    totals, counts = clusters
+    with_empty = ratio(np.append(totals, [0, 0]), np.append(counts, [0, 0]))
+    assert with_empty == pytest.approx(ratio(totals, counts), rel=1e-12)
+
+
+def test_one_document_has_no_stderr_and_none_has_no_value():
+    value, stderr = ratio(np.array([6.0]), np.array([2.0]))
+    assert value == 3 and math.isnan(stderr)
+    assert all(map(math.isnan, ratio(np.zeros(2), np.zeros(2))))
+
+
+def test_perplexity_and_its_stderr_come_from_the_mean_loss(study):
+    table = metrics(evaluated(study), GUESS, scored_labels(study), TOP_K).set_index(["fraction", "metric"])
+    for fraction in (0.0, *FRACTIONS):
+        loss, perplexity = table.loc[fraction, "loss"], table.loc[fraction, "perplexity"]
+        assert perplexity["value"] == pytest.approx(math.exp(loss["value"]))
+        assert perplexity["stderr"] == pytest.approx(math.exp(loss["value"]) * loss["stderr"])
+
+
+def test_a_huge_loss_does_not_overflow(study):
+    documents = evaluated(study)
+    documents["loss"] = documents["n"] * 5000
+    table = metrics(documents, GUESS, scored_labels(study), TOP_K)
+    assert np.isfinite(table.query("metric == 'perplexity'")["value"]).all()
+
+
+# Chance
+
+
+def test_unigram_is_the_add_one_frequency_of_the_calibration_text(tiny):
+    texts = ["aabbbc", "abd"]
+    batches = tiny("llama").encode([Document(t, t) for t in texts], "calibration", Budget(None, None), 100, 0)
+    guess = unigram(batches, 100, tiny("llama").special_ids, skip=2)
+    a = 5  # the first character after five special tokens
+    expected = np.ones(100)
+    expected[[a, a + 1, a + 2, a + 3]] += [3, 4, 1, 1]
+    np.testing.assert_allclose(guess.probability, expected / expected.sum())  # no BOS, no padding
+    assert guess.common.tolist() == [a + 1, a]
+
+
+def test_common_tokens_of_equal_count_are_taken_in_their_order(tiny):
+    batches = tiny("llama").encode([Document("x", "cbadd")], "calibration", Budget(None, None), 100, 0)
+    assert unigram(batches, 100, tiny("llama").special_ids, skip=3).common.tolist() == [8, 5, 6]
+    assert len(unigram(batches, 100, tiny("llama").special_ids, skip=50).common) == 4
+
+
+def chance_of(study, guess: Guess) -> dict[str, float]:
+    table = metrics(evaluated(study, common=guess.common), guess, scored_labels(study), TOP_K)
+    assert (table.groupby("metric")["chance"].nunique(dropna=False) == 1).all()
+    return dict(zip(table["metric"], table["chance"], strict=True))
+
+
+def test_chance_is_what_the_best_blind_guess_gets(study):
+    chance = chance_of(study, GUESS)
+    labels = scored_labels(study).tolist()
+    p = GUESS.probability.tolist()
+    ranked = sorted(range(VOCABULARY), key=lambda token: -p[token])
+    rare = [label for label in labels if label not in COMMON.tolist()]
+    for some, suffix in ((labels, ""), (rare, "_skip3")):
+        assert chance[f"loss{suffix}"] == pytest.approx(-np.mean([math.log(p[label]) for label in some]))
+        assert chance[f"top1{suffix}"] == pytest.approx(np.mean([label == ranked[0] for label in some]))
+        assert chance[f"top3{suffix}"] == pytest.approx(np.mean([label in ranked[:3] for label in some]))
+    assert chance["perplexity"] == pytest.approx(math.exp(chance["loss"]))
+    assert math.isnan(chance["kl"])
+
+
+def test_chance_among_equal_classes(study):
+    chance = chance_of(study, uniform(VOCABULARY))
+    assert chance["loss"] == pytest.approx(math.log(VOCABULARY))
+    assert chance["top1"] == pytest.approx(1 / VOCABULARY)
+    assert chance["top3"] == pytest.approx(3 / VOCABULARY)

@@ -1,0 +1,287 @@
+"""Signatures, files that are whole or not there, and jobs that go on where they stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from ablation_sweeps import job as job_module
+from ablation_sweeps import store
+from ablation_sweeps.config import to_job
+from ablation_sweeps.job import Job, run_job
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(14):
+        (folder / f"{i}.txt").write_text(f"Text number {i} says {'this and that ' * (i % 5)}and ends.")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def composed(saved, texts):
+    """A job on a small model: eight batches or so, nothing tracked."""
+
+    @functools.cache
+    def job(*overrides: str) -> Job:
+        options = [
+            "model=causal_lm", f"model.path={saved('llama')}", "model.device=cpu", "dataset=text_files",
+            f"dataset.path={texts}", "fraction.values=[0.5,1.0]", "batch_tokens=100", "statistics.tokens=200",
+            "eval.skip=5", "tracking=none", *overrides,
+        ]  # fmt: skip
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return to_job(compose("config", overrides=options))
+
+    return job
+
+
+@pytest.fixture
+def make(composed, tmp_path):
+    """The same with results of its own."""
+    return lambda *overrides: dataclasses.replace(composed(*overrides), results_dir=tmp_path / "results")
+
+
+# Signatures
+
+
+def test_a_signature_is_that_of_the_content_not_of_its_order():
+    assert store.signature({"a": 1, "b": [1.0, None]}) == store.signature({"b": [1.0, None], "a": 1})
+    assert store.signature({"a": 1}) != store.signature({"a": 1.5})
+    assert store.signature({"a": (1, 2)}) != store.signature({"a": (2, 1)})
+    with pytest.raises(ValueError):
+        store.signature(float("nan"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=1", "batch_tokens=128", "fraction.values=[0.5]", "fraction.values=[0.25,1.0]", "statistics.tokens=100",
+     "eval.tokens=100", "eval.top_k=5", "eval.skip=6", "site=mlp_pre_out", "method=mean", "method=resample",
+     "method.n_bins=50", "method.estimator=kde", "method.bandwidth=0.2", "model.dtype=bfloat16",
+     "model.attn_implementation=eager", "model.max_tokens=16", "model.revision=abc", "model.trust_remote_code=true",
+     "model.site_paths=['model.layers.0.self_attn.o_proj']", "dataset.calibration_share=0.5",
+     "dataset.document_start='Text.*'"],
+)  # fmt: skip
+def test_what_can_change_the_numbers_changes_the_signature(composed, override):
+    assert composed(override).signature != composed().signature
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model.label=mine", "dataset.label=mine", "method.label=mine", "selection.label=mine", "model.device=auto",
+     "sweep=other", "results_dir=elsewhere", "tracking=wandb", "fraction.values=[1.0,0.5,0,0.5]"],
+)  # fmt: skip
+def test_what_cannot_change_the_numbers_does_not(composed, override):
+    assert composed(override).signature == composed().signature
+
+
+def test_a_folder_counts_by_its_content_not_by_its_place(make, saved, texts, tmp_path):
+    models, documents = tmp_path / "models", tmp_path / "documents"
+    shutil.copytree(saved("llama"), models)
+    shutil.copytree(texts, documents)
+    moved = make(f"model.path={models}", f"dataset.path={documents}")
+    assert moved.signature == make().signature
+
+    (documents / "0.txt").write_text((documents / "0.txt").read_text().replace("Text", "Tent"))
+    changed_text = make(f"model.path={models}", f"dataset.path={documents}").signature
+    assert changed_text != make().signature
+    weights = bytearray((models / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (models / "model.safetensors").write_bytes(weights)
+    assert make(f"model.path={models}").signature != make().signature
+
+
+def test_study_is_shared_by_jobs_that_may_be_compared(make):
+    study = store.signature(make().study)
+    assert store.signature(make("method=zero", "seed=3", "fraction=tenths").study) == study
+    assert store.signature(make("eval.tokens=50").study) != study
+
+
+def test_folders_of_different_jobs_differ_and_have_readable_names(make):
+    folders = {make(o).folder for o in ("seed=0", "seed=1", "method=mean", "method.n_bins=7", "model.label=a/b")}
+    assert len(folders) == 5
+    assert all(folder.parent == make().folder.parent for folder in folders)
+    assert "-mean-s4-" in make("method=mean", "seed=4").folder.name
+    assert "a--b" in make("model.label=a/b").folder.name
+
+
+# Files
+
+
+def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    with pytest.raises(KeyError), store.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert list(path.parent.iterdir()) == []
+    store.write_text(path, "whole")
+    with pytest.raises(KeyError), store.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert path.read_text() == "whole" and list(path.parent.iterdir()) == [path]
+
+
+def test_the_file_is_not_there_until_it_is_whole(tmp_path):
+    path = tmp_path / "table.parquet"
+    with store.replacing(path) as temporary:
+        temporary.write_text("x")
+        assert not path.exists() and temporary.parent == path.parent
+    assert path.read_text() == "x"
+
+
+def test_tensors_come_back_as_they_were(tmp_path):
+    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5, dtype=torch.int32), "c": torch.tensor([0.1]).double()}
+    store.save_tensors(tmp_path / "t.safetensors", tensors)
+    found = store.load_tensors(tmp_path / "t.safetensors")
+    assert found is not None and set(found) == set(tensors)
+    assert all(torch.equal(found[key], tensors[key]) and found[key].dtype == tensors[key].dtype for key in tensors)
+    assert store.load_tensors(tmp_path / "none.safetensors") is None
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 but no more", None])
+def test_a_damaged_table_is_none_with_a_warning(tmp_path, caplog, content):
+    path = tmp_path / "rows.parquet"
+    store.write_table(path, pd.DataFrame({"a": range(1000)}))
+    path.write_bytes(path.read_bytes()[:-20] if content is None else content)
+    with caplog.at_level(logging.WARNING):
+        assert store.read_table(path) is None
+    assert "rows.parquet" in caplog.text
+    assert store.read_table(tmp_path / "none.parquet") is None
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"state": '])
+def test_a_damaged_json_is_none(tmp_path, content):
+    (tmp_path / "status.json").write_text(content)
+    assert store.read_json(tmp_path / "status.json") is None
+    assert not store.finished(tmp_path)
+
+
+def table(i: int) -> pd.DataFrame:
+    return pd.DataFrame({"i": [i]})
+
+
+def test_progress_is_read_up_to_the_first_damage(tmp_path):
+    for i in range(4):
+        store.save_progress(tmp_path, table(i))
+    assert [int(t["i"][0]) for t in store.progress(tmp_path)] == [0, 1, 2, 3]
+    (tmp_path / "progress-000002.parquet").write_bytes(b"half")
+    assert [int(t["i"][0]) for t in store.progress(tmp_path)] == [0, 1]
+    assert len(list(tmp_path.glob("progress-*"))) == 2
+    store.save_progress(tmp_path, table(7))
+    assert [int(t["i"][0]) for t in store.progress(tmp_path)] == [0, 1, 7]
+
+
+def test_progress_with_a_gap_stops_at_the_gap(tmp_path):
+    for i in range(4):
+        store.save_progress(tmp_path, table(i))
+    (tmp_path / "progress-000001.parquet").unlink()
+    assert [int(t["i"][0]) for t in store.progress(tmp_path)] == [0]
+
+
+def test_a_temporary_file_of_a_killed_process_is_not_taken_for_progress(tmp_path):
+    store.save_progress(tmp_path, table(0))
+    (tmp_path / ".progress-000001.parquet.123.tmp").write_bytes(b"half")
+    assert len(store.progress(tmp_path)) == 1
+
+
+# Jobs
+
+
+def rows_of(folder: Path) -> pd.DataFrame:
+    return pd.read_parquet(folder / "rows.parquet")
+
+
+def state(folder: Path) -> dict:
+    return json.loads((folder / "status.json").read_text())
+
+
+def stop_after(monkeypatch, n_batches: int) -> list[int]:
+    """The process is killed when it has saved so many batches."""
+    real, count = store.save_progress, []
+
+    def save(folder, sums):
+        if len(count) == n_batches:
+            raise KeyboardInterrupt
+        real(folder, sums)
+        count.append(1)
+
+    monkeypatch.setattr(job_module.store, "save_progress", save)
+    return count
+
+
+@pytest.mark.parametrize("method", ["method=peak", "method=resample"])
+def test_a_job_that_was_stopped_goes_on_and_gives_bit_equal_rows(make, monkeypatch, tmp_path, method):
+    undisturbed = rows_of(run_job(dataclasses.replace(make(method), results_dir=tmp_path / "undisturbed")))
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(make(method))
+    folder = make(method).folder
+    assert state(folder)["state"] == "failed" and not store.finished(folder)
+    assert len(list(folder.glob("progress-*"))) == 2 and not (folder / "rows.parquet").exists()
+
+    done = []
+    real = job_module.evaluation.evaluate
+
+    def noting(*args, **kwargs):
+        done.append(len(kwargs["done"]))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(job_module.evaluation, "evaluate", noting)
+    assert run_job(make(method)) == folder
+    assert done == [2]
+    pd.testing.assert_frame_equal(rows_of(folder), undisturbed, check_exact=True)
+    assert state(folder)["state"] == "finished" and not list(folder.glob("progress-*"))
+    folders = folder, tmp_path / "undisturbed" / "default" / folder.name
+    pd.testing.assert_frame_equal(*(pd.read_parquet(f / "documents.parquet") for f in folders), check_exact=True)
+
+
+def test_a_finished_job_is_not_run_again_unless_its_rows_are_damaged(make, monkeypatch):
+    folder = run_job(make("method=zero"))
+    first = rows_of(folder)
+    runs = []
+    real = job_module.measure
+    monkeypatch.setattr(job_module, "measure", lambda *args: runs.append(1) or real(*args))
+    run_job(make("method=zero"))
+    assert not runs
+    (folder / "rows.parquet").write_bytes(b"damaged")
+    run_job(make("method=zero"))
+    assert len(runs) == 1
+    pd.testing.assert_frame_equal(rows_of(folder), first, check_exact=True)
+
+
+def test_a_job_that_fails_says_why(make, monkeypatch):
+    monkeypatch.setattr(job_module.sites, "find", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_job(make("method=zero"))
+    assert state(make("method=zero").folder)["reason"].startswith("ZeroDivisionError")
+
+
+def test_statistics_are_computed_once_for_all_jobs_that_share_them(make, monkeypatch):
+    passes = []
+    real = job_module.activations._pass
+    monkeypatch.setattr(job_module.activations, "_pass", lambda *args: passes.append(args[-1]) or real(*args))
+    for options in ("method=peak", "method=peak seed=1", "method=mean", "method=peak method.estimator=smoothed"):
+        run_job(make(*options.split()))
+    assert len(passes) == 2  # moments, then counts
+
+
+def test_rows_carry_what_tells_runs_apart(make):
+    job = make("method=mean")
+    rows = rows_of(run_job(job))
+    assert set(rows["run_id"]) == {job.signature[:16]}
+    assert rows["n_neurons"].unique().tolist() == [3 * 32]
+    assert rows.groupby("fraction")["n_ablated"].first().to_dict() == {0.0: 0, 0.5: 48, 1.0: 96}
+    assert set(rows["method"]) == {"mean"} and set(rows["seed"]) == {0}
