@@ -176,15 +176,15 @@ def _score(
     top_k: int,
 ) -> Float[Tensor, "scored sums"]:
     log_q = logits.float().log_softmax(-1)
-    own = log_q.gather(-1, labels[:, None])
+    own = labels[:, None]
     # Rank of the label. Among equal logits the lower id wins: a model that gives all tokens the same is not right.
-    rank = (log_q > own).sum(-1)
-    equal = log_q == own
+    rank = (logits > logits.gather(-1, own)).sum(-1)
+    equal = logits == logits.gather(-1, own)
     if (equal.sum(-1) > 1).any():
-        rank += (equal & (torch.arange(log_q.shape[-1], device=log_q.device) < labels[:, None])).sum(-1)
+        rank += (equal & (torch.arange(logits.shape[-1], device=logits.device) < own)).sum(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     one = torch.ones_like(kl)
-    all_tokens = torch.stack([one, -own[:, 0], (rank < 1).float(), (rank < top_k).float()], -1)
+    all_tokens = torch.stack([one, -log_q.gather(-1, own)[:, 0], (rank < 1).float(), (rank < top_k).float()], -1)
     rare = ~torch.isin(labels, common)
     return torch.cat([all_tokens, kl[:, None], all_tokens * rare[:, None]], -1).double()
 

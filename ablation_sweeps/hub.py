@@ -138,11 +138,13 @@ def load_tokenizer(model: Pretrained) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     options = {"gguf_file": model.gguf_file} if model.gguf_file else {}
-    return model.guarded(
+    tokenizer = model.guarded(
         lambda: AutoTokenizer.from_pretrained(
             model.source, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
         )
     )
+    tokenizer.truncation_side = "right"  # the beginning of a document is what is evaluated
+    return tokenizer
 
 
 def fingerprint(path: str) -> str:

@@ -88,7 +88,7 @@ class Job:
         """What the statistics depend on."""
         return {
             "model": self.model.identity(),
-            "dataset": {"class": type(self.dataset).__qualname__, "fingerprint": self.dataset.fingerprint()},
+            "dataset": {"class": _class(self.dataset), "fingerprint": self.dataset.fingerprint()},
             "site": asdict(self.site),
             "statistics": asdict(self.statistics),
             "batch_tokens": self.batch_tokens,
@@ -114,7 +114,11 @@ class Job:
 def _options(part: Any) -> dict[str, Any]:
     """What it computes with; a label is only a name."""
     options = {key: value for key, value in asdict(part).items() if key != "label"}
-    return {"class": type(part).__qualname__, **options}
+    return {"class": _class(part), **options}
+
+
+def _class(part: Any) -> str:
+    return f"{type(part).__module__}.{type(part).__qualname__}"
 
 
 def run_job(job: Job) -> Path:

@@ -62,7 +62,7 @@ class TextEncoder:
             left = self.max_tokens if budget.tokens is None else min(self.max_tokens, budget.tokens - used)
             if left < 2 or len(sequences) == budget.examples:
                 break
-            ids = np.array(self.ids(document.text)[:left])
+            ids = np.array(self.ids(document.text, left))
             if len(ids) < 2:
                 short += 1
                 continue
@@ -73,9 +73,9 @@ class TextEncoder:
             raise UserError(f"dataset: nothing to score in the {split} split: {found}; give longer or other documents")
         return self._batches(sequences, batch_tokens)
 
-    def ids(self, text: str) -> list[int]:
-        # The tokenizer warns of long texts; they are cut right after.
-        return self.tokenizer(text, verbose=False)["input_ids"]  # type: ignore[return-value]
+    def ids(self, text: str, limit: int | None = None) -> list[int]:
+        """Cut by the tokenizer, which keeps the token that ends a text for the models that expect one."""
+        return self.tokenizer(text, truncation=limit is not None, max_length=limit, verbose=False)["input_ids"]  # type: ignore[return-value]
 
     def other_input(self, ids: list[int]) -> Batch:
         """One unscored input."""

@@ -29,7 +29,7 @@ class CausalLM(Pretrained):
 
     def can_score(self, document: Document) -> bool:
         """Needs the tokenizer alone."""
-        return len(load_tokenizer(self)(document.text[:1000])["input_ids"]) >= 2  # type: ignore[arg-type]
+        return len(load_tokenizer(self)(document.text[:1000], verbose=False)["input_ids"]) >= 2  # type: ignore[arg-type]
 
     def load(self) -> Transformer:
         from transformers import AutoModelForCausalLM

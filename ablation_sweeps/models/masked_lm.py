@@ -34,7 +34,8 @@ class MaskedLM(Pretrained):
     def can_score(self, document: Document) -> bool:
         """Needs the tokenizer alone."""
         tokenizer = load_tokenizer(self)
-        return bool(set(tokenizer(document.text[:1000])["input_ids"]) - set(tokenizer.all_special_ids))  # type: ignore[arg-type]
+        ids = tokenizer(document.text[:1000], verbose=False)["input_ids"]
+        return bool(set(ids) - set(tokenizer.all_special_ids))  # type: ignore[arg-type]
 
     def load(self) -> Transformer:
         from transformers import AutoModelForMaskedLM

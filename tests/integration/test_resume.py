@@ -20,8 +20,8 @@ WAIT = 180.0  # seconds
 
 @pytest.fixture
 def options(saved, tmp_path) -> list[str]:
-    """About sixty batches of one or two documents, eleven passes each."""
-    texts = write_texts(tmp_path / "texts", n=150)
+    """About thirty batches of two documents, eleven passes each."""
+    texts = write_texts(tmp_path / "texts", n=80)
     model = ["model=causal_lm", f"model.path={saved('llama')}", "model.label=tiny"]
     data = ["dataset=text_files", f"dataset.path={texts}", "statistics.tokens=400", "eval.tokens=null"]
     return [*model, *data, "batch_tokens=128", "tracking=none", "method=mean"]
@@ -44,7 +44,7 @@ def kill_after_batches(n: int, options: list[str], cwd: Path) -> Path:
 
 
 def test_a_killed_run_continues_and_gives_the_same_bits(launch: Launch, options, tmp_path):
-    run = kill_after_batches(3, options, tmp_path)
+    run = kill_after_batches(2, options, tmp_path)
     saved = sorted(run.glob("progress-*.parquet"))
     assert states(run.parent) == {run.name: "running"}
     assert not (run / "rows.parquet").exists()
@@ -52,7 +52,7 @@ def test_a_killed_run_continues_and_gives_the_same_bits(launch: Launch, options,
     continued = launch(*options)
     assert continued.code == 0, continued.err
     n_batches = int(re.search(r"continues after (\d+) batches", continued.err)[1])
-    assert n_batches == len(saved) >= 3
+    assert n_batches == len(saved) >= 2
     assert states(run.parent) == {run.name: "finished"}
     assert not list(run.glob("progress-*")) and not list(run.glob(".*.tmp"))
 
