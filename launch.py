@@ -9,7 +9,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from ablation_sweeps.config import number_fractions, one_line, to_job
+from ablation_sweeps.config import number_fractions, to_job
+from ablation_sweeps.messages import one_line
 
 CONF = Path(__file__).parent / "conf"
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"

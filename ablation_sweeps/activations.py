@@ -162,7 +162,8 @@ def _counts(
         for h in histograms:
             # Transposed and in chunks: the scattered writes of a neuron then stay in a few cache lines.
             for chunk in x.split(512):
-                index = bins(chunk, *ranges[h][layer], h.n_bins).T
+                low, high = ranges[h][layer]
+                index = bins(chunk, low, high, h.n_bins).T
                 counts[h][layer].scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
 
     _pass(model, projections, batches, see, "statistics, pass 2")

@@ -43,7 +43,7 @@ class Batch:
     """What one forward pass takes, and what it is scored against.
 
     Attributes:
-        inputs: keyword arguments of the model's forward.
+        inputs: keyword arguments of the model's forward; token ids are called `input_ids`.
         labels: `[batch, pos]` token ids, or `[batch]` classes; NOT_SCORED where nothing is scored.
             Already shifted: the logits at a position are scored against the label at that position.
         keep: `[batch, pos]`, True where a position enters the statistics (no padding). None: all of them.

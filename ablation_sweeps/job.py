@@ -195,7 +195,7 @@ def describe(
     parameters = {key: value for key, value in asdict(job.method).items() if key != "label"}  # type: ignore[call-overload]
     own = {
         "run_id": job.signature[:16],
-        "study": store.signature(job.study)[:8],
+        "study": store.signature([job.study, job.model.label, job.dataset.label])[:8],
         "kind": model.kind,
         "model": job.model.label,
         "revision": model.revision,

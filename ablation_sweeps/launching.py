@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from ablation_sweeps import report
-from ablation_sweeps.config import plain, to_job
+from ablation_sweeps.config import to_job
 from ablation_sweeps.data import UserError
+from ablation_sweeps.messages import plain
 
 if TYPE_CHECKING:
     from ablation_sweeps.job import Job

@@ -69,7 +69,7 @@ def table(study: str) -> str:
         f"**{study}**: {int(first['n'])} scored positions of {n_documents} documents (images), {seeds} seeds; "
         f"undamaged loss {first['loss'] / first['n']:.3f}, top-1 {100 * first['top1'] / first['n']:.1f} %.",
         "",
-        "| method | loss at 50 % | minus that of mean | top-1 at 50 % | mean loss over 0 to 100 % | minus that of mean |",
+        "| method | loss at 50 % | minus mean's | top-1 at 50 % | average loss, 0 to 100 % | minus mean's |",
         "|---|---|---|---|---|---|",
     ]
     for i in np.argsort(areas):

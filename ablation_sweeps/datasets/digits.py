@@ -46,7 +46,7 @@ def arrays() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise UserError("dataset=digits: needs scikit-learn; pip install scikit-learn") from None
-    data = load_digits()
+    data: Any = load_digits()
     return (data["images"] * (255 / 16)).round().astype("uint8"), data["target"]  # scikit-learn counts from 0 to 16
 
 

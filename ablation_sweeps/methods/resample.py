@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
@@ -38,7 +38,7 @@ class Resample:
     label: str
     source: Source
     as_run: bool
-    length: int | None
+    length: Annotated[int, Field(ge=1)] | None
 
     def check(self, modality: Modality) -> None:
         suits = IMAGE_SOURCES if modality == "image" else TEXT_SOURCES

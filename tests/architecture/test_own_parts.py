@@ -90,7 +90,8 @@ class Bytes(nn.Module):
 def batch(names, rows):
     ids = torch.tensor(rows)
     labels = torch.cat([ids[:, 1:], torch.full((len(rows), 1), NOT_SCORED)], 1)
-    return Batch({"input_ids": ids}, labels, torch.ones_like(ids, dtype=torch.bool), tuple(names), tuple(range(len(rows))))
+    keep = torch.ones_like(ids, dtype=torch.bool)
+    return Batch({"input_ids": ids}, labels, keep, tuple(names), tuple(range(len(rows))))
 
 @dataclass(frozen=True)
 class ByteModel:
@@ -115,7 +116,8 @@ class ByteModel:
         module = Bytes()
         return Transformer(
             label=self.label, revision="", kind="causal_lm", module=module,
-            logits=lambda batch: module(batch.inputs["input_ids"]), body=lambda batch: module.body(batch.inputs["input_ids"]),
+            logits=lambda batch: module(batch.inputs["input_ids"]),
+            body=lambda batch: module.body(batch.inputs["input_ids"]),
             encode=encode, other_input=lambda source, length, seed: batch(["other"], [[1] * length]),
             n_heads=2, special_ids=frozenset(),
         )

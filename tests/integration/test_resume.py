@@ -20,8 +20,8 @@ WAIT = 180.0  # seconds
 
 @pytest.fixture
 def options(saved, tmp_path) -> list[str]:
-    """About thirty batches of two documents, eleven passes each."""
-    texts = write_texts(tmp_path / "texts", n=80)
+    """About twenty batches of two documents, eleven passes each."""
+    texts = write_texts(tmp_path / "texts", n=50)
     model = ["model=causal_lm", f"model.path={saved('llama')}", "model.label=tiny"]
     data = ["dataset=text_files", f"dataset.path={texts}", "statistics.tokens=400", "eval.tokens=null"]
     return [*model, *data, "batch_tokens=128", "tracking=none", "method=mean"]

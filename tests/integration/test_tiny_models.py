@@ -14,7 +14,7 @@ from ablation_sweeps.datasets.python_docs import PythonDocs
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "ablation_sweeps" / "assets"
-N_WINDOWS = 160  # the cards score all of them, which takes longer than a test should
+N_WINDOWS = 96  # the cards score all of them, which takes longer than a test should
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_causal_beats_a_bigram_and_needs_its_attention(score):
     zeroed = score.zeroed_score(model, lambda: score.causal_loss(model, ids, labels))
     assert clean < score.bigram_loss(bigram, ids, labels) - 0.8
     assert zeroed > clean + 1.0
-    assert score.causal_loss(model, ids, labels) == clean  # no hook is left behind
+    assert not any(module._forward_pre_hooks for module in model.modules())  # what follows is not damaged
 
 
 def test_causal_loss_is_that_of_transformers(score):
