@@ -117,7 +117,7 @@ def _check_finite(sums: dict[float, Float[np.ndarray, "batch sums"]], model: Tra
         if not np.isfinite(values).all():
             where = f"with {fraction:.0%} of the neurons ablated" if fraction else "before anything is ablated"
             raise UserError(
-                f"model={model.label}: gives NaN or infinite logits {where}; check its weights, and model.dtype if it is float16"
+                f"model={model.label}: gives NaN or infinite logits {where}; check its weights and model.dtype"
             )
 
 
