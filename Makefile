@@ -25,8 +25,9 @@ $(STAMP): pyproject.toml requirements.txt
 	$(UV) pip install --quiet --python $(RUN) --no-deps --editable .
 	@touch $@
 
-test: setup ## the whole suite (HF_HUB_OFFLINE: a loader that tries the network hangs where there is none)
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest
+# HF_HUB_OFFLINE: a loader that tries the network hangs where there is none. One thread for each of pytest's processes.
+test: setup ## the whole suite
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 
 check: setup ## linters, types, import contract
 	$(VENV)/bin/ruff check .

@@ -30,5 +30,6 @@ study tiny_masked random_characters model=tiny_masked dataset=python_docs
 study tiny_vit random_pixels model=tiny_vit dataset=digits eval.images=null
 study smollm2_wikitext2 random_characters "${smollm2[@]}" dataset=wikitext2_files \
   "dataset.path=$ASSETS/text/wikitext2/test.txt" "dataset.calibration_path=$ASSETS/text/wikitext2/valid.txt"
-study smollm2_python_code random_characters "${smollm2[@]}" dataset=python_code model.dtype=bfloat16
+study smollm2_python_code random_characters "${smollm2[@]}" dataset=python_code model.dtype=bfloat16 \
+  statistics.tokens=4096 eval.tokens=1024 model.max_tokens=128
 study deit_tiny_imagenet random_pixels "${deit[@]}" statistics.tokens=10000 eval.images=250

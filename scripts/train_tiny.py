@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import tiny_scores as score
 import torch
@@ -169,7 +170,15 @@ def train_vit(folder: Path) -> None:
         "num_classes": 10,
         "label_names": Digits("digits").class_names(),
     }
-    sizes = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2}
+    sizes: dict[str, Any] = {
+        "img_size": 8,
+        "patch_size": 2,
+        "in_chans": 1,
+        "embed_dim": 64,
+        "depth": 4,
+        "num_heads": 4,
+        "mlp_ratio": 2,
+    }
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, pretrained_cfg=pretrained_cfg, **sizes)
     images, labels = score.digits_examples(model, "train")
 
@@ -273,7 +282,7 @@ def fit(model: nn.Module, loss: Callable[[], Tensor], steps: int, lr: float, nam
         bar.set_postfix(loss=f"{average:.3f}", refresh=False)
 
 
-def save(model: nn.Module, folder: Path) -> None:
+def save(model, folder: Path) -> None:
     """Half precision on disk, half the size; the config still asks for float32, so that is what loads."""
     model.half().save_pretrained(folder)
     edit_json(folder / "config.json", dtype="float32")
