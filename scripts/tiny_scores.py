@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +80,10 @@ def masked_loss(model: nn.Module, ids: Tensor, labels: Tensor, keep: Tensor) -> 
 
 def digits_examples(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
     """Images `[picture, 1, 8, 8]` as timm's own transform for this model makes them, and their digits."""
-    from timm.data import create_transform, resolve_data_config
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
 
-    transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
+    transform: Any = create_transform(**resolve_data_config({}, model=model), is_training=False)
     pictures = list(Digits("digits").examples(split))
     return torch.stack([transform(p.image) for p in pictures]), torch.tensor([p.label for p in pictures])
 
