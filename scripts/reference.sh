@@ -25,8 +25,8 @@ smollm2=(model=smollm2_135m "${text[@]}")
 deit=(model=deit_tiny "model.path=$ASSETS/deit_tiny_imagenet1k" dataset=image_folder "dataset.path=$ASSETS/imagenet_sample_256px"
   dataset.labels=prefix "dataset.classes=$ASSETS/deit_tiny_imagenet1k/imagenet_synset_words.txt")
 
-study tiny_causal random_characters model=tiny_causal dataset=python_docs
-study tiny_masked random_characters model=tiny_masked dataset=python_docs
+study tiny_causal random_characters model=tiny_causal dataset=python_docs eval.tokens=5000
+study tiny_masked random_characters model=tiny_masked dataset=python_docs eval.tokens=5000
 study tiny_vit random_pixels model=tiny_vit dataset=digits eval.images=null
 study smollm2_wikitext2 random_characters "${smollm2[@]}" dataset=wikitext2_files \
   "dataset.path=$ASSETS/text/wikitext2/test.txt" "dataset.calibration_path=$ASSETS/text/wikitext2/valid.txt"

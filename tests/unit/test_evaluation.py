@@ -198,7 +198,7 @@ def test_of_two_equal_first_tokens_one_is_right(study):
 def test_logits_that_are_not_finite_are_an_error(study, value):
     model = study["model"]
     broken = lambda batch: model.logits(batch).index_fill(-1, torch.tensor([4]), value)  # noqa: E731
-    with pytest.raises(UserError, match=r"linear.*before anything is ablated.*float32"):
+    with pytest.raises(UserError, match=r"linear.*before anything is ablated.*model.dtype"):
         evaluated(study, model=dataclasses.replace(model, logits=broken))
     with pytest.raises(UserError, match=r"with 25% of the neurons ablated"):
         evaluated(study, replacement=Constant([torch.full((D,), value)]))
