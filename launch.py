@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
         job = to_job(cfg)
         job.check()
         run_job(job)
-        end_of_sweep(job, Failures())
+        end_of_sweep([job], Failures())
     except Exception as error:
         leave(error)
 

@@ -10,11 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("ablation-sweeps", "torch", "transformers", "timm", "datasets", "numpy", "pandas", "hydra-core", "wandb")
+PACKAGES = ("ablation-sweeps", "torch", "transformers", "timm", "numpy", "pandas", "hydra-core", "wandb")
 
 
 def describe() -> dict[str, Any]:
-    """Commit, versions, device and peak memory of this process."""
+    """Commit, versions and device of this process."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -26,8 +26,6 @@ def describe() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "device": gpu or platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "peak_memory_mb": _peak_memory_mb(),
-        "peak_gpu_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if gpu else None,
     }
 
 
@@ -47,6 +45,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _peak_memory_mb() -> int:
+def peak_memory() -> dict[str, int | None]:
+    """Of this process until now, in MB, on the host and on the GPU."""
+    import torch
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
+    gpu = round(torch.cuda.max_memory_allocated() / 2**20) if torch.cuda.is_available() else None
+    return {"peak_memory_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10)), "peak_gpu_memory_mb": gpu}

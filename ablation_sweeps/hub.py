@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from pydantic.dataclasses import dataclass as validated
 from torch import nn
 
 from ablation_sweeps.data import Modality, UserError
-from ablation_sweeps.store import fingerprint_of_files
+from ablation_sweeps.store import fingerprint_of_file, signature
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,10 +100,9 @@ class Pretrained:
     def from_pretrained(self, auto_model: Any) -> nn.Module:
         """The unmodified model on its device, in eval mode; weights from safetensors or GGUF alone."""
         options: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "revision": self.revision}
-        if self.gguf_file:
-            options["gguf_file"] = self.gguf_file
-        else:
-            options |= {"attn_implementation": self.attn_implementation, "use_safetensors": not self.trust_remote_code}
+        options |= {"gguf_file": self.gguf_file, "attn_implementation": self.attn_implementation}
+        if not self.trust_remote_code and not self.gguf_file:
+            options["use_safetensors"] = True
         module, info = self.guarded(
             lambda: auto_model.from_pretrained(
                 self.source,
@@ -149,18 +146,9 @@ def load_tokenizer(model: Pretrained) -> PreTrainedTokenizerBase:
 
 
 def fingerprint(path: str) -> str:
-    """Of the files of a model: weights by name, size and their first 64 kB and last 64 kB, small files whole."""
-    files = sorted(
-        file for file in Path(path).iterdir() if file.is_file() and file.suffix not in (".md", ".py", ".pyc")
-    )
-    digest = hashlib.sha256(fingerprint_of_files(files, content_below=1 << 20).encode())
-    for file in files:
-        if file.stat().st_size >= 1 << 20:
-            with open(file, "rb") as opened:
-                digest.update(opened.read(1 << 16))
-                opened.seek(-(1 << 16), os.SEEK_END)
-                digest.update(opened.read())
-    return digest.hexdigest()
+    """Of the content of all files of a model but its documentation."""
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file() and file.suffix not in (".md", ".pyc"))
+    return signature([(str(file.relative_to(path)), fingerprint_of_file(file)) for file in files])
 
 
 def device(name: str) -> torch.device:

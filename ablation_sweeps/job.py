@@ -24,6 +24,8 @@ from ablation_sweeps.transformer import Budget, Transformer
 
 log = logging.getLogger(__name__)
 
+NUMBERS = 1  # raise it with every change of the code that changes numbers: earlier results are then not taken for new
+
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Calibration:
@@ -83,10 +85,11 @@ class Job:
                 check(self.model.modality)
         _check_examples(self.model, self.dataset)
 
-    @property
+    @functools.cached_property
     def data(self) -> dict[str, Any]:
         """What the statistics depend on."""
         return {
+            "numbers": NUMBERS,
             "model": self.model.identity(),
             "dataset": {"class": _class(self.dataset), "fingerprint": self.dataset.fingerprint()},
             "site": asdict(self.site),
@@ -94,18 +97,18 @@ class Job:
             "batch_tokens": self.batch_tokens,
         }
 
-    @property
+    @functools.cached_property
     def study(self) -> dict[str, Any]:
         """What is the same for all jobs that may be compared."""
         return {**self.data, "selection": _options(self.selection), "eval": asdict(self.eval)}
 
-    @property
+    @functools.cached_property
     def signature(self) -> str:
         """Of everything that can change the numbers."""
         own = {"method": _options(self.method), "fractions": self.fraction.values, "seed": self.seed}
         return store.signature({**self.study, **own})
 
-    @property
+    @functools.cached_property
     def folder(self) -> Path:
         name = f"{self.model.label}-{self.dataset.label}-{self.method.label}-s{self.seed}-{self.signature[:8]}"
         return self.results_dir / self.sweep / name.replace("/", "--")
@@ -184,6 +187,12 @@ def chance(job: Job, model: Transformer, batches: list[Batch], calibration: list
     with torch.inference_mode():
         n_classes = model.logits(model.other_input("probe", 8, 0).to(model.device)).shape[-1]
     if model.modality == "image":
+        names = job.dataset.class_names()
+        if len(names) != n_classes:
+            raise UserError(
+                f"dataset={job.dataset.label}: has {len(names)} classes, but the model knows {n_classes}, so labels "
+                "would be wrong; give dataset.classes=FILE, the class names in the model's order"
+            )
         return evaluation.uniform(n_classes)
     return evaluation.unigram(calibration, n_classes, model.special_ids, job.eval.skip)
 
@@ -229,12 +238,19 @@ def track(job: Job, folder: Path, rows: pd.DataFrame) -> None:
     job.tracking.log_run(record)
 
 
-@functools.lru_cache(maxsize=1)
+_loaded: dict[Any, Transformer] = {}
+
+
 def load(model: Any) -> Transformer:
-    """Loaded once for all jobs of this process that follow each other with the same model."""
-    loaded = model.load()
-    loaded.module.requires_grad_(False)
-    return loaded
+    """Loaded once for all jobs of this process that follow each other with the same model; never two at a time."""
+    if model not in _loaded:
+        _loaded.clear()
+        _encode.cache_clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        _loaded[model] = model.load()
+        _loaded[model].module.requires_grad_(False)
+    return _loaded[model]
 
 
 def encode(job: Job, model: Transformer, split: Split, budget: Budget) -> list[Batch]:

@@ -54,18 +54,18 @@ class Failures:
         log.error("failed: %s", self.reasons[-1])
 
 
-def end_of_sweep(job: Job, failures: Failures) -> None:
+def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
     """Tables and figures of all that is finished in the sweep's folder; then, loudly, what failed.
 
     Raises:
         UserError: a job failed.
     """
-    folder = job.results_dir / job.sweep
-    if failures.reasons and not list(folder.glob("*/rows.parquet")):
-        raise UserError("; ".join(failures.reasons)) from failures.first
-    for file in report.write(folder):
-        if file.suffix == ".png":
-            print(f"figure: {os.path.relpath(file)}")
+    for folder in dict.fromkeys(job.folder.parent for job in jobs):
+        if failures.reasons and not list(folder.glob("*/rows.parquet")):
+            continue
+        for file in report.write(folder):
+            if file.suffix == ".png":
+                print(f"figure: {os.path.relpath(file)}")
     if failures.reasons:
         n = len(failures.reasons)
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+
+from ablation_sweeps.environment import describe, peak_memory
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,14 +29,18 @@ def signature(content: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def fingerprint_of_files(paths: list[Path], content_below: int = 1 << 30) -> str:
-    """Names and sizes of files, and what is in them where they are smaller than `content_below` bytes."""
-    digest = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        if size < content_below:
-            digest.update(path.read_bytes())
+def fingerprint_of_file(path: Path) -> str:
+    """Of the whole content: a model that differs in one layer, or a text in one letter, is another one."""
+    status = path.stat()
+    return _hash_of_content(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _hash_of_content(path: Path, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -139,9 +146,9 @@ def cached(
     tensors = load_tensors(path)
     if tensors is not None:
         return from_tensors(tensors)
-    value = compute()
-    save_tensors(path, to_tensors(value))
-    return value
+    tensors = to_tensors(compute())
+    save_tensors(path, tensors)
+    return from_tensors(tensors)  # so that what was computed and what was read lie on the same device
 
 
 # A run's folder: config.yaml, environment.json, status.json, rows.parquet, documents.parquet, log.
@@ -170,6 +177,7 @@ def begin(folder: Path, config: dict) -> None:
     import yaml
 
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    write_json(folder / "environment.json", describe())  # now: the code on disk may change while it runs
     write_json(folder / "status.json", {"state": "running", "started": _now(), "pid": os.getpid()})
 
 
@@ -181,11 +189,10 @@ def fail(folder: Path, error: BaseException) -> None:
 
 def finish(folder: Path, rows: pd.DataFrame, documents: pd.DataFrame, seconds: float) -> None:
     """The status is written last: a run is finished when all of its files are whole."""
-    from ablation_sweeps.environment import describe
-
+    environment = {**(read_json(folder / "environment.json") or {}), **peak_memory(), "seconds": round(seconds, 2)}
     write_table(folder / "documents.parquet", documents)
     write_table(folder / "rows.parquet", rows)
-    write_json(folder / "environment.json", {**describe(), "seconds": round(seconds, 2)})
+    write_json(folder / "environment.json", environment)
     write_json(folder / "status.json", {"state": "finished", "ended": _now()})
     for file in _progress_files(folder):
         file.unlink()

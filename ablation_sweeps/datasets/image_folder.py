@@ -65,6 +65,10 @@ class ImageFolder:
         images = [(self._name(file), file.stat().st_size, known[self._class_of(file)]) for file in files]
         return signature([images, self.calibration_share])
 
+    def class_names(self) -> list[str]:
+        """In the order of the labels; those of the list, whether there are images of them or not."""
+        return list(self._classes(self._files()))
+
     def _name(self, file: Path) -> str:
         return str(file.relative_to(Path(self.path or "").expanduser()))
 

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.data import Document, Modality, Split, UserError, unit_hash
-from ablation_sweeps.store import fingerprint_of_files, signature
+from ablation_sweeps.store import fingerprint_of_file, signature
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -49,6 +49,12 @@ class TextFiles:
                 raise UserError(f"dataset.{option}={path}: holds no text; give a folder with text in its *.txt files")
         if self.path is None:
             raise UserError("dataset.path: is not given; set dataset.path=FOLDER (or a file, or a glob)")
+        both = self._resolved("path", self.path) & self._resolved("calibration_path", self.calibration_path)
+        if both:
+            raise UserError(
+                f"dataset.calibration_path={self.calibration_path}: {sorted(both)[0]} would be evaluated as well; give "
+                "other files, or none to take a share of those at dataset.path"
+            )
         if not (any(True for _ in self.examples("calibration")) and any(True for _ in self.examples("evaluation"))):
             raise UserError(
                 f"dataset.path={self.path}: holds too few documents to split them; give dataset.calibration_path, or "
@@ -71,11 +77,18 @@ class TextFiles:
                 yield Document(name, text)
 
     def fingerprint(self) -> str:
-        """Of the content of all files, and of how they are cut into documents."""
+        """Of the names and the content of all files, and of how they are cut into documents."""
         paths = {"path": self.path, "calibration_path": self.calibration_path}
-        content = {option: fingerprint_of_files([file for _, file in _files(option, path)])
-                   for option, path in paths.items() if path}  # fmt: skip
+        content = {
+            option: [(name, fingerprint_of_file(file)) for name, file in _files(option, path)]
+            for option, path in paths.items()
+            if path
+        }
         return signature([content, self.calibration_share, self.document_start])
+
+    @staticmethod
+    def _resolved(option: str, path: str | None) -> set[str]:
+        return {str(file.resolve()) for _, file in _files(option, path)} if path else set()
 
     def _documents(self, option: str, path: str | None) -> list[tuple[str, str]]:
         """Names and texts."""

@@ -47,7 +47,7 @@ class CausalLM(Pretrained):
 
         return Transformer(
             label=self.label,
-            revision=self.revision or "",
+            revision=getattr(module.config, "_commit_hash", None) or self.revision or "",
             kind="causal_lm",
             module=module,
             logits=lambda batch: module(**batch.inputs, use_cache=False).logits,

@@ -43,7 +43,7 @@ class ImageClassifier(Pretrained):
         encoder = ImageEncoder(transform, "pixel_values", mode, config.num_labels, tokens)  # type: ignore[union-attr,arg-type]
         return Transformer(
             label=self.label,
-            revision=self.revision or "",
+            revision=getattr(module.config, "_commit_hash", None) or self.revision or "",
             kind="image_classifier",
             module=module,
             logits=lambda batch: module(**batch.inputs).logits,

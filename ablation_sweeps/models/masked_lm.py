@@ -54,7 +54,7 @@ class MaskedLM(Pretrained):
 
         return Transformer(
             label=self.label,
-            revision=self.revision or "",
+            revision=getattr(module.config, "_commit_hash", None) or self.revision or "",
             kind="masked_lm",
             module=module,
             logits=lambda batch: module(**batch.inputs).logits,

@@ -28,6 +28,11 @@ class Timm(Pretrained):
 
     def check(self, modality: Modality) -> None:
         super().check(modality)
+        for option in ("attn_implementation", "gguf_file"):
+            if getattr(self, option) is not None:
+                raise UserError(
+                    f"model.{option}={getattr(self, option)}: timm's models have no such option; leave it null"
+                )
         if self.path and not (Path(self.path) / "model.safetensors").is_file():
             raise UserError(f"model.path={self.path}: there is no model.safetensors in this folder")
         if self.path and not self.name and not (Path(self.path) / "config.json").is_file():

@@ -41,7 +41,7 @@ class InOrderLauncher(Launcher):
             configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
             if returns[i].status is not JobStatus.COMPLETED:
                 failures.add(jobs[i].folder.name, returns[i]._return_value)
-        end_of_sweep(jobs[0], failures)
+        end_of_sweep(jobs, failures)
         return [returns[i] for i in range(len(jobs))]
 
     def _compose(self, overrides: Sequence[str], number: int) -> DictConfig:
