@@ -85,8 +85,21 @@ def test_rows_have_the_columns_and_the_points_of_the_curve(launch: Launch, on_te
     assert run.name.endswith(rows["run_id"].iloc[0][:8])
 
 
-def test_images_go_the_same_way(launch: Launch, on_images, tmp_path):
-    outcome = launch(*on_images, "method=resample")
+@pytest.fixture
+def five_classes(images, tmp_path) -> str:
+    """The model's classes; there are images of some of them."""
+    names = sorted(folder.name for folder in images.iterdir() if folder.is_dir())
+    (tmp_path / "classes.txt").write_text("\n".join([*names, *(f"other{i}" for i in range(5 - len(names)))]))
+    return f"dataset.classes={tmp_path / 'classes.txt'}"
+
+
+def test_labels_are_not_guessed_where_the_model_has_other_classes(launch: Launch, on_images):
+    outcome = launch(*on_images, "method=zero")
+    assert outcome.code != 0 and "dataset.classes=FILE" in outcome.err
+
+
+def test_images_go_the_same_way(launch: Launch, on_images, five_classes, tmp_path):
+    outcome = launch(*on_images, five_classes, "method=resample")
     assert outcome.code == 0, outcome.err
     assert "nats/image" in outcome.out and "top-1" in outcome.out
     (run,) = runs_of(tmp_path / "results" / "default")
