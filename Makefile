@@ -45,7 +45,7 @@ reference: setup smollm2 ## the runs of results/reference (hours); needs ASSETS,
 	scripts/reference.sh
 
 lock: ## pin what was tested: hashes, no addresses
-	$(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-emit-index-url --no-annotate \
+	$(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
 	  --no-header --group test --group check pyproject.toml -o requirements.txt
 
 clean: ## remove the environment and caches, not the results

@@ -95,7 +95,7 @@ class Pretrained:
         """All that can change the numbers. A folder counts by what is in it, not by where it lies."""
         options = {key: value for key, value in asdict(self).items() if key not in ("label", "path", "device")}
         files = fingerprint(self.path) if self.path else None
-        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **options, "files": files}
+        return {**options, "files": files}
 
     def from_pretrained(self, auto_model: Any) -> nn.Module:
         """The unmodified model on its device, in eval mode; weights from safetensors or GGUF alone."""

@@ -90,7 +90,7 @@ class Job:
         """What the statistics depend on."""
         return {
             "numbers": NUMBERS,
-            "model": self.model.identity(),
+            "model": {"class": _class(self.model), **self.model.identity()},
             "dataset": {"class": _class(self.dataset), "fingerprint": self.dataset.fingerprint()},
             "site": asdict(self.site),
             "statistics": asdict(self.statistics),
