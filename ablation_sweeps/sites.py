@@ -16,7 +16,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 from torch import Tensor, nn
 
-from ablation_sweeps.data import UserError
+from ablation_sweeps.data import Batch, UserError
 from ablation_sweeps.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -44,23 +44,33 @@ class Projection:
     path: str
     module: nn.Module
     width: int
-    rows: int  # positions of one example at this site, as seen by the probe
 
 
 def find(model: Transformer, site: Site, paths: tuple[str, ...] | None) -> list[Projection]:
     """The site's projections in the order in which a forward pass calls them, one a layer.
 
-    They are found by structure, and checked by a forward pass over a probe: every hook fires, as often as every other
-    one, and the width fits the heads. What cannot be found is refused, never skipped.
+    They are found by structure, and checked by forward passes over a probe: every hook fires, as often as every other
+    one, the width fits the heads, and each example has rows of its own. What cannot be found is refused, never skipped.
 
     Args:
         paths: module paths or patterns such as `model.layers.*.self_attn.o_proj`, instead of the search.
 
     Raises:
-        UserError: nothing found, several towers found, or a module whose hook never fires.
+        UserError: nothing found, several towers found, a module whose hook never fires, or one whose input mixes
+            the examples.
     """
     found = _by_path(model.module, paths) if paths else _by_structure(model.module, site)
-    calls: list[tuple[str, torch.Size]] = []
+    one, other = (model.other_input("probe", 8, seed) for seed in (0, 1))
+    calls = _calls(model, site, found, _together(one, other))
+    swapped = _calls(model, site, found, _together(other, one))
+    _check(found, [(path, x.shape) for path, x in calls], site, model.n_heads)
+    _check_examples(calls, swapped, site)
+    return [Projection(path, found[path], x.shape[-1]) for path, x in calls]
+
+
+def _calls(model: Transformer, site: Site, found: dict[str, nn.Module], batch: Batch) -> list[tuple[str, Tensor]]:
+    """Path and input of each call of a projection in one forward pass, in order."""
+    calls: list[tuple[str, Tensor]] = []
     paths_of = {module: path for path, module in found.items()}
 
     def note(module: nn.Module, args: tuple) -> None:
@@ -69,17 +79,21 @@ def find(model: Transformer, site: Site, paths: tuple[str, ...] | None) -> list[
                 f"site={site.name}: {paths_of[module]} is not called with a tensor as its first argument, so it is no "
                 "projection; set model.site_paths to the linear layers themselves"
             )
-        calls.append((paths_of[module], args[0].shape))
+        calls.append((paths_of[module], args[0].clone()))
 
     handles = [module.register_forward_pre_hook(note) for module in found.values()]
     try:
         with torch.inference_mode():
-            model.body(model.other_input("probe", 8, 0).to(model.device))
+            model.body(batch.to(model.device))
     finally:
         for handle in handles:
             handle.remove()
-    _check(found, calls, site, model.n_heads)
-    return [Projection(path, found[path], shape[-1], shape[:-1].numel()) for path, shape in calls]
+    return calls
+
+
+def _together(one: Batch, other: Batch) -> Batch:
+    inputs = {key: torch.cat([one.inputs[key], other.inputs[key]]) for key in one.inputs}
+    return Batch(inputs, torch.cat([one.labels, other.labels]), None, ("one", "other"), (0, 1))
 
 
 def _by_path(module: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
@@ -139,6 +153,22 @@ def _check(found: dict[str, nn.Module], calls: list[tuple[str, torch.Size]], sit
     wrong = [path for path, shape in calls if site.by_head and n_heads and shape[-1] % n_heads]
     if wrong:
         raise UserError(f"site={site.name}: the width of {wrong[0]} is no multiple of the {n_heads} heads")
+
+
+def _check_examples(calls: list[tuple[str, Tensor]], swapped: list[tuple[str, Tensor]], site: Site) -> None:
+    """When two examples change places, so must their rows: `as_rows` takes the examples to be the outermost axis."""
+    for (path, x), (_, y) in zip(calls, swapped, strict=False):
+        rows_fit = x.shape == y.shape and x.numel() % (2 * x.shape[-1]) == 0
+        if rows_fit:
+            there, back = as_rows(x.float(), 2), as_rows(y.float(), 2).flip(0)
+            # Rows of other positions differ by more than the spread, the same rows by rounding alone.
+            spread = (there - there.mean((0, 1))).norm()
+            rows_fit = not (there - back).norm() > 0.5 * spread + 1e-3 * there.norm()  # NaN is not told here
+        if not rows_fit:
+            raise UserError(
+                f"site={site.name}: the rows of {path} are not grouped by example, so what belongs to which example "
+                "cannot be told; set model.site_paths to modules that keep the examples outermost"
+            )
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from families import CONTEXT, FAMILIES, VOCABULARY
 
 from ablation_sweeps.models.causal_lm import CausalLM
 from ablation_sweeps.models.image_classifier import ImageClassifier
@@ -19,34 +20,12 @@ from ablation_sweeps.sites import Site
 from ablation_sweeps.transformer import Transformer
 
 ROOT = Path(__file__).resolve().parents[1]
-CONTEXT = 64
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
-CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " "
-VOCABULARY = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
-
-SMALL = {"vocab_size": len(VOCABULARY), "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
-         "max_position_embeddings": CONTEXT}  # fmt: skip
-IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-PICTURES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
-            "image_size": 16, "patch_size": 8, "num_labels": 5}  # fmt: skip
-FAMILIES = {
-    "llama": ("LlamaForCausalLM", {**SMALL, **IDS, "num_key_value_heads": 2, "intermediate_size": 48}),
-    "gpt2": ("GPT2LMHeadModel", {"vocab_size": len(VOCABULARY), "n_embd": 32, "n_layer": 3, "n_head": 4, **IDS,
-                                 "n_positions": CONTEXT}),
-    "opt": ("OPTForCausalLM", {**SMALL, **IDS, "ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "gpt_neox": ("GPTNeoXForCausalLM", {**SMALL, **IDS, "intermediate_size": 48}),
-    "bert": ("BertForMaskedLM", {**SMALL, "pad_token_id": 0, "intermediate_size": 48}),
-    "albert": ("AlbertForMaskedLM", {**SMALL, **IDS, "intermediate_size": 48, "embedding_size": 16}),
-    "vit": ("ViTForImageClassification", PICTURES),
-    "timm_vit": ("vit_tiny_patch16_224", {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 3,
-                                          "num_heads": 4}),
-    "timm_swin": ("swin_tiny_patch4_window7_224", {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16,
-                                                   "depths": [2, 2], "num_heads": [2, 4]}),
-}  # fmt: skip
 TEXT_OPTIONS = {"max_tokens": CONTEXT}
 MASKED_OPTIONS = {**TEXT_OPTIONS, "masked": 0.15, "replaced_by_mask": 0.8, "replaced_at_random": 0.1}
 PRETRAINED = {"name": None, "revision": None, "gguf_file": None, "dtype": "float32", "device": "cpu",
               "attn_implementation": None, "trust_remote_code": False, "site_paths": None}  # fmt: skip
+LOADERS = {"causal_lm": (CausalLM, TEXT_OPTIONS), "masked_lm": (MaskedLM, MASKED_OPTIONS),
+           "image_classifier": (ImageClassifier, {}), "timm": (Timm, {})}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -88,29 +67,54 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
     return module.eval()
 
 
-def save_model(family: str, folder: Path) -> None:
-    name, options = FAMILIES[family]
+def build(family: str) -> torch.nn.Module:
+    """The family's small random model, as its own library makes it."""
+    mine = FAMILIES[family]
     torch.manual_seed(0)
-    if family.startswith("timm"):
+    if mine.kind == "timm":
         import timm
+
+        return randomised(timm.create_model(mine.name, num_classes=5, **mine.options))
+    import transformers
+
+    module_class = getattr(transformers, mine.name)
+    return randomised(module_class(module_class.config_class(**mine.options)))
+
+
+def save_model(family: str, folder: Path) -> None:
+    mine, module = FAMILIES[family], build(family)
+    if mine.kind == "timm":
         from safetensors.torch import save_file
 
-        module = randomised(timm.create_model(name, num_classes=5, **options))
-        size = (3, options["img_size"], options["img_size"])
+        size = (3, mine.options["img_size"], mine.options["img_size"])
         pretrained = {"input_size": size, "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
-        config = {"architecture": name, "num_classes": 5, "model_args": options, "pretrained_cfg": pretrained}
+        config = {"architecture": mine.name, "num_classes": 5, "model_args": mine.options, "pretrained_cfg": pretrained}
         (folder / "config.json").write_text(json.dumps(config))
         save_file(module.state_dict(), folder / "model.safetensors")
         return
-    import transformers
+    module.save_pretrained(folder)  # type: ignore[operator]
+    if mine.kind == "image_classifier":
+        from transformers import ViTImageProcessor
 
-    module_class = getattr(transformers, name)
-    randomised(module_class(module_class.config_class(**options))).save_pretrained(folder)
-    if family == "vit":
-        size = {"height": 16, "width": 16}
-        transformers.ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder)
+        side = mine.options.get("image_size", 16)
+        size = {"height": side, "width": side}
+        ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder)
     else:
-        save_tokenizer(folder, "<s> $A </s>" if "MaskedLM" in name else "<s> $A")
+        save_tokenizer(folder, "<s> $A </s>" if mine.kind == "masked_lm" else "<s> $A")
+
+
+def backbone(family: str) -> Transformer:
+    """A model without a head that could be scored, for which there is no loader: its features are its logits."""
+    from ablation_sweeps.images import ImageEncoder
+
+    module, side = build(family), FAMILIES[family].options["image_size"]
+
+    def transform(image) -> torch.Tensor:
+        return torch.from_numpy(np.array(image.resize((side, side)))).permute(2, 0, 1) / 255
+
+    encoder = ImageEncoder(transform, "pixel_values", "RGB", 5, 1)
+    run = lambda batch: module(**batch.inputs).last_hidden_state  # noqa: E731
+    return Transformer(family, "", "image_classifier", module, run, run, encoder, encoder.other_input, 4, frozenset())
 
 
 @pytest.fixture(scope="session")
@@ -133,14 +137,11 @@ def fresh(saved) -> Callable[..., Transformer]:
     """`fresh("llama", max_tokens=8)`: loaded anew, so that a test may break its weights."""
 
     def load(family: str, **changes) -> Transformer:
-        if family.startswith("timm"):
-            kind, options = Timm, {}
-        elif family == "vit":
-            kind, options = ImageClassifier, {}
-        elif family in ("bert", "albert"):
-            kind, options = MaskedLM, MASKED_OPTIONS
-        else:
-            kind, options = CausalLM, TEXT_OPTIONS
+        if not FAMILIES[family].exists:
+            pytest.skip(f"this version of transformers has no {FAMILIES[family].name}")
+        if FAMILIES[family].kind == "backbone":
+            return backbone(family)
+        kind, options = LOADERS[FAMILIES[family].kind]
         return kind(label=family, path=str(saved(family)), **{**PRETRAINED, **options, **changes}).load()
 
     return load

@@ -45,13 +45,15 @@ class CausalLM(Pretrained):
                 raise UserError(f"method.source={source}: a causal language model has no such input")
             return encoder.other_input(encoder.random_ids(source, length, seed))
 
+        # Some keep the body under another name than the one that `base_model` looks for (Gemma 3 in transformers 4).
+        body = module.base_model if module.base_model is not module else module.get_decoder()  # type: ignore[operator]
         return Transformer(
             label=self.label,
             revision=getattr(module.config, "_commit_hash", None) or self.revision or "",
             kind="causal_lm",
             module=module,
             logits=lambda batch: module(**batch.inputs, use_cache=False).logits,
-            body=lambda batch: module.base_model(**batch.inputs, use_cache=False),  # type: ignore[operator]
+            body=lambda batch: body(**batch.inputs, use_cache=False),  # type: ignore[operator]
             encode=encoder,
             other_input=other_input,
             n_heads=module.config.get_text_config().num_attention_heads,  # type: ignore[union-attr,operator]

@@ -34,8 +34,12 @@ class ImageClassifier(Pretrained):
         def transform(image) -> torch.Tensor:
             return processor(image, return_tensors="pt")["pixel_values"][0].to(dtype)
 
-        mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
-        body = lambda batch: module.base_model(**batch.inputs)  # type: ignore[operator] # noqa: E731
+        # Models made of a picture's and a text's tower (CLIP) keep the former, and its sizes, under these names.
+        tower = module.base_model if module.base_model is not module else module.vision_model
+        sizes = getattr(config, "vision_config", config)
+        heads = getattr(sizes, "num_attention_heads", None)
+        mode = "L" if getattr(sizes, "num_channels", 3) == 1 else "RGB"
+        body = lambda batch: tower(**batch.inputs)  # type: ignore[operator] # noqa: E731
         encoder = ImageEncoder(transform, "pixel_values", mode, config.num_labels, tokens=1)  # type: ignore[union-attr,arg-type]
         probe = encoder.other_input("probe", 1, 0).to(next(module.parameters()).device)
         with torch.inference_mode():
@@ -50,6 +54,6 @@ class ImageClassifier(Pretrained):
             body=body,
             encode=encoder,
             other_input=encoder.other_input,
-            n_heads=getattr(config, "num_attention_heads", None),
+            n_heads=heads if isinstance(heads, int) else None,  # Swin has a list, one for each stage
             special_ids=frozenset(),
         )
