@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = re.compile(
-    r"(?<![a-z])(llama|opt|bert|albert|roberta|gpt|mistral|mixtral|qwen|gemma|phi|pythia|neox|falcon|bloom|smollm|vit|deit|"
-    r"swin|t5)(?![a-z])",
-    re.IGNORECASE,
+NAMES = re.compile(
+    r"(?<![A-Za-z])((?i:llama|opt|gpt|gptj|mistral|mixtral|qwen|gemma|phi|pythia|neox|falcon|bloom|mpt|smollm|olmo|cohere|"
+    r"granite|stablelm|starcoder|bigcode|bert|albert|roberta|electra|deberta|distilbert|modernbert|t5|vit|deit|beit|swin|"
+    r"dinov|siglip|eva|naflexvit)|CLIP)(?![a-z])(?![A-Z]+\b)"  # OPTConfig, but neither options nor OPTIONS
 )
 
 
@@ -45,7 +46,7 @@ def names_in_code(source: str) -> list[str]:
             words.append(node.value)
         words += [value for field in ("id", "attr", "name", "arg", "module")
                   if isinstance(value := getattr(node, field, None), str)]  # fmt: skip
-    return [word for word in words if FAMILIES.search(word.replace("_", " "))]
+    return [word for word in words if NAMES.search(word.replace("_", " "))]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "ablation_sweeps").rglob("*.py")), ids=lambda file: file.name)
@@ -55,7 +56,12 @@ def test_no_model_is_known_by_its_name(file):
 
 def test_a_name_would_be_found():
     assert names_in_code("if config.model_type == 'llama': pass") == ["llama"]
-    assert names_in_code("from transformers import GPT2Model") == ["GPT2Model"]
-    assert names_in_code("option = adopt(alphabet)") == []
+    assert names_in_code("from transformers import GPT2Model, LlamaForCausalLM") == ["GPT2Model", "LlamaForCausalLM"]
+    assert names_in_code("option = adopt(alphabet, OPTIONS)") == []
     assert names_in_code("x = model.vit.encoder") == ["vit"]
     assert names_in_code('def f():\n    """Like BERT."""  # and OPT') == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_name_of_every_family_of_the_table_would_be_found(family):
+    assert names_in_code(f"isinstance(model, {FAMILIES[family].name})") == [FAMILIES[family].name]
