@@ -7,11 +7,12 @@ RUN := $(VENV)/bin/python
 # uv installs in seconds where pip takes minutes, and takes torch and torchvision from the same place.
 UV := $(shell command -v uv || echo $(VENV)/bin/uv)
 STAMP := $(VENV)/.installed
+VENV4 := .venv-transformers4
 
-.PHONY: help setup demo test check smollm2 tiny reference lock clean
+.PHONY: help setup demo test test-transformers4 check smollm2 tiny reference lock clean
 
 help: ## this list
-	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 demo: setup ## install, then compare four methods on the embedded model (some minutes on two cores)
 	$(RUN) launch.py -m method=zero,mean,resample,peak
@@ -28,6 +29,17 @@ $(STAMP): pyproject.toml requirements.txt
 # HF_HUB_OFFLINE: a loader that tries the network hangs where there is none. One thread for each of pytest's processes.
 test: setup ## the whole suite
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
+
+test-transformers4: $(VENV4)/.installed ## every family of models once more, under transformers 4 (another environment)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV4)/bin/python -m pytest tests/unit/test_families.py tests/unit/test_sites.py
+
+# requirements.txt pins transformers 5: here the newest of everything that goes with 4.
+$(VENV4)/.installed: pyproject.toml
+	@test -x $(VENV4)/bin/python || $(PYTHON) -m venv $(VENV4)
+	@test -x "$(UV)" || $(VENV4)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(if $(wildcard $(UV)),$(UV),$(VENV4)/bin/uv) pip install --quiet --python $(VENV4)/bin/python \
+	  --group test --editable . 'transformers<5'
+	@touch $@
 
 check: setup ## linters, types, import contract
 	$(VENV)/bin/ruff check .
@@ -49,4 +61,4 @@ lock: ## pin what was tested: hashes, no addresses
 	  --no-header --group test --group check pyproject.toml -o requirements.txt
 
 clean: ## remove the environment and caches, not the results
-	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
+	rm -rf $(VENV) $(VENV4) .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
