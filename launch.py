@@ -26,11 +26,14 @@ def main(cfg: DictConfig) -> None:
     if HydraConfig.get().mode is RunMode.MULTIRUN:  # the launcher has checked it, and will report
         run_job(to_job(cfg))
         return
-    from ablation_sweeps.launching import Failures, end_of_sweep
+    from ablation_sweeps.launching import Failures, end_of_sweep, fetch
 
     try:  # Hydra would print the overrides above the error
         job = to_job(cfg)
         job.check()
+        if job.prefetch:
+            fetch([job])
+            return
         run_job(job)
         end_of_sweep([job], Failures())
     except Exception as error:

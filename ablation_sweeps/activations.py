@@ -152,19 +152,18 @@ def _counts(
     statistics: Statistics,
     histograms: list[Histogram],
 ) -> dict[Histogram, list[torch.Tensor]]:
-    device = model.device
-    ranges = {h: [[end.to(device) for end in statistics.range(h, i)] for i in range(len(projections))]
-              for h in histograms}  # fmt: skip
-    counts = {h: [torch.zeros(p.width, h.n_bins, dtype=torch.int32, device=device) for p in projections]
-              for h in histograms}  # fmt: skip
+    ranges = {h: [statistics.range(h, layer) for layer in range(len(projections))] for h in histograms}
+    counts = {h: [torch.zeros(p.width, h.n_bins, dtype=torch.int32) for p in projections] for h in histograms}
 
     def see(layer: int, x: Rows) -> None:
         for h in histograms:
+            # A model may be spread over devices: what belongs to a layer goes where its activations are.
+            low, high = (end.to(x.device) for end in ranges[h][layer])
+            here = counts[h][layer] = counts[h][layer].to(x.device)
             # Transposed and in chunks: the scattered writes of a neuron then stay in a few cache lines.
             for chunk in x.split(512):
-                low, high = ranges[h][layer]
                 index = bins(chunk, low, high, h.n_bins).T
-                counts[h][layer].scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
+                here.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
 
     _pass(model, projections, batches, see, "statistics, pass 2")
     return {h: [c.cpu() for c in layers] for h, layers in counts.items()}
@@ -183,7 +182,7 @@ def _pass(
 
         def at(layer: int, x: torch.Tensor, here: Batch = here, keep: torch.Tensor | None = keep) -> None:
             rows = as_rows(x, len(here.names))
-            see(layer, rows.flatten(0, 1) if keep is None else rows[keep])
+            see(layer, rows.flatten(0, 1) if keep is None else rows[keep.to(x.device)])
 
         with torch.inference_mode(), hooked(projections, at):
             model.body(here)

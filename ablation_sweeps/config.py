@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ablation_sweeps.job import Job
 
 PARTS = ("model", "dataset", "method", "fraction", "site", "selection", "statistics", "eval", "tracking")
-OPTIONS = (*PARTS, "batch_tokens", "seed", "sweep", "results_dir")
+OPTIONS = (*PARTS, "batch_tokens", "seed", "prefetch", "sweep", "results_dir")
 
 
 def to_job(cfg: DictConfig) -> Job:
@@ -39,6 +39,8 @@ def to_job(cfg: DictConfig) -> Job:
     for option, least in (("batch_tokens", 1), ("seed", 0)):
         if type(config[option]) is not int or config[option] < least:
             raise UserError(f"{option}={as_typed(config[option])}: must be a whole number of at least {least}")
+    if type(config["prefetch"]) is not bool:
+        raise UserError(f"prefetch={as_typed(config['prefetch'])}: must be true or false")
     for option in ("sweep", "results_dir"):
         if config[option] == "":
             raise UserError(f"{option}=: must be a name, e.g. {option}=my_{option}")
@@ -48,6 +50,7 @@ def to_job(cfg: DictConfig) -> Job:
         **parts,
         batch_tokens=config["batch_tokens"],
         seed=config["seed"],
+        prefetch=config["prefetch"],
         sweep=str(config["sweep"]),
         results_dir=Path(config["results_dir"]).expanduser().absolute(),
         config=config,
@@ -126,7 +129,7 @@ def _label_of(name: str | None, path: str | None) -> str:
     return Path(path).expanduser().absolute().stem if path else (name or "unnamed").split("/")[-1]
 
 
-def _tagged(label: str, variant: str, default: str) -> str:
+def _tagged(label: str, variant: str | int | None, default: str | None) -> str:
     """`peak`, `peak-smoothed`: the variant is named where it is not the default."""
     return label if variant == default else f"{label}-{variant}"
 

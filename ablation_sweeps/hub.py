@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import io
 import logging
 import sys
@@ -19,12 +20,15 @@ from pydantic.dataclasses import dataclass as validated
 from torch import nn
 
 from ablation_sweeps.data import Modality, UserError
+from ablation_sweeps.download import commit, fetch_model, why_not
 from ablation_sweeps.store import fingerprint_of_file, signature
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DType = Literal["float32", "bfloat16", "float16"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a model on the hub: weights, tokenizer, options
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -37,8 +41,13 @@ class Pretrained:
         path: a local folder that holds the model.
         revision: branch, tag or commit on the hub.
         gguf_file: file inside the folder or repository, for models in llama.cpp's format.
+        dtype: `auto` is that of the checkpoint.
         device: `auto` takes the first GPU if there is one.
+        device_map: `auto` and the like spread a model over the devices there are, as in transformers and accelerate.
+        quantize: weights of so many bits, by bitsandbytes.
         attn_implementation: as in transformers; None lets the model choose.
+        use_safetensors: True refuses anything else; None falls back on torch's format, read with `weights_only`.
+        tokens: positions that enter the statistics: all, or all but BOS, CLS, SEP, registers and the like.
         site_paths: module paths or patterns, for a model whose projections are not found by themselves.
     """
 
@@ -49,9 +58,13 @@ class Pretrained:
     gguf_file: str | None
     dtype: DType
     device: str
+    device_map: str | None
+    quantize: Literal["8bit", "4bit"] | None
     attn_implementation: str | None
+    use_safetensors: Literal[True] | None
     trust_remote_code: bool
     site_paths: tuple[str, ...] | None
+    tokens: Literal["all", "no_special"]
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Pretrained:
@@ -90,19 +103,40 @@ class Pretrained:
             torch.device("cpu" if self.device == "auto" else self.device)  # its name; a cluster's nodes may have others
         except RuntimeError as error:
             raise UserError(f"model.device={self.device}: there is no such device; give auto, cpu or cuda") from error
+        if self.quantize and importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(f"model.quantize={self.quantize}: needs bitsandbytes; install it: pip install bitsandbytes")
+        if self.quantize and self.gguf_file:
+            raise UserError(f"model.quantize={self.quantize}: a GGUF file is quantized already; leave one of them out")
 
     def identity(self) -> dict[str, Any]:
         """All that can change the numbers. A folder counts by what is in it, not by where it lies."""
-        options = {key: value for key, value in asdict(self).items() if key not in ("label", "path", "device")}
-        files = fingerprint(self.path) if self.path else None
+        elsewhere = ("label", "path", "device", "device_map")  # where it runs is no part of what is computed
+        options = {key: value for key, value in asdict(self).items() if key not in elsewhere}
+        files = fingerprint(self.path) if self.path else commit(self.repository, self.revision, "model")
         return {**options, "files": files}
+
+    @property
+    def repository(self) -> str:
+        """Where the hub has it."""
+        return str(self.name)
+
+    def prefetch(self) -> None:
+        """Gets all that loading it needs, without loading it."""
+        if not self.path:
+            more = {self.gguf_file: self.gguf_file, "*.bin": not self.use_safetensors, "*.py": self.trust_remote_code}
+            wanted = [*FILES, *(str(pattern) for pattern, is_needed in more.items() if is_needed)]
+            fetch_model(self.repository, self.revision, wanted)
 
     def from_pretrained(self, auto_model: Any) -> nn.Module:
         """The unmodified model on its device, in eval mode; weights from safetensors or GGUF alone."""
-        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "revision": self.revision}
+        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        options: dict[str, Any] = {"dtype": dtype, "revision": self.revision, "device_map": self.device_map}
         options |= {"gguf_file": self.gguf_file, "attn_implementation": self.attn_implementation}
-        if not self.trust_remote_code and not self.gguf_file:
-            options["use_safetensors"] = True
+        if not self.gguf_file:
+            options["use_safetensors"] = self.use_safetensors
+        if self.quantize:
+            options["quantization_config"] = _bits(self.quantize, dtype)
+            options["device_map"] = self.device_map or {"": str(device(self.device))}
         module, info = self.guarded(
             lambda: auto_model.from_pretrained(
                 self.source,
@@ -116,7 +150,8 @@ class Pretrained:
                 f"{self.option}: has no weights for {sorted(info['missing_keys'])[0]}, which would be random; "
                 "choose the kind of model that it was trained as (model=causal_lm, masked_lm or image_classifier)"
             )
-        return module.to(device(self.device)).eval()
+        placed = options["device_map"] is not None
+        return (module if placed else module.to(device(self.device))).eval()
 
     def guarded(self, load: Callable[[], Any]) -> Any:
         """Runs `load`; what goes wrong with the source becomes one line that names it."""
@@ -126,9 +161,8 @@ class Pretrained:
             except UserError:
                 raise
             except Exception as error:  # transformers, timm, safetensors: each has its own
-                reason = " ".join(str(error).split())[:300]
-                remedy = "" if self.path else "; without internet, give a folder that holds it: model.path=FOLDER"
-                raise UserError(f"{self.option}: cannot be loaded: {reason}{remedy}") from error
+                remedy = "" if self.path else "; or give a folder that holds it: model.path=FOLDER"
+                raise UserError(f"{self.option}: cannot be loaded: {why_not(error, not self.path)}{remedy}") from error
 
 
 @functools.cache
@@ -143,6 +177,15 @@ def load_tokenizer(model: Pretrained) -> PreTrainedTokenizerBase:
     )
     tokenizer.truncation_side = "right"  # the beginning of a document is what is evaluated
     return tokenizer
+
+
+def _bits(quantize: str, dtype: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    computes = torch.bfloat16 if dtype == "auto" else dtype
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computes)
 
 
 def fingerprint(path: str) -> str:
@@ -174,11 +217,18 @@ def quiet():
         transformers_logging.set_verbosity(level)
 
 
-def context_length(module: nn.Module, tokenizer: Any) -> int:
-    """What both the model and its tokenizer can take. RoBERTa's positions start after the padding index."""
-    config = module.config.get_text_config()  # type: ignore[union-attr,operator]
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30
-    return min(limit, tokenizer.model_max_length)
+def context_length(model: Pretrained) -> int:
+    """What both the model and its tokenizer can take; read from the configuration, without the weights."""
+    from transformers import AutoConfig
+
+    options = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+    config = model.guarded(
+        lambda: AutoConfig.from_pretrained(
+            model.source, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
+        )
+    ).get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    return min([load_tokenizer(model).model_max_length, *(limit for limit in limits if limit)])
 
 
 logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)

@@ -23,6 +23,7 @@ class ImageEncoder:
         mode: PIL's name of the colours the model sees: "RGB" or "L".
         n_classes: labels are below it.
         tokens: positions of one image inside the model.
+        left_out: so many at its beginning (CLS, registers) do not enter the statistics.
     """
 
     transform: Callable[..., Tensor]
@@ -30,6 +31,7 @@ class ImageEncoder:
     mode: str
     n_classes: int
     tokens: int
+    left_out: int = 0
 
     def __call__(
         self, examples: Iterable[Document | Picture], split: Split, budget: Budget, batch_tokens: int, seed: int
@@ -54,10 +56,10 @@ class ImageEncoder:
             rows.append((self.transform(picture.image.convert(self.mode)), picture))
             count += 1
             if len(rows) == size:
-                batches.append(self._stack(rows, count))
+                batches.append(self._stack(rows, count, split))
                 rows = []
         if rows:
-            batches.append(self._stack(rows, count))
+            batches.append(self._stack(rows, count, split))
         if not batches:
             raise UserError(f"dataset: the {split} split has no images; check dataset.path")
         if len(batches) > 1 and len(batches[-1].names) == 1:
@@ -75,11 +77,14 @@ class ImageEncoder:
         pixels = self.transform(fromarray(noise))[None]
         return Batch({self.key: pixels}, torch.tensor([NOT_SCORED]), None, ("other",), (0,))
 
-    def _stack(self, rows: list[tuple[Tensor, Picture]], count: int) -> Batch:
+    def _stack(self, rows: list[tuple[Tensor, Picture]], count: int, split: Split) -> Batch:
+        keep = None
+        if self.left_out and split == "calibration":
+            keep = (torch.arange(self.tokens) >= self.left_out).expand(len(rows), -1)
         return Batch(
             {self.key: torch.stack([pixels for pixels, _ in rows])},
             torch.tensor([picture.label for _, picture in rows]),
-            None,
+            keep,
             tuple(picture.name for _, picture in rows),
             tuple(range(count - len(rows), count)),
         )
@@ -88,5 +93,6 @@ class ImageEncoder:
 def _join(a: Batch, b: Batch) -> Batch:
     return Batch(
         {key: torch.cat([a.inputs[key], b.inputs[key]]) for key in a.inputs},
-        torch.cat([a.labels, b.labels]), None, a.names + b.names, a.index + b.index,
+        torch.cat([a.labels, b.labels]), None if a.keep is None or b.keep is None else torch.cat([a.keep, b.keep]),
+        a.names + b.names, a.index + b.index,
     )  # fmt: skip

@@ -31,21 +31,25 @@ NUMBERS = 1  # raise it with every change of the code that changes numbers: earl
 class Calibration:
     """Attributes:
     tokens: positions that the statistics are taken over; for images, their patches.
+    documents: at most so many documents or images; None is no limit.
     """
 
     tokens: Annotated[int, Field(ge=2)]
+    documents: Annotated[int | None, Field(ge=1)]
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Evaluation:
     """Attributes:
     tokens: of text that are evaluated; None is all there are.
-    images: likewise.
+    documents: at most so many; None is no limit.
+    images: that are evaluated; None is all there are.
     top_k, top_k_images: the k of the second accuracy, for tokens and for classes.
     skip: this many of the most common tokens are left out of the skip metrics.
     """
 
     tokens: Annotated[int | None, Field(ge=2)]
+    documents: Annotated[int | None, Field(ge=1)]
     images: Annotated[int | None, Field(ge=1)]
     top_k: Annotated[int, Field(ge=1)]
     top_k_images: Annotated[int, Field(ge=1)]
@@ -67,6 +71,7 @@ class Job:
     tracking: Any
     batch_tokens: int
     seed: int
+    prefetch: bool  # fetch what is needed, and stop
     sweep: str
     results_dir: Path
     config: dict[str, Any]  # as composed and resolved: what config.yaml keeps
@@ -84,6 +89,21 @@ class Job:
             if check is not None:
                 check(self.model.modality)
         _check_examples(self.model, self.dataset)
+
+    def budget(self, split: Split) -> Budget:
+        if split == "calibration":
+            return Budget(self.statistics.tokens, self.statistics.documents)
+        if self.model.modality == "image":
+            return Budget(None, self.eval.images)
+        return Budget(self.eval.tokens, self.eval.documents)
+
+    def fetch(self) -> None:
+        """Gets all that the job needs from the hub, and computes nothing."""
+        if hasattr(self.model, "prefetch"):
+            self.model.prefetch()
+        encode = self.model.encoder() if hasattr(self.model, "encoder") else load(self.model).encode
+        for split in ("calibration", "evaluation"):
+            encode(self.dataset.examples(split), split, self.budget(split), self.batch_tokens, 0)
 
     @functools.cached_property
     def data(self) -> dict[str, Any]:
@@ -150,14 +170,13 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     log.debug("%s: %s", job.site.name, ", ".join(f"{p.path} ({p.width})" for p in projections))
 
     # Calibration: what does each neuron do on data that is not evaluated?
-    calibration = encode(job, model, "calibration", Budget(job.statistics.tokens, None))
+    calibration = encode(job, model, "calibration")
     cache = job.results_dir / ".cache" / store.signature(job.data)[:16]
     statistics = functools.partial(activations.collect, model, projections, calibration, cache)
 
     # Evaluation: the same documents, and the same neurons, for every method.
     images = model.modality == "image"
-    budget = Budget(None, job.eval.images) if images else Budget(job.eval.tokens, None)
-    batches = encode(job, model, "evaluation", budget)
+    batches = encode(job, model, "evaluation")
     log.debug("%d documents or images in %d batches", sum(len(b.names) for b in batches), len(batches))
     orders = job.selection.orders([p.width for p in projections], job.seed)
     replacement = job.method.fit(
@@ -253,9 +272,9 @@ def load(model: Any) -> Transformer:
     return _loaded[model]
 
 
-def encode(job: Job, model: Transformer, split: Split, budget: Budget) -> list[Batch]:
+def encode(job: Job, model: Transformer, split: Split) -> list[Batch]:
     seed = job.seed if model.kind == "masked_lm" and split == "evaluation" else 0  # only masking is random
-    return _encode(job.model, job.dataset, split, budget, job.batch_tokens, seed)
+    return _encode(job.model, job.dataset, split, job.budget(split), job.batch_tokens, seed)
 
 
 @functools.lru_cache(maxsize=8)

@@ -33,6 +33,14 @@ def check(configs: Sequence[DictConfig]) -> list[Job]:
     return jobs
 
 
+def fetch(jobs: Sequence[Job]) -> None:
+    """All that the jobs need from the hub, once each, so that they can then run offline. Nothing is computed."""
+    for i, (model, dataset) in enumerate(needed := {(job.model, job.dataset): job for job in jobs}, start=1):
+        log.info("[%d/%d] fetching %s and %s", i, len(needed), model.label, dataset.label)
+        needed[model, dataset].fetch()
+    print("all that is needed is on this machine; without prefetch=true, the same command can run offline")
+
+
 def by_model(jobs: Sequence[Job]) -> list[int]:
     """The order in which each model is loaded once, whatever the order in which the options were typed."""
     model_first = {job.model: i for i, job in reversed(list(enumerate(jobs)))}

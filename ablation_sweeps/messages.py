@@ -62,7 +62,8 @@ def _no_such_option(key: str, conf: Path) -> str:
         return f"{key}: Hydra has no such option; see python launch.py --hydra-help"
     known = _known_options(conf)
     if known.get(key):
-        return f"{key}: what is chosen has no such option; these have: {', '.join(sorted(known[key]))}"
+        return (f"{key}: what is chosen has no such option; these have: {', '.join(sorted(known[key]))} (where several "
+                f"are swept over, write ++{key}=VALUE)")  # fmt: skip
     group = key.split(".")[0]
     inside = [option for option in known if option.startswith(f"{group}.")] if "." in key else []
     hint = f"; {group} has {', '.join(sorted(inside))}" if inside else "; see python launch.py --help"

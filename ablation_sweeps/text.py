@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,10 @@ from ablation_sweeps.transformer import Budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Tokens = Literal["all", "no_special"]  # positions that enter the statistics
+Pack = Literal["documents", "concatenate"]
 
 
 @dataclass(frozen=True)
@@ -38,40 +43,73 @@ class Masking:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Implements `transformer.Encoder` and the text side of `transformer.OtherInput`."""
+    """Implements `transformer.Encoder` and the text side of `transformer.OtherInput`.
+
+    Attributes:
+        tokens: positions of the calibration data that enter the statistics: all, or all but BOS, CLS, SEP and the like.
+        pack: a sequence is a document, or a piece of all documents written one after the other.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
     masking: Masking | None  # None: a causal model, scored on the next token
+    tokens: Tokens
+    pack: Pack
 
     def __call__(
         self, examples: Iterable[Document | Picture], split: Split, budget: Budget, batch_tokens: int, seed: int
     ) -> list[Batch]:
-        """Whole documents, each cut to the context, until the budget is used; the last one is cut to meet it.
+        """Documents, each cut to the context, until the budget is used; the last one is cut to meet it.
+
+        With `pack` concatenate, the documents are written one after the other, and this is cut into pieces as long as
+        the context: nothing of a long document is lost, and a piece begins in the middle of one.
 
         Documents are batched by length, so that little is padding; padding is at the right, is not attended to, and
         enters neither statistics nor scores. Documents shorter than two tokens cannot be scored and are left out.
         """
         if self.masking and self.tokenizer.mask_token_id is None:
             raise UserError("model: this tokenizer has no mask token; use a causal_lm model, or another tokenizer")
-        sequences: list[Sequence] = []
-        used = short = 0
-        for document in examples:
-            if not isinstance(document, Document):
-                raise UserError("dataset: a language model needs text; choose a text dataset, e.g. dataset=python_docs")
-            left = self.max_tokens if budget.tokens is None else min(self.max_tokens, budget.tokens - used)
-            if left < 2 or len(sequences) == budget.examples:
-                break
-            ids = np.array(self.ids(document.text, left))
-            if len(ids) < 2:
-                short += 1
-                continue
-            sequences.append(self._label(document.name, ids, split, seed))
-            used += len(ids)
+        pieces = (self._concatenated if self.pack == "concatenate" else self._documents)(_texts(examples), budget)
+        sequences = [self._label(name, np.array(ids), split, seed) for name, ids in pieces]
         if not sequences:
-            found = f"all {short} documents are shorter than two tokens" if short else "it has no text"
-            raise UserError(f"dataset: nothing to score in the {split} split: {found}; give longer or other documents")
-        return self._batches(sequences, batch_tokens)
+            raise UserError(
+                f"dataset: nothing to score in the {split} split: it has no text, or all documents are shorter "
+                "than two tokens; give longer or other documents"
+            )
+        return self._batches(sequences, batch_tokens, self.tokens if split == "calibration" else "all")
+
+    def _documents(self, documents: Iterable[Document], budget: Budget) -> Iterator[tuple[str, list[int]]]:
+        used = count = 0
+        for document in documents:
+            room = self._room(budget, used)
+            if room < 2 or count == budget.examples:
+                return
+            ids = self.ids(document.text, room)
+            if len(ids) >= 2:
+                yield document.name, ids
+                used, count = used + len(ids), count + 1
+
+    def _concatenated(self, documents: Iterable[Document], budget: Budget) -> Iterator[tuple[str, list[int]]]:
+        """Each piece is called after the document that it begins in, and its place in the order."""
+        end = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
+        used = count = 0
+        ids: list[int] = []
+        name = ""
+        for document in islice(documents, budget.examples):
+            name = name if ids else document.name
+            ids += self.ids(document.text)
+            if end is not None and ids and ids[-1] != end:
+                ids.append(int(end))  # type: ignore[arg-type]
+            while len(ids) >= (room := self._room(budget, used)) >= 2:
+                yield f"{name}/{count}", ids[:room]
+                ids, used, count, name = ids[room:], used + room, count + 1, document.name
+            if room < 2:
+                return
+        if len(ids) >= 2:
+            yield f"{name}/{count}", ids
+
+    def _room(self, budget: Budget, used: int) -> int:
+        return self.max_tokens if budget.tokens is None else min(self.max_tokens, budget.tokens - used)
 
     def ids(self, text: str, limit: int | None = None) -> list[int]:
         """Cut by the tokenizer, which keeps the token that ends a text for the models that expect one."""
@@ -101,6 +139,12 @@ class TextEncoder:
     def ordinary_ids(self) -> np.ndarray:
         return np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
 
+    def _special_ids(self) -> set[int]:
+        """BOS, CLS, SEP, ...; not the token for what is unknown, which stands for a word."""
+        t = self.tokenizer
+        others = (t.bos_token_id, t.eos_token_id, t.cls_token_id, t.sep_token_id, t.pad_token_id, t.mask_token_id)
+        return {token for token in t.all_special_ids if token != t.unk_token_id or token in others}
+
     def _label(self, name: str, ids: np.ndarray, split: Split, seed: int) -> Sequence:
         if self.masking is None:
             return Sequence(name, ids, np.append(ids[1:], NOT_SCORED))
@@ -125,7 +169,7 @@ class TextEncoder:
         shown[chosen[random]] = rng.choice(self.ordinary_ids(), int(random.sum()))
         return Sequence(name, shown, labels)
 
-    def _batches(self, sequences: list[Sequence], batch_tokens: int) -> list[Batch]:
+    def _batches(self, sequences: list[Sequence], batch_tokens: int, tokens: Tokens) -> list[Batch]:
         by_length = sorted(enumerate(sequences), key=lambda pair: (-len(pair[1].ids), pair[0]))
         batches: list[Batch] = []
         while by_length:
@@ -133,10 +177,10 @@ class TextEncoder:
             if len(by_length) == size + 1:
                 size += 1  # never one alone: resampling from the batch needs another example
             rows, by_length = by_length[:size], by_length[size:]
-            batches.append(self._pad([sequence for _, sequence in rows], tuple(index for index, _ in rows)))
+            batches.append(self._pad([sequence for _, sequence in rows], tuple(index for index, _ in rows), tokens))
         return batches
 
-    def _pad(self, sequences: list[Sequence], index: tuple[int, ...]) -> Batch:
+    def _pad(self, sequences: list[Sequence], index: tuple[int, ...], tokens: Tokens) -> Batch:
         shape = len(sequences), max(len(s.ids) for s in sequences)
         ids = torch.full(shape, int(self.tokenizer.pad_token_id or 0))  # type: ignore[arg-type]  # any id: never seen
         labels = torch.full(shape, NOT_SCORED)
@@ -147,4 +191,13 @@ class TextEncoder:
             labels[row, :n] = torch.from_numpy(sequence.labels)
             keep[row, :n] = True
         inputs = {"input_ids": ids, "attention_mask": keep.long()}
+        if tokens == "no_special":
+            keep = keep & ~torch.isin(ids, torch.tensor(sorted(self._special_ids())))
         return Batch(inputs, labels, keep, tuple(s.name for s in sequences), index)
+
+
+def _texts(examples: Iterable[Document | Picture]) -> Iterator[Document]:
+    for example in examples:
+        if not isinstance(example, Document):
+            raise UserError("dataset: a language model needs text; choose a text dataset, e.g. dataset=python_docs")
+        yield example

@@ -69,4 +69,6 @@ class Transformer:
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        """Where inputs go. The weights of a model that is spread over devices may wait elsewhere, as `meta`."""
+        devices = (parameter.device for parameter in self.module.parameters())
+        return next((device for device in devices if device.type != "meta"), torch.device("cpu"))

@@ -1,8 +1,9 @@
 """Retrain the three embedded models: `python scripts/train_tiny.py [--only causal] [--out DIR]`.
 
-Seventeen minutes on one CPU core that nothing else uses, no download: the data comes with Python and with scikit-learn. Every number of
-the model cards beside the weights is measured here, on the weights as loaded back from disk. What to expect on held-out
-data: a causal loss one nat below a bigram's, a masked loss two and a half below a unigram's, 96 % of the digits.
+Seventeen minutes on one CPU core that nothing else uses, no download: the data comes with Python and with scikit-learn.
+Every number of the model cards beside the weights is measured here, on the weights as loaded back from disk. What to
+expect on held-out data: a causal loss one nat below a bigram's, a masked loss two and a half below a unigram's, and
+96 % of the digits.
 """
 
 from __future__ import annotations

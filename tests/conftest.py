@@ -20,10 +20,11 @@ from ablation_sweeps.sites import Site
 from ablation_sweeps.transformer import Transformer
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT_OPTIONS = {"max_tokens": CONTEXT}
+TEXT_OPTIONS = {"max_tokens": CONTEXT, "pack": "documents"}
 MASKED_OPTIONS = {**TEXT_OPTIONS, "masked": 0.15, "replaced_by_mask": 0.8, "replaced_at_random": 0.1}
 PRETRAINED = {"name": None, "revision": None, "gguf_file": None, "dtype": "float32", "device": "cpu",
-              "attn_implementation": None, "trust_remote_code": False, "site_paths": None}  # fmt: skip
+              "device_map": None, "quantize": None, "attn_implementation": None, "trust_remote_code": False,
+              "use_safetensors": True, "site_paths": None, "tokens": "all"}  # fmt: skip
 LOADERS = {"causal_lm": (CausalLM, TEXT_OPTIONS), "masked_lm": (MaskedLM, MASKED_OPTIONS),
            "image_classifier": (ImageClassifier, {}), "timm": (Timm, {})}  # fmt: skip
 
@@ -142,7 +143,7 @@ def fresh(saved) -> Callable[..., Transformer]:
         if FAMILIES[family].kind == "backbone":
             return backbone(family)
         kind, options = LOADERS[FAMILIES[family].kind]
-        return kind(label=family, path=str(saved(family)), **{**PRETRAINED, **options, **changes}).load()
+        return kind(**{"label": family, "path": str(saved(family)), **PRETRAINED, **options, **changes}).load()
 
     return load
 

@@ -1,8 +1,9 @@
-"""A folder, file or glob of plain text."""
+"""A folder, file or glob of text: plain, one json a line, or parquet."""
 
 from __future__ import annotations
 
 import glob
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +15,18 @@ from pydantic.dataclasses import dataclass as validated
 from ablation_sweeps.data import Document, Modality, Split, UserError, unit_hash
 from ablation_sweeps.store import fingerprint_of_file, signature
 
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class TextFiles:
     """Attributes:
-    path: a text file, a folder (all its *.txt, at any depth), or a glob.
+    path: a file, a folder (its *.txt, *.jsonl and *.parquet, at any depth), or a glob.
     calibration_path: the same for the calibration documents; None takes a share of those at `path`.
     calibration_share: that share, chosen by a hash of the document's name.
-    document_start: regular expression; each line that it matches whole begins a new document. None: a file is one.
+    document_start: of *.txt: regular expression; each line that it matches whole begins a new document. None: a file
+        is one.
+    column: of *.jsonl and *.parquet: the field that holds the text; a row is a document.
     """
 
     modality: ClassVar[Modality] = "text"
@@ -31,6 +36,7 @@ class TextFiles:
     calibration_path: str | None
     calibration_share: Annotated[float, Field(gt=0, lt=1)]
     document_start: str | None
+    column: str
 
     @field_validator("document_start")
     @classmethod
@@ -46,7 +52,7 @@ class TextFiles:
             if path is None:
                 continue
             if not any(text.strip() for _, text in self._documents(option, path)):
-                raise UserError(f"dataset.{option}={path}: holds no text; give a folder with text in its *.txt files")
+                raise UserError(f"dataset.{option}={path}: holds no text; give files with text in them")
         if self.path is None:
             raise UserError("dataset.path: is not given; set dataset.path=FOLDER (or a file, or a glob)")
         both = self._resolved("path", self.path) & self._resolved("calibration_path", self.calibration_path)
@@ -84,7 +90,7 @@ class TextFiles:
             for option, path in paths.items()
             if path
         }
-        return signature([content, self.calibration_share, self.document_start])
+        return signature([content, self.calibration_share, self.document_start, self.column])
 
     @staticmethod
     def _resolved(option: str, path: str | None) -> set[str]:
@@ -96,6 +102,9 @@ class TextFiles:
             raise UserError("dataset.path: is not given; set dataset.path=FOLDER (or a file, or a glob)")
         documents = []
         for name, file in _files(option, path):
+            if file.suffix in (".jsonl", ".parquet"):
+                documents += [(f"{name}#{number}", text) for number, text in enumerate(_column(file, self.column))]
+                continue
             text = file.read_text(encoding="utf-8", errors="replace")
             if self.document_start is None:
                 documents.append((name, text))
@@ -106,17 +115,30 @@ class TextFiles:
         return documents
 
 
+def _column(file: Path, column: str) -> list[str]:
+    import pandas as pd
+
+    try:
+        if file.suffix == ".parquet":
+            return pd.read_parquet(file, columns=[column])[column].fillna("").tolist()
+        with open(file, encoding="utf-8") as lines:
+            return [json.loads(line)[column] or "" for line in lines if line.strip()]
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"dataset.column={column}: {file} has no such column of text ({reason})") from error
+
+
 def _files(option: str, path: str) -> list[tuple[str, Path]]:
     """Names relative to the folder, and paths."""
     given = Path(path).expanduser()
     if given.is_dir():
-        files = [(str(file.relative_to(given)), file) for file in sorted(given.rglob("*.txt"))]
+        files = [(str(file.relative_to(given)), file) for file in sorted(given.rglob("*")) if file.suffix in SUFFIXES]
     elif given.is_file():
         files = [(given.name, given)]
     else:
         files = [(Path(found).name, Path(found)) for found in sorted(glob.glob(str(given), recursive=True))]
     if not files and given.is_dir():
-        raise UserError(f"dataset.{option}={path}: there are no *.txt files in this folder; give a folder of text")
+        raise UserError(f"dataset.{option}={path}: there are no {', '.join(SUFFIXES)} files in this folder")
     if not files:
         raise UserError(f"dataset.{option}={path}: there is no such file or folder; check the path")
     return files

@@ -14,10 +14,11 @@ from torch import Tensor
 from ablation_sweeps.ablation import Fitting, Replacement, reading
 from ablation_sweeps.data import Batch, Modality, UserError
 
-Source = Literal["dataset", "random_characters", "random_tokens", "generated", "random_pixels"]
+Source = Literal["dataset", "random_input", "random_characters", "random_tokens", "generated", "random_pixels"]
 
-TEXT_SOURCES = ("dataset", "random_characters", "random_tokens", "generated")
-IMAGE_SOURCES = ("dataset", "random_pixels")
+TEXT_SOURCES = ("dataset", "random_input", "random_characters", "random_tokens", "generated")
+IMAGE_SOURCES = ("dataset", "random_input", "random_pixels")
+RANDOM_INPUT = {"text": "random_characters", "image": "random_pixels"}
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -27,7 +28,7 @@ class Resample:
     Attributes:
         source: dataset: the clean activations of another example of the same batch, which stay in distribution.
             Of the paper, one fixed input for all examples: random_characters, random_tokens, generated (the model's
-            own sample), random_pixels.
+            own sample), random_pixels. random_input: random_characters for text, random_pixels for images.
         as_run: give text number i the activation of position i at all its positions, and zero once the other input
             has ended: what the paper's published runs did. Not for source=dataset.
         length: of the other input, with as_run; without it, the input is as long as the longest example.
@@ -51,7 +52,8 @@ class Resample:
         if self.source == "dataset":
             return AnotherExample()
         length = self.length if self.as_run and self.length else fitting.length
-        batch = fitting.model.other_input(self.source, length, fitting.seed).to(fitting.model.device)
+        source = RANDOM_INPUT[fitting.model.modality] if self.source == "random_input" else self.source
+        batch = fitting.model.other_input(source, length, fitting.seed).to(fitting.model.device)
         with torch.inference_mode(), reading(fitting.projections, 1) as activations:
             fitting.model.body(batch)
         return (OneForEachText if self.as_run else PositionByPosition)([x[0] for x in activations])

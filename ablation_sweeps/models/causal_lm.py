@@ -11,7 +11,7 @@ from torch import nn
 
 from ablation_sweeps.data import Batch, Document, Modality, UserError
 from ablation_sweeps.hub import Pretrained, context_length, load_tokenizer
-from ablation_sweeps.text import TextEncoder
+from ablation_sweeps.text import Pack, TextEncoder
 from ablation_sweeps.transformer import Transformer
 
 
@@ -21,22 +21,28 @@ class CausalLM(Pretrained):
 
     Attributes:
         max_tokens: documents are cut to it, and to the model's context.
+        pack: documents, or concatenate: one after the other, cut into pieces of `max_tokens`.
     """
 
     modality: ClassVar[Modality] = "text"
 
     max_tokens: Annotated[int, Field(ge=2)]
+    pack: Pack
 
     def can_score(self, document: Document) -> bool:
         """Needs the tokenizer alone."""
         return len(load_tokenizer(self)(document.text[:1000], verbose=False)["input_ids"]) >= 2  # type: ignore[arg-type]
 
+    def encoder(self) -> TextEncoder:
+        """Likewise."""
+        longest = min(self.max_tokens, context_length(self))
+        return TextEncoder(load_tokenizer(self), longest, None, self.tokens, self.pack)
+
     def load(self) -> Transformer:
         from transformers import AutoModelForCausalLM
 
-        tokenizer = load_tokenizer(self)
+        tokenizer, encoder = load_tokenizer(self), self.encoder()
         module = self.from_pretrained(AutoModelForCausalLM)
-        encoder = TextEncoder(tokenizer, min(self.max_tokens, context_length(module, tokenizer)), masking=None)
 
         def other_input(source: str, length: int, seed: int) -> Batch:
             if source == "generated":

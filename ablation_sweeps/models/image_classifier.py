@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import Modality, Picture
+from ablation_sweeps.data import Batch, Modality, Picture, UserError
 from ablation_sweeps.hub import Pretrained
 from ablation_sweeps.images import ImageEncoder
 from ablation_sweeps.transformer import Transformer
@@ -29,7 +29,7 @@ class ImageClassifier(Pretrained):
         processor = self.guarded(lambda: AutoImageProcessor.from_pretrained(self.source, revision=self.revision))
         module = self.from_pretrained(AutoModelForImageClassification)
         config = module.config
-        dtype = getattr(torch, self.dtype)
+        dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
 
         def transform(image) -> torch.Tensor:
             return processor(image, return_tensors="pt")["pixel_values"][0].to(dtype)
@@ -44,7 +44,8 @@ class ImageClassifier(Pretrained):
         probe = encoder.other_input("probe", 1, 0).to(next(module.parameters()).device)
         with torch.inference_mode():
             tokens = body(probe).last_hidden_state.shape[1:-1].numel()
-        encoder = ImageEncoder(transform, "pixel_values", mode, config.num_labels, tokens)  # type: ignore[union-attr,arg-type]
+        left_out = max(0, tokens - _patches(probe, sizes)) if self.tokens == "no_special" else 0
+        encoder = ImageEncoder(transform, "pixel_values", mode, config.num_labels, tokens, left_out)  # type: ignore[union-attr,arg-type]
         return Transformer(
             label=self.label,
             revision=getattr(module.config, "_commit_hash", None) or self.revision or "",
@@ -57,3 +58,11 @@ class ImageClassifier(Pretrained):
             n_heads=heads if isinstance(heads, int) else None,  # Swin has a list, one for each stage
             special_ids=frozenset(),
         )
+
+
+def _patches(probe: Batch, sizes: Any) -> int:
+    """Positions that are no CLS or register token."""
+    if not isinstance(getattr(sizes, "patch_size", None), int):
+        raise UserError("model.tokens=no_special: this model does not say how large its patches are; use tokens=all")
+    height, width = probe.inputs["pixel_values"].shape[-2:]
+    return (height // sizes.patch_size) * (width // sizes.patch_size)

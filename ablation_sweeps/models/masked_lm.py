@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.data import Batch, Document, Modality, UserError
 from ablation_sweeps.hub import Pretrained, context_length, load_tokenizer
-from ablation_sweeps.text import Masking, TextEncoder
+from ablation_sweeps.text import Masking, Pack, TextEncoder
 from ablation_sweeps.transformer import Transformer
 
 
@@ -19,6 +19,7 @@ class MaskedLM(Pretrained):
 
     Attributes:
         max_tokens: documents are cut to it, and to the model's context.
+        pack: documents, or concatenate: one after the other, cut into pieces of `max_tokens`.
         masked: share of the tokens that are not special which is scored.
         replaced_by_mask: of these, the share shown to the model as the mask token.
         replaced_at_random: of these, the share shown as a random token; the rest is shown as it is.
@@ -27,6 +28,7 @@ class MaskedLM(Pretrained):
     modality: ClassVar[Modality] = "text"
 
     max_tokens: Annotated[int, Field(ge=2)]
+    pack: Pack
     masked: Annotated[float, Field(gt=0, le=1)]
     replaced_by_mask: Annotated[float, Field(ge=0, le=1)]
     replaced_at_random: Annotated[float, Field(ge=0, le=1)]
@@ -37,13 +39,17 @@ class MaskedLM(Pretrained):
         ids = tokenizer(document.text[:1000], verbose=False)["input_ids"]
         return bool(set(ids) - set(tokenizer.all_special_ids))  # type: ignore[arg-type]
 
+    def encoder(self) -> TextEncoder:
+        """Likewise."""
+        masking = Masking(self.masked, self.replaced_by_mask, self.replaced_at_random)
+        longest = min(self.max_tokens, context_length(self))
+        return TextEncoder(load_tokenizer(self), longest, masking, self.tokens, self.pack)
+
     def load(self) -> Transformer:
         from transformers import AutoModelForMaskedLM
 
-        tokenizer = load_tokenizer(self)
+        tokenizer, encoder = load_tokenizer(self), self.encoder()
         module = self.from_pretrained(AutoModelForMaskedLM)
-        masking = Masking(self.masked, self.replaced_by_mask, self.replaced_at_random)
-        encoder = TextEncoder(tokenizer, min(self.max_tokens, context_length(module, tokenizer)), masking)
 
         def other_input(source: str, length: int, seed: int) -> Batch:
             if source not in ("random_characters", "random_tokens", "probe"):

@@ -28,15 +28,24 @@ class Timm(Pretrained):
 
     def check(self, modality: Modality) -> None:
         super().check(modality)
-        for option in ("attn_implementation", "gguf_file"):
+        for option in ("attn_implementation", "gguf_file", "device_map", "quantize"):
             if getattr(self, option) is not None:
                 raise UserError(
                     f"model.{option}={getattr(self, option)}: timm's models have no such option; leave it null"
                 )
+        if self.dtype == "auto":
+            raise UserError("model.dtype=auto: timm's models do not say theirs; give float32, bfloat16 or float16")
         if self.path and not (Path(self.path) / "model.safetensors").is_file():
             raise UserError(f"model.path={self.path}: there is no model.safetensors in this folder")
         if self.path and not self.name and not (Path(self.path) / "config.json").is_file():
             raise UserError(f"model.path={self.path}: there is no config.json in it, so give model.name as well")
+
+    @property
+    def repository(self) -> str:
+        import timm
+
+        pretrained = timm.get_pretrained_cfg(str(self.name).removeprefix("hf-hub:"), allow_unregistered=True)
+        return str((pretrained and pretrained.hf_hub_id) or self.name).removeprefix("hf-hub:")
 
     def can_score(self, picture: Picture) -> bool:
         return True
@@ -60,7 +69,8 @@ class Timm(Pretrained):
         with torch.inference_mode():
             tokens = body(probe).shape[1:-1].numel()
         heads = {m.num_heads for m in module.modules() if hasattr(m, "num_heads")}
-        encoder = ImageEncoder(transform, "x", mode, module.num_classes, tokens)
+        left_out = getattr(module, "num_prefix_tokens", 0) if self.tokens == "no_special" else 0
+        encoder = ImageEncoder(transform, "x", mode, module.num_classes, tokens, left_out)
         return Transformer(
             label=self.label,
             revision=self.revision or "",

@@ -23,13 +23,16 @@ class InOrderLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from ablation_sweeps.launching import Failures, by_model, check, end_of_sweep
+        from ablation_sweeps.launching import Failures, by_model, check, end_of_sweep, fetch
 
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
         configs = [self._compose(overrides, initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
         jobs = check(configs)
+        if jobs[0].prefetch:
+            fetch(jobs)
+            return []
         failures = Failures()
         returns: dict[int, JobReturn] = {}
         for place, i in enumerate(by_model(jobs), start=1):

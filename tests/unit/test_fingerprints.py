@@ -11,7 +11,7 @@ from ablation_sweeps.hub import fingerprint
 
 
 def texts(folder: Path, calibration: Path | None = None) -> TextFiles:
-    return TextFiles("texts", str(folder), None if calibration is None else str(calibration), 0.3, None)
+    return TextFiles("texts", str(folder), None if calibration is None else str(calibration), 0.3, None, "text")
 
 
 @pytest.fixture

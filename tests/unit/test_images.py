@@ -106,3 +106,24 @@ def test_random_pixels_go_through_the_models_transform():
         assert counts.min() > 0.5 * counts.mean()  # all values, evenly
     with pytest.raises(UserError, match="random_pixels"):
         ImageEncoder(transform, "x", "L", 5, 1).other_input("random_tokens", 1, 0)
+
+
+@pytest.mark.parametrize(("family", "n_tokens"), [("vit", 4 + 1), ("timm_vit", 4 + 1)])
+def test_cls_can_be_left_out_of_the_statistics(fresh, site, family, n_tokens):
+    from ablation_sweeps import sites
+    from ablation_sweeps.activations import _moments
+
+    model = fresh(family, tokens="no_special")
+    batches = model.encode(pictures(3), "calibration", NO_LIMIT, 1000, 0)
+    assert [batch.keep.tolist() for batch in batches] == [[[False, *[True] * (n_tokens - 1)]] * 3]
+    assert all(batch.keep is None for batch in encoded(model, pictures(3)))
+    projections = sites.find(model, site("attn_pre_out"), None)
+    every = model.encode(pictures(3), "evaluation", NO_LIMIT, 1000, 0)
+    for some, all_ in zip(_moments(model, projections, batches), _moments(model, projections, every), strict=True):
+        assert (some.n, all_.n) == (3 * (n_tokens - 1), 3 * n_tokens)
+        assert not torch.equal(some.total, all_.total)
+
+
+def test_windows_have_no_cls(fresh):
+    (batch, *_) = fresh("timm_swin", tokens="no_special").encode(pictures(2, size=32), "calibration", NO_LIMIT, 1000, 0)
+    assert batch.keep is None

@@ -61,10 +61,9 @@ def test_labels_are_the_next_tokens(tiny):
 
 def test_a_document_of_less_than_two_tokens_is_left_out(tiny):
     assert sorted(by_document(encoded(tiny("llama")))) == [f"doc{i}" for i in range(7) if i != 1]
-    with pytest.raises(UserError, match="all 2 documents are shorter"):
-        encoded(tiny("llama"), ["", ""])
-    with pytest.raises(UserError, match="has no text"):
-        encoded(tiny("llama"), [])
+    for nothing in (["", ""], []):
+        with pytest.raises(UserError, match="has no text, or all documents are shorter than two tokens"):
+            encoded(tiny("llama"), nothing)
 
 
 def test_documents_are_cut_to_the_context_or_less(tiny, fresh):
@@ -252,3 +251,71 @@ def test_a_tokenizer_without_a_mask_token_is_refused(fresh):
             encoded(model)
     finally:
         model.encode.tokenizer.mask_token = "<mask>"
+
+
+# Documents one after the other
+
+
+def packed(model, texts, **options) -> list[tuple[str, list[int], list[int]]]:
+    pieces = [(batch.index[row], batch.names[row], batch.inputs["input_ids"][row], batch.labels[row], batch.keep[row])
+              for batch in encoded(model, texts, **options) for row in range(len(batch.names))]  # fmt: skip
+    return [(name, ids[keep].tolist(), labels[keep].tolist()) for _, name, ids, labels, keep in sorted(pieces)]
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_concatenated_documents_are_the_same_tokens_in_pieces_of_the_context(fresh, family):
+    model = fresh(family, max_tokens=20, pack="concatenate")
+    texts = ["x" * 50, "", "hello", "y" * 33]
+    stream = [token for text in texts for token in [*ids_of(text), 2]]
+    pieces = packed(model, texts, split="calibration")
+    assert [token for _, ids, _ in pieces for token in ids] == stream
+    assert {len(ids) for _, ids, _ in pieces[:-1]} == {20}
+    assert len({name for name, _, _ in pieces}) == len(pieces)
+    assert pieces[0][0].startswith("doc0") and pieces[-1][0].startswith("doc3")
+
+
+def test_a_piece_is_scored_like_a_document(fresh):
+    for _, ids, labels in packed(fresh("llama", max_tokens=20, pack="concatenate"), ["x" * 50, "hello"]):
+        assert labels == [*ids[1:], NOT_SCORED]
+    for _, _, labels in packed(fresh("bert", max_tokens=20, pack="concatenate"), ["x" * 50, "hello", "z" * 60]):
+        scored = [label for label in labels if label != NOT_SCORED]
+        assert scored and not {0, 1, 2, 3, 4} & set(scored)
+
+
+@pytest.mark.parametrize("tokens", [2, 19, 20, 21, 22, 45, 10**6])
+def test_a_budget_cuts_the_last_piece(fresh, tokens):
+    model = fresh("llama", max_tokens=20, pack="concatenate")
+    pieces = packed(model, ["x" * 50, "hello", "y" * 33], budget=Budget(tokens, None))
+    n = sum(len(ids) for _, ids, _ in pieces)
+    assert n == min(tokens - (tokens % 20 == 1), 52 + 7 + 35)  # a rest of one token has nothing to predict
+
+
+def test_a_budget_in_documents_counts_documents_not_pieces(fresh):
+    pieces = packed(fresh("llama", max_tokens=20, pack="concatenate"), ["x" * 50, "hello", "y"], budget=Budget(None, 2))
+    assert sum(len(ids) for _, ids, _ in pieces) == 52 + 7
+
+
+# Which positions enter the statistics
+
+
+@pytest.mark.parametrize(("family", "special"), [("llama", {1}), ("bert", {1, 2})])
+def test_special_tokens_can_be_left_out_of_the_statistics(fresh, family, special):
+    every, some = (encoded(fresh(family, tokens=tokens), split="calibration") for tokens in ("all", "no_special"))
+    for a, b in zip(every, some, strict=True):
+        ids = a.inputs["input_ids"]
+        assert torch.equal(ids, b.inputs["input_ids"])
+        assert torch.equal(a.inputs["attention_mask"], b.inputs["attention_mask"]), "the model still sees them"
+        left_out = a.keep & ~b.keep
+        assert set(ids[left_out].tolist()) == special and not special & set(ids[b.keep].tolist())
+        assert not (b.keep & ~a.keep).any()
+
+
+def test_the_unknown_token_stands_for_a_word(fresh):
+    (batch,) = encoded(fresh("llama", tokens="no_special"), ["aéb", "cd"], split="calibration", batch_tokens=100)
+    assert 3 in batch.inputs["input_ids"][batch.keep].tolist()
+
+
+def test_what_is_evaluated_does_not_depend_on_which_positions_enter_the_statistics(fresh):
+    every, some = (encoded(fresh("bert", tokens=tokens)) for tokens in ("all", "no_special"))
+    for a, b in zip(every, some, strict=True):
+        assert torch.equal(a.labels, b.labels) and torch.equal(a.keep, b.keep)

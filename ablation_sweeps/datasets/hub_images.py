@@ -1,0 +1,93 @@
+"""Labelled images through the library `datasets`: from the hub, from a local copy, or saved to disk."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, field_validator
+from pydantic.dataclasses import dataclass as validated
+
+from ablation_sweeps.data import Modality, Picture, Split, UserError
+from ablation_sweeps.rows import Row, Rows
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class HubImages(Rows):
+    """Attributes:
+    image_column, label_column: hold the image and the number of its class.
+    classes: of which images are taken: a name of `class_sets`, `not_` and such a name, or numbers: "0-9,42".
+        None: all. Labels keep their numbers, and the model all its classes.
+    class_sets: names for such numbers.
+    """
+
+    modality: ClassVar[Modality] = "image"
+
+    image_column: str
+    label_column: str
+    classes: str | None
+    class_sets: tuple[tuple[str, str], ...]
+
+    @field_validator("class_sets", mode="before")
+    @classmethod
+    def _pairs(cls, sets: Any) -> Any:
+        return tuple(sorted(sets.items())) if isinstance(sets, dict) else sets
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _text(cls, classes: Any) -> Any:
+        return str(classes) if isinstance(classes, int) else classes
+
+    def check(self, modality: Modality) -> None:
+        super().check(modality)
+        self.labels()
+
+    def labels(self) -> frozenset[int] | None:
+        """Those that are taken; None is all."""
+        if self.classes is None:
+            return None
+        sets = dict(self.class_sets)
+        if self.classes in sets:
+            return _numbers(sets[self.classes])
+        if self.classes.removeprefix("not_") in sets:
+            known = frozenset(range(len(self.class_names())))
+            return known - _numbers(sets[self.classes.removeprefix("not_")])
+        if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", self.classes):
+            names = "".join(f"{name}, not_{name}, " for name in sets)
+            raise UserError(f"dataset.classes={self.classes}: must be {names}or numbers such as '0-9,42'; null is all")
+        return _numbers(self.classes)
+
+    def class_names(self) -> list[str]:  # type: ignore[override]
+        return super().class_names(self.label_column)
+
+    def examples(self, split: Split) -> Iterator[Picture]:
+        """Of a stream in its own order; else in the order of a hash of their names. A budget takes the first ones."""
+        labels, part = self.labels(), self.part(split)
+        columns = (self.image_column, self.label_column)
+
+        def wanted(row: Row) -> bool:
+            return labels is None or row[self.label_column] in labels
+
+        rows = self.in_order(part, columns, wanted) if self.streaming else self.by_hash(part, columns)
+        for name, row in rows:
+            if wanted(row) and self.belongs(name, split):
+                yield Picture(name, _decoded(row[self.image_column], name), int(row[self.label_column]))
+
+
+def _numbers(ranges: str) -> frozenset[int]:
+    """Of "0-2,7": 0, 1, 2, 7."""
+    ends = [[int(end) for end in part.split("-")] for part in ranges.split(",")]
+    return frozenset(number for first, *last in ends for number in range(first, (last or [first])[0] + 1))
+
+
+def _decoded(image: dict[str, Any], name: str) -> Any:
+    import PIL.Image
+
+    try:
+        picture = PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
+        picture.load()
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises of damaged files
+        raise UserError(f"dataset: the image {name} is not whole ({error}); mend or remove it") from error
+    return picture

@@ -1,0 +1,80 @@
+"""Text through the library `datasets`: from the hub, from a local copy, or saved to disk."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, field_validator
+from pydantic.dataclasses import dataclass as validated
+
+from ablation_sweeps.data import Document, Modality, Split, UserError, unit_hash
+from ablation_sweeps.rows import Row, Rows
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class HubText(Rows):
+    """Attributes:
+    column: holds the text.
+    document_start: regular expression; each row that it matches whole begins a new document, which the rows after it
+        continue (wikitext: a row is a line). None: a row is a document.
+    group: column that says what kind of text a row is; `meta.pile_set_name` is the field of a column.
+    only, without: kinds that are taken, or left out.
+    """
+
+    modality: ClassVar[Modality] = "text"
+
+    column: str
+    document_start: str | None
+    group: str | None
+    only: tuple[str, ...] | None
+    without: tuple[str, ...] | None
+
+    @field_validator("document_start")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"no regular expression: {error}") from error
+        return pattern
+
+    def check(self, modality: Modality) -> None:
+        super().check(modality)
+        if (self.only or self.without) and not self.group:
+            raise UserError("dataset.only and dataset.without: need dataset.group, the column they are about")
+
+    def examples(self, split: Split) -> Iterator[Document]:
+        """Of a stream in its own order; else in the order of a hash of their names. A budget takes the first ones."""
+        part = self.part(split)
+        kind = self.group.split(".")[0] if self.group else self.column
+        columns = (self.column,) if kind == self.column else (self.column, kind)
+        rows = ((name, row[self.column] or "") for name, row in self.in_order(part, columns, self._wanted))
+        if self.document_start:
+            rows = _joined(rows, re.compile(self.document_start))
+        if not self.streaming:
+            rows = sorted(rows, key=lambda document: unit_hash(document[0]))
+        for name, text in rows:
+            if text.strip() and self.belongs(name, split):
+                yield Document(name, text)
+
+    def _wanted(self, row: Row) -> bool:
+        if self.group is None:
+            return True
+        kind = functools.reduce(lambda value, key: value[key], self.group.split("."), row)
+        return (self.only is None or kind in self.only) and (self.without is None or kind not in self.without)
+
+
+def _joined(rows: Iterable[tuple[str, Any]], start: re.Pattern[str]) -> Iterator[tuple[str, str]]:
+    """A document is called after the row that begins it."""
+    name, lines = "", []
+    for row_name, text in rows:
+        if start.fullmatch(text.rstrip("\n")) and lines:
+            yield name, "".join(lines)
+            lines = []
+        name = row_name if not lines else name
+        lines.append(text if text.endswith("\n") else f"{text}\n")
+    if lines:
+        yield name, "".join(lines)

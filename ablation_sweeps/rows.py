@@ -1,0 +1,270 @@
+"""Rows of a dataset: of the hub, of a folder in the hub's layout, or saved to disk by `datasets`."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic.dataclasses import dataclass as validated
+
+from ablation_sweeps.data import Modality, Split, UserError, unit_hash
+from ablation_sweeps.download import commit, why_not
+from ablation_sweeps.store import fingerprint_of_file, replacing, signature, write_json
+
+Row = dict[str, Any]
+PART_ROWS, PART_BYTES = 512, 1 << 25  # a file of kept rows holds so many at most
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Rows:
+    """A dataset that the library `datasets` can read.
+
+    Attributes:
+        name: on the hub; of no use where `path` is given.
+        path: a local folder: a copy in the hub's layout, or what `save_to_disk` wrote.
+        config: which of the dataset's configurations; None for the only one.
+        revision: commit, tag or branch on the hub.
+        data_files: which files make which split, where `datasets` does not find out by itself.
+        streaming: read row by row, in the dataset's own order, as many as are needed; these are kept on disk.
+            False downloads all of it, and takes the rows in the order of a hash.
+        calibration_split, evaluation_split: where they are the same, the documents are divided by a hash.
+        calibration_share: of the documents, in that case.
+    """
+
+    label: str
+    name: str | None
+    path: str | None
+    config: str | None
+    revision: str | None
+    data_files: tuple[tuple[str, str], ...] | None
+    streaming: bool
+    calibration_split: str
+    evaluation_split: str
+    calibration_share: Annotated[float, Field(gt=0, lt=1)]
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> Rows:
+        if not (self.name or self.path):
+            raise ValueError("give dataset.name (a name on the hub) or dataset.path (a local folder)")
+        return self
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        return path and str(Path(path).expanduser().absolute())
+
+    @field_validator("data_files", mode="before")
+    @classmethod
+    def _pairs(cls, files: Any) -> Any:
+        return tuple(sorted(files.items())) if isinstance(files, dict) else files
+
+    @property
+    def option(self) -> str:
+        return f"dataset.path={self.path}" if self.path else f"dataset.name={self.name}"
+
+    def check(self, modality: Modality) -> None:
+        if self.path and not Path(self.path).is_dir():
+            raise UserError(f"dataset.path={self.path}: there is no such folder; give a folder that holds a dataset")
+
+    def fingerprint(self) -> str:
+        """Of the commit, or of a folder's files; and of every option that says which rows are taken, in which order."""
+        options = {key: value for key, value in asdict(self).items() if key not in ("label", "path")}
+        return signature([options, self._source()])
+
+    def belongs(self, name: str, split: Split) -> bool:
+        if self.calibration_split != self.evaluation_split:
+            return True
+        return (unit_hash(f"split/{name}") < self.calibration_share) == (split == "calibration")
+
+    def part(self, split: Split) -> str:
+        return self.calibration_split if split == "calibration" else self.evaluation_split
+
+    def in_order(self, part: str, columns: tuple[str, ...], wanted: Callable[[Row], bool]) -> Iterator[tuple[str, Row]]:
+        """Names and rows, with these columns, as the dataset orders them."""
+
+        def stream(start: int) -> Iterator[tuple[int, Row]]:
+            dataset = undecoded(self.load(part)).select_columns(list(columns))
+            rows = dataset.skip(start) if start else dataset
+            for number, row in enumerate(rows, start):
+                if wanted(row):
+                    yield number, row
+
+        rows = kept(self._kept(part, columns), stream) if self.streaming and not self._saved() else stream(0)
+        with explained(self):
+            for number, row in rows:
+                yield f"{part}/{number}", row
+
+    def by_hash(self, part: str, columns: tuple[str, ...]) -> Iterator[tuple[str, Row]]:
+        """The same in the order of a hash of the name: the first n are a random sample. Not for streams."""
+        dataset = undecoded(self.load(part)).select_columns(list(columns))
+        order = sorted(range(len(dataset)), key=lambda number: unit_hash(f"{part}/{number}"))
+        with explained(self):
+            for number in order:
+                yield f"{part}/{number}", dataset[number]
+
+    def class_names(self, column: str) -> list[str]:
+        """In the order of the labels."""
+        file = self._kept(self.evaluation_split, (column,)) / "classes.json"
+        if self.streaming and file.is_file():
+            return json.loads(file.read_text())
+        names = getattr((self.load(self.evaluation_split).features or {}).get(column), "names", None)
+        if names is None:
+            raise UserError(f"dataset.label_column={column}: does not say its classes' names; give a column of labels")
+        if self.streaming:
+            write_json(file, names)
+        return names
+
+    def load(self, part: str) -> Any:
+        """As `datasets` loads it: random access, or a stream."""
+        with explained(self):
+            source = self.path or str(self.name)
+            return _load(source, self.config, self.data_files, part, self._commit(), self.streaming, self._saved())
+
+    def _saved(self) -> bool:
+        folder = Path(self.path or "/nowhere")
+        return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+    def _commit(self) -> str | None:
+        return None if self.path else commit(str(self.name), self.revision, "dataset")
+
+    def _source(self) -> str | None:
+        return content(self.path) if self.path else self._commit()
+
+    def _kept(self, part: str, columns: tuple[str, ...]) -> Path:
+        from datasets import config
+
+        options = {key: value for key, value in asdict(self).items() if "split" not in key and key != "label"}
+        which = signature([options, self._source(), part, columns])[:16]
+        return Path(config.HF_DATASETS_CACHE) / "ablation_sweeps" / which
+
+
+@contextmanager
+def explained(dataset: Rows) -> Iterator[None]:
+    """Errors of `datasets` become one line that names the option."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of the hub, of file formats, of the network: each has its own
+        raise UserError(f"{dataset.option}: cannot be loaded: {why_not(error, not dataset.path)}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _load(
+    source: str,
+    config: str | None,
+    data_files: tuple[tuple[str, str], ...] | None,
+    part: str,
+    revision: str | None,
+    streaming: bool,
+    saved: bool,
+) -> Any:
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    if not saved:
+        files = dict(data_files) if data_files else None
+        return datasets.load_dataset(
+            source, config, data_files=files, split=part, revision=revision, streaming=streaming
+        )
+    dataset = datasets.load_from_disk(source)
+    if not isinstance(dataset, datasets.DatasetDict):
+        return dataset
+    if part not in dataset:
+        known = ", ".join(map(str, dataset))
+        remedy = "set dataset.calibration_split and dataset.evaluation_split"
+        raise UserError(f"the split {part} is not among {known}; {remedy}")
+    return dataset[part]
+
+
+def undecoded(dataset: Any) -> Any:
+    """Images as bytes: what is kept is what was downloaded."""
+    import datasets
+
+    for column, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset
+
+
+def kept(folder: Path, stream: Callable[[int], Iterator[tuple[int, Row]]]) -> Iterator[tuple[int, Row]]:
+    """The rows of a stream: those that were read before from disk, further ones from the stream, and then kept.
+
+    So a job that needs no more rows than an earlier one, or than a prefetch, needs no network. A file is called after
+    the rows of the stream that it covers; two processes that read at once write the same.
+    """
+    position = 0
+    while part := _longest(folder, position):
+        yield from _read(part)
+        end = part.stem.split("-")[1]
+        if end == "end":
+            return
+        position = int(end)
+    rows: list[tuple[int, Row]] = []
+    start = position
+    try:
+        for number, row in stream(position):
+            rows.append((number, row))
+            position = number + 1
+            yield number, row
+            if len(rows) >= PART_ROWS or _size(rows) >= PART_BYTES:
+                _write(folder / f"{start:09d}-{position:09d}.parquet", rows)
+                start, rows = position, []
+    except BaseException:  # enough for now (GeneratorExit), or no more network
+        if rows:
+            _write(folder / f"{start:09d}-{position:09d}.parquet", rows)
+        raise
+    _write(folder / f"{start:09d}-end.parquet", rows)
+
+
+def _longest(folder: Path, start: int) -> Path | None:
+    """The stream's "end" sorts after all numbers."""
+    return max(folder.glob(f"{start:09d}-*.parquet"), default=None)
+
+
+def _read(part: Path) -> Iterator[tuple[int, Row]]:
+    import pyarrow.parquet
+
+    for record in pyarrow.parquet.read_table(part).to_pylist():
+        yield record["number"], record["row"]
+
+
+def _write(part: Path, rows: list[tuple[int, Row]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    with replacing(part) as temporary:
+        table = pyarrow.Table.from_pylist([{"number": number, "row": row} for number, row in rows])
+        pyarrow.parquet.write_table(table, temporary)
+
+
+def _size(rows: list[tuple[int, Row]]) -> int:
+    """Of the images; texts are small."""
+    return sum(len(value.get("bytes") or b"") for _, row in rows for value in row.values() if isinstance(value, dict))
+
+
+@functools.cache
+def content(path: str) -> str:
+    """Of a folder's files; of those above 64 MiB, the first and the last MiB, and the size."""
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    return signature([(str(file.relative_to(path)), _ends(file)) for file in files])
+
+
+def _ends(file: Path) -> str:
+    size = file.stat().st_size
+    if size <= 1 << 26:
+        return fingerprint_of_file(file)
+    with open(file, "rb") as data:
+        digest = hashlib.sha256(data.read(1 << 20))
+        data.seek(-(1 << 20), 2)
+        digest.update(data.read())
+    return f"{size}-{digest.hexdigest()}"

@@ -1,0 +1,185 @@
+"""How a model is loaded: precision, devices, formats; and what is refused in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from ablation_sweeps import hub, sites
+from ablation_sweeps.ablation import ablated
+from ablation_sweeps.activations import Histogram, collect
+from ablation_sweeps.config import to_job
+from ablation_sweeps.data import Document, UserError
+from ablation_sweeps.transformer import Budget, Transformer
+
+TEXTS = [Document("a", "The quick brown fox"), Document("b", "jumps over"), Document("c", "the lazy dog")]
+has_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+
+
+@pytest.fixture
+def option(repo):
+    """`option("model=gpt2", "model.dtype=auto")`: as conf/ gives it."""
+    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
+        yield lambda *overrides: to_job(compose("config", list(overrides))).model
+
+
+def batch_of(model: Transformer):
+    (batch,) = model.encode(TEXTS, "calibration", Budget(None, None), 1000, 0)
+    return batch.to(model.device)
+
+
+def logits(model: Transformer) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.logits(batch_of(model))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_have_the_precision_that_was_asked_for(fresh, tiny, dtype):
+    for family in ("llama", "bert", "vit", "timm_vit"):
+        model = fresh(family, dtype=dtype)
+        assert {p.dtype for p in model.module.parameters()} == {getattr(torch, dtype)}
+    torch.testing.assert_close(
+        logits(fresh("llama", dtype="bfloat16")).float(), logits(tiny("llama")), atol=0.3, rtol=0.1
+    )
+
+
+def test_auto_is_the_precision_of_the_file(fresh, saved, tmp_path):
+    assert fresh("llama", dtype="auto").module.dtype is torch.float32
+    half = tmp_path / "half"
+    shutil.copytree(saved("llama"), half)
+    fresh("llama").module.to(torch.bfloat16).save_pretrained(half)
+    assert fresh("llama", path=str(half), dtype="auto").module.dtype is torch.bfloat16
+    assert fresh("llama", path=str(half)).module.dtype is torch.float32
+
+
+def test_timm_has_no_precision_of_its_own(option):
+    with pytest.raises(UserError, match=r"model\.dtype=auto"):
+        option("model=deit_tiny", "model.dtype=auto").check("image")
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_attention_is_the_one_asked_for(fresh, tiny, attention):
+    model = fresh("llama", attn_implementation=attention)
+    assert model.module.config._attn_implementation == attention
+    torch.testing.assert_close(logits(model), logits(tiny("llama")), atol=1e-4, rtol=1e-4)
+
+
+def test_an_attention_that_a_model_does_not_have_is_an_error_of_one_line(fresh):
+    with pytest.raises(UserError, match=r"model\.path=.*cannot be loaded") as error:
+        fresh("llama", attn_implementation="telepathy")
+    assert "\n" not in str(error.value)
+
+
+# Spread over devices
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu"])
+def test_a_device_map_is_followed(fresh, tiny, device_map):
+    model = fresh("llama", device_map=device_map)
+    if not torch.cuda.is_available():
+        assert model.device == torch.device("cpu")
+    torch.testing.assert_close(logits(model).cpu(), logits(tiny("llama")), atol=1e-4, rtol=1e-4)
+
+
+def test_weights_that_wait_on_disk_change_nothing(fresh, tiny, site, tmp_path):
+    """The nearest to several devices that one CPU can do: layers' weights are `meta` until they are called."""
+    from accelerate import cpu_offload
+
+    spread, plain = fresh("llama"), tiny("llama")
+    cpu_offload(spread.module, torch.device("cpu"))
+    assert {p.device.type for p in spread.module.parameters()} == {"meta"}
+    results = []
+    for number, model in enumerate((spread, plain)):
+        projections = sites.find(model, site("attn_pre_out"), None)
+        statistics = collect(model, projections, [batch_of(model)], tmp_path / str(number), Histogram(10))
+        values = [m.mean for m in statistics.moments]
+        masks = [torch.arange(p.width) % 2 == 0 for p in projections]
+        with ablated(projections, masks, values, len(TEXTS)):
+            damaged = logits(model)
+        results.append([*values, *statistics.counts[Histogram(10)], logits(model), damaged])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a GPU beside the CPU")
+def test_a_layer_on_another_device_is_ablated_there(fresh, tiny, site, tmp_path):
+    from accelerate import dispatch_model
+
+    spread, plain = fresh("llama"), tiny("llama")
+    where = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": 0,
+             "model.layers.2": 0, "model.norm": 0, "lm_head": 0}  # fmt: skip
+    dispatch_model(spread.module, where, main_device="cpu")
+    results = []
+    for number, model in enumerate((spread, plain)):
+        projections = sites.find(model, site("attn_pre_out"), None)
+        statistics = collect(model, projections, [batch_of(model)], tmp_path / str(number), Histogram(10))
+        masks = [torch.arange(p.width) % 2 == 0 for p in projections]
+        with ablated(projections, masks, [m.mean for m in statistics.moments], len(TEXTS)):
+            results.append(logits(model).cpu())
+    torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
+
+
+# Quantised weights
+
+
+@has_bitsandbytes
+@pytest.mark.parametrize(("bits", "close"), [("8bit", 0.05), ("4bit", 0.3)])
+def test_quantised_weights_are_near_the_whole_ones_and_can_be_ablated(fresh, saved, site, tmp_path, bits, close):
+    import bitsandbytes
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(saved("llama"), tmp_path / "wide")
+    config = LlamaConfig.from_pretrained(
+        tmp_path / "wide", hidden_size=128, head_dim=32, intermediate_size=128
+    )  # blocks of 64
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
+    model, whole = (fresh("llama", path=str(tmp_path / "wide"), quantize=q) for q in (bits, None))
+    projections = sites.find(model, site("attn_pre_out"), None)
+    kind = bitsandbytes.nn.Linear8bitLt if bits == "8bit" else bitsandbytes.nn.Linear4bit
+    assert [type(p.module) for p in projections] == [kind] * 3 and [p.width for p in projections] == [128] * 3
+    clean, whole = logits(model).float().cpu(), logits(whole).cpu()
+    assert not torch.equal(clean, whole) and (clean - whole).abs().mean() < close * whole.std()
+    everything = [torch.ones(p.width, dtype=torch.bool) for p in projections]
+    with ablated(projections, everything, [torch.zeros(p.width) for p in projections], len(TEXTS)):
+        assert not torch.allclose(logits(model).float().cpu(), clean, atol=1e-3)
+
+
+def test_quantising_without_the_library_says_how_to_get_it(option, monkeypatch):
+    model = option("model=gpt2", "model.quantize=4bit")
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"model\.quantize=4bit: needs bitsandbytes; install it"):
+        model.check("text")
+
+
+# Formats
+
+
+def test_torchs_own_format_is_read_where_it_is_allowed(fresh, tiny, saved, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(saved("llama"), old)
+    (old / "model.safetensors").unlink()
+    torch.save(tiny("llama").module.state_dict(), old / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        fresh("llama", path=str(old))
+    assert torch.equal(logits(fresh("llama", path=str(old), use_safetensors=None)), logits(tiny("llama")))
+
+
+# What is missing
+
+
+@pytest.mark.parametrize("model", ["gpt2", "roberta_large", "vit_base_patch16_224", "vit_small_timm"])
+def test_offline_and_missing_says_which_and_how(option, model, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"^model\.name=\S+: cannot be loaded: .*prefetch=true.*model\.path=") as error:
+        option(f"model={model}").load()
+    assert "\n" not in str(error.value)
+
+
+def test_where_timm_keeps_a_model_on_the_hub(option):
+    assert option("model=deit_tiny").repository == "timm/deit_tiny_patch16_224.fb_in1k"
