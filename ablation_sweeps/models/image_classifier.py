@@ -26,7 +26,8 @@ class ImageClassifier(Pretrained):
     def load(self) -> Transformer:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        processor = self.guarded(lambda: AutoImageProcessor.from_pretrained(self.source, revision=self.revision))
+        options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        processor = self.guarded(lambda: AutoImageProcessor.from_pretrained(self.source, **options))
         module = self.from_pretrained(AutoModelForImageClassification)
         config = module.config
         dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
