@@ -17,7 +17,7 @@ from ablation_sweeps.methods.zero import Zero
 
 # Options of a job on text, and what the line says.
 WRONG_VALUES = {
-    "an option that a group does not have": (["method=foo"], ["method=foo", "mean, median, peak, resample, zero"]),
+    "an option that a group does not have": (["method=foo"], ["method=foo", "mean, median, peak, resample, resample_random, zero"]),
     "an option that is nearly one": (["method=medain"], ["method=medain", "did you mean median?"]),
     "no option": (["method="], ["method=:", "choose one of mean"]),
     "null for a group": (["method=null"], ["method", "takes the name of an option"]),
@@ -131,7 +131,7 @@ def test_a_folder_without_text(launch: Launch, on_text, no_weights, tmp_path, op
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.md").write_text("no text file")
     error = launch(*on_text, f"dataset.{option}={tmp_path / 'empty'}").error
-    assert f"dataset.{option}={tmp_path / 'empty'}" in error and "no *.txt" in error
+    assert f"dataset.{option}={tmp_path / 'empty'}" in error and "no .txt" in error
 
 
 @pytest.mark.parametrize("option", ["path", "calibration_path"])

@@ -31,7 +31,9 @@ def pile(tmp_path: Path) -> Path:
 
 
 def test_a_sweep_runs_offline_on_what_was_prefetched(launch: Launch, saved, pile, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home")  # what HF_HOME sets on import
     sweep = ["-m", "model=causal_lm", f"model.path={saved('llama')}", "model.label=tiny", "dataset=pile",
              f"dataset.path={pile}", "tracking=none", *SMALL, "method=zero,mean"]  # fmt: skip
     fetched = launch(*sweep, "prefetch=true")
