@@ -25,6 +25,13 @@ smollm2=(model=smollm2_135m "${text[@]}")
 deit=(model=deit_tiny "model.path=$ASSETS/deit_tiny_imagenet1k" dataset=image_folder "dataset.path=$ASSETS/imagenet_sample_256px"
   dataset.labels=prefix "dataset.classes=$ASSETS/deit_tiny_imagenet1k/imagenet_synset_words.txt")
 
+paper_small() {
+  [[ $which == all || " $which " == *" paper_small "* ]] || return 0
+  "$python" launch.py -m experiment=paper_small "results_dir=$runs" tracking=none
+  mkdir -p results/reference/paper_small
+  cp -r "$runs"/paper_small/{curves.parquet,summary.csv,figures} results/reference/paper_small/
+}
+
 study tiny_causal random_characters model=tiny_causal dataset=python_docs eval.tokens=5000
 study tiny_masked random_characters model=tiny_masked dataset=python_docs eval.tokens=5000
 study tiny_vit random_pixels model=tiny_vit dataset=digits eval.images=null
@@ -33,3 +40,4 @@ study smollm2_wikitext2 random_characters "${smollm2[@]}" dataset=wikitext2_file
 study smollm2_python_code random_characters "${smollm2[@]}" dataset=python_code model.dtype=bfloat16 \
   statistics.tokens=4096 eval.tokens=1024 model.max_tokens=128
 study deit_tiny_imagenet random_pixels "${deit[@]}" statistics.tokens=10000 eval.images=null
+paper_small

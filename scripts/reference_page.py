@@ -1,4 +1,7 @@
-"""Writes the tables of results/reference/README.md from the runs of scripts/reference.sh.
+"""Writes the tables of results/reference/**/README.md from the runs of scripts/reference.sh.
+
+A table is called after its study, `tiny_vit`; where that has several models also after one of them,
+`paper_small/tiny_vit`.
 
 Intervals are 95 % percentile bootstrap intervals of paired differences: documents (images) and seeds are drawn with
 replacement, the same draw for both methods, since both saw the same documents with the same neurons ablated.
@@ -17,12 +20,14 @@ RUNS, PAGE = Path("results/reference-runs"), Path("results/reference")
 REPEATS = 4000
 
 
-def documents_of(study: Path) -> pd.DataFrame:
+def documents_of(name: str) -> pd.DataFrame:
     """Sums of every document of all finished runs of one study, with method and seed."""
+    study, _, model = name.partition("/")
     tables = []
-    for file in sorted(study.glob("*/documents.parquet")):
+    for file in sorted((RUNS / study).glob("*/documents.parquet")):
         run = pd.read_parquet(file.with_name("rows.parquet")).iloc[0]
-        tables.append(pd.read_parquet(file).assign(method=run["method"], seed=run["seed"]))
+        if model in ("", run["model"]):
+            tables.append(pd.read_parquet(file).assign(method=run["method"], seed=run["seed"]))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -55,14 +60,14 @@ def span(draws: np.ndarray) -> str:
 
 
 def table(study: str) -> str:
-    documents = documents_of(RUNS / study)
+    documents = documents_of(study)
     fractions = sorted(documents["fraction"].unique())
     half = fractions.index(0.5)
     area = lambda curve: np.trapezoid(curve, fractions, axis=-1)  # noqa: E731
     methods, at_half, half_draws = intervals(documents, "loss", lambda curve: curve[..., half])
     _, areas, area_draws = intervals(documents, "loss", area)
     _, right, _ = intervals(documents, "top1", lambda curve: 100 * curve[..., half])
-    first = documents.query("fraction == 0 and seed == 0").groupby("method").sum(numeric_only=True).iloc[0]
+    first = documents.query("fraction == 0 and seed == seed.min()").groupby("method").sum(numeric_only=True).iloc[0]
     n_documents, seeds = documents["document"].nunique(), documents["seed"].nunique()
     mean = methods.index("mean")
     lines = [
@@ -86,10 +91,10 @@ def table(study: str) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    page = (PAGE / "README.md").read_text()
-    for study in re.findall(r"<!-- table (\w+) -->", page):
-        if not (RUNS / study).exists():
+def write(file: Path) -> None:
+    page = file.read_text()
+    for study in re.findall(r"<!-- table ([\w/]+) -->", page):
+        if not (RUNS / study.split("/")[0]).exists():
             print(f"{study}: no runs here, its table is left as it is", file=sys.stderr)
             continue
         begin, end = f"<!-- table {study} -->", f"<!-- end {study} -->"
@@ -97,4 +102,9 @@ if __name__ == "__main__":
         after = rest.split(end)[1]
         page = f"{before}{begin}\n{table(study)}\n{end}{after}"
         print(study, file=sys.stderr)
-    (PAGE / "README.md").write_text(page)
+    file.write_text(page)
+
+
+if __name__ == "__main__":
+    for readme in sorted(PAGE.rglob("README.md")):
+        write(readme)

@@ -183,3 +183,41 @@ def test_offline_and_missing_says_which_and_how(option, model, monkeypatch, tmp_
 
 def test_where_timm_keeps_a_model_on_the_hub(option):
     assert option("model=deit_tiny").repository == "timm/deit_tiny_patch16_224.fb_in1k"
+
+
+def test_prefetch_gets_the_files_that_loading_needs_and_no_others(option, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+             "tf_model.h5", "flax_model.msgpack", "tokenizer.model", "merges.txt", "chat_template.jinja", "modeling.py",
+             "onnx/model.onnx", "onnx/config.json", "README.md"]  # fmt: skip
+    asked = []
+
+    def snapshot_download(repo, revision, allow_patterns, ignore_patterns):
+        found = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        asked.append((repo, revision, set(found)))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    option("model=gpt2", "model.revision=v1").prefetch()
+    option("model=opt_125m").prefetch()
+    option("model=vit_small_timm", "model.trust_remote_code=true").prefetch()
+    option("model=tiny_causal").prefetch()
+    needed = {"config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model",
+              "merges.txt", "chat_template.jinja"}  # fmt: skip
+    assert asked == [
+        ("openai-community/gpt2", "v1", needed),
+        ("facebook/opt-125m", None, needed | {"pytorch_model.bin"}),
+        ("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", None, needed | {"modeling.py"}),
+    ]
+
+
+def test_a_model_that_cannot_be_fetched_is_named(option, monkeypatch):
+    import huggingface_hub
+
+    def gated(*arguments, **options):
+        raise OSError("403\nAccess is restricted")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
+    with pytest.raises(UserError, match=r"model\.name=google/gemma-2b: cannot be fetched: 403 Access.*hf auth login"):
+        option("model=gemma_2b").prefetch()
