@@ -31,7 +31,8 @@ def scores_of(repo):
         guess = chance(job, model, batches, calibration)
         top_k = job.eval.top_k_images if model.modality == "image" else job.eval.top_k
         projections = sites.find(model, job.site, None)
-        sums = evaluation.evaluate(model, projections, batches, {}, Constant([]), guess.common, top_k, [], lambda _: None)
+        nothing = Constant([])
+        sums = evaluation.evaluate(model, projections, batches, {}, nothing, guess.common, top_k, [], lambda _: None)
         labels = torch.cat([batch.labels[batch.labels != NOT_SCORED] for batch in batches])
         rows = evaluation.metrics(sums, guess, labels, top_k)
         return {row.metric: (row.value, row.stderr) for row in rows.itertuples()}
@@ -41,14 +42,15 @@ def scores_of(repo):
 
 def test_deit_on_the_thousand_images(scores_of, assets):
     scores = scores_of(
-        "model=deit_tiny", f"model.path={assets / 'deit_tiny_imagenet1k'}", "dataset=image_folder", "dataset.labels=prefix",
-        f"dataset.path={assets / 'imagenet_sample_256px'}", "dataset.calibration_share=0.002", "statistics.tokens=2",
+        "model=deit_tiny", f"model.path={assets / 'deit_tiny_imagenet1k'}", "dataset=image_folder",
+        f"dataset.path={assets / 'imagenet_sample_256px'}", "dataset.labels=prefix", "dataset.calibration_share=0.005",
+        "statistics.tokens=2",
         f"dataset.classes={assets / 'deit_tiny_imagenet1k' / 'imagenet_synset_words.txt'}",
     )  # fmt: skip
-    # All but the two or so that calibrate: the rest of the difference is theirs.
-    assert scores["top1"][0] == pytest.approx(0.781, abs=0.002)
-    assert scores["top5"][0] == pytest.approx(0.940, abs=0.002)
-    assert scores["loss"][0] == pytest.approx(1.011, abs=0.005)
+    # All but the five or so that calibrate: the difference is theirs.
+    assert scores["top1"][0] == pytest.approx(0.781, abs=0.004)
+    assert scores["top5"][0] == pytest.approx(0.940, abs=0.004)
+    assert scores["loss"][0] == pytest.approx(1.011, abs=0.02)
 
 
 def test_stories260k_on_its_five_stories(scores_of, assets, tmp_path):
@@ -69,8 +71,8 @@ def test_bert_tiny_on_wikitext(scores_of, assets, tmp_path):
         text = (assets / "text" / "wikitext2" / f"{name}.txt").read_text(encoding="utf-8")
         (tmp_path / f"{name}.txt").write_text(text.replace("<unk>", "[UNK]"))
     scores = scores_of(
-        "model=masked_lm", f"model.path={assets / 'bert_tiny_mlm_retuned'}", "model.max_tokens=128", "eval.tokens=40000",
-        "model.pack=concatenate", "dataset=text_files", f"dataset.path={tmp_path / 'test.txt'}",
+        "model=masked_lm", f"model.path={assets / 'bert_tiny_mlm_retuned'}", "model.max_tokens=128",
+        "eval.tokens=40000", "model.pack=concatenate", "dataset=text_files", f"dataset.path={tmp_path / 'test.txt'}",
         f"dataset.calibration_path={tmp_path / 'valid.txt'}",
     )  # fmt: skip
     loss, stderr = scores["loss"]
@@ -80,7 +82,8 @@ def test_bert_tiny_on_wikitext(scores_of, assets, tmp_path):
 
 @needs_smollm2
 @pytest.mark.parametrize(
-    ("data", "column", "loss", "top1"), [("pytest-pile-local", "text", 3.08, 0.403), ("pytest-code-local", "code", 2.11, 0.600)]
+    ("data", "column", "loss", "top1"),
+    [("pytest-pile-local", "text", 3.08, 0.403), ("pytest-code-local", "code", 2.11, 0.600)],
 )
 def test_smollm2_on_samples_saved_to_disk(scores_of, assets, data, column, loss, top1):
     scores = scores_of(
