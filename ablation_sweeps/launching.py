@@ -76,7 +76,8 @@ def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
                 print(f"figure: {os.path.relpath(file)}")
     if failures.reasons:
         n = len(failures.reasons)
+        others = "" if n == len(jobs) else ", the others are finished and kept"
         raise UserError(
-            f"{n} job{'s' * (n > 1)} failed, the others are finished and kept; the same command runs only what is "
-            f"missing. The first: {failures.reasons[0]}"
+            f"{n} of {len(jobs)} jobs failed{others}; the same command runs only what is missing. "
+            f"The first: {failures.reasons[0]}"
         ) from failures.first

@@ -266,7 +266,7 @@ def test_a_job_that_fails_costs_no_other_job(launch: Launch, on_text, saved, bro
     options = [option for option in on_text if not option.startswith("model")]
     command = ["-m", "model=causal_lm", f"model.path={broken},{saved('llama')}", *options, "method=zero,mean"]
     outcome = launch(*command)
-    assert "2 jobs failed" in outcome.error and "broken" in outcome.error
+    assert "2 of 4 jobs failed, the others are finished" in outcome.error and "broken" in outcome.error
     assert "loss (nats/token)" in outcome.out, "the tables of what is finished"
     sweep = tmp_path / "results" / "default"
     ended = sorted(states(sweep).values())
@@ -284,7 +284,7 @@ def test_a_method_that_raises_costs_no_other_job(launch: Launch, on_text, tmp_pa
 
     monkeypatch.setattr(Zero, "fit", fit)
     outcome = launch("-m", *on_text, "method=zero,mean")
-    assert "1 job failed" in outcome.error and "RuntimeError: a line and another" in outcome.error
+    assert "1 of 2 jobs failed, the others are finished" in outcome.error and "RuntimeError: a line and another" in outcome.error
     assert sorted(states(tmp_path / "results" / "default").values()) == ["failed", "finished"]
     monkeypatch.undo()
 
