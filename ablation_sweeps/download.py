@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from pathlib import Path
 from typing import Literal
 
 from ablation_sweeps.data import UserError
+from ablation_sweeps.store import replacing
+
+log = logging.getLogger(__name__)
 
 RepoType = Literal["model", "dataset"]
 REMEDY = "run the same command with prefetch=true where there is a network, with HF_HOME on a disk that both see"
@@ -20,33 +24,55 @@ OFFLINE = ("OfflineMode", "LocalEntryNotFound", "Connect", "MaxRetryError")
 def commit(repo: str, revision: str | None, repo_type: RepoType) -> str:
     """The commit that a branch or tag stands for now; offline, the one that was fetched last.
 
-    It goes into the signature, so that a model or dataset that changed on the hub is another one. What is neither
-    reached nor kept is told apart by the name of the revision alone.
+    It is what is loaded and what the signature holds, so that a model or dataset that changed on the hub is another
+    one. What is neither reached nor kept is told apart by the name of the revision alone.
     """
-    import huggingface_hub as hub
+    from huggingface_hub import HfApi, constants
 
     name = revision or "main"
     if re.fullmatch(r"[0-9a-f]{40}", name):
         return name
-    if not hub.constants.HF_HUB_OFFLINE:
+    ref = Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{repo.replace('/', '--')}" / "refs" / name
+    if not constants.HF_HUB_OFFLINE:
         try:
-            return hub.HfApi().repo_info(repo, revision=name, repo_type=repo_type, timeout=10).sha or name
-        except (OSError, ValueError):  # no network, a gated or a missing repository: loading it says which
-            pass
-    kept = Path(hub.constants.HF_HUB_CACHE) / f"{repo_type}s--{repo.replace('/', '--')}" / "refs" / name
-    return kept.read_text().strip() if kept.is_file() else name
+            found = HfApi().repo_info(repo, revision=name, repo_type=repo_type, timeout=10).sha
+            if found and (not ref.is_file() or ref.read_text() != found):  # for the nodes that will be offline
+                with replacing(ref) as temporary:
+                    temporary.write_text(found)
+            return found or name
+        except Exception as error:  # no network, a gated or a missing repository: loading it says which
+            log.debug("the commit of %s is not known from the hub", repo, exc_info=error)
+            if unreached(error):
+                log.warning("the hub cannot be reached; what was fetched before is used")
+                constants.HF_HUB_OFFLINE = True  # or every file would be asked for, and waited for
+    return ref.read_text().strip() if ref.is_file() else name
 
 
-def fetch_model(repo: str, revision: str | None, files: list[str]) -> None:
+def fetch_model(repo: str, commit: str, files: list[str]) -> None:
     """All that loading it needs, without loading it."""
-    import huggingface_hub as hub
+    from huggingface_hub import snapshot_download
 
     try:
-        hub.snapshot_download(repo, revision=revision, allow_patterns=files, ignore_patterns=["*/*"])
-    except (OSError, ValueError) as error:
+        folder = snapshot_download(repo, revision=commit, allow_patterns=files, ignore_patterns=["*/*"])
+    except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model.name={repo}: cannot be fetched: {reason}; check the name, and log in if it is gated "
-                        "(hf auth login)") from error  # fmt: skip
+        remedy = "check the name, and log in if it is gated (hf auth login)"
+        raise UserError(f"model.name={repo}: cannot be fetched: {reason}; {remedy}") from error
+    if not _has_weights(Path(folder)):
+        raise UserError(f"model.name={repo}: holds no safetensors; model.use_safetensors=null reads torch's format")
+
+
+def check_here(repo: str, commit: str) -> None:
+    """Offline, a model that was never fetched is found out before anything runs."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots" / commit
+    if constants.HF_HUB_OFFLINE and not _has_weights(folder):
+        raise UserError(f"model.name={repo}: is not on this machine, which is offline; {REMEDY}")
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(file.suffix in (".safetensors", ".bin", ".gguf") for file in folder.glob("*"))
 
 
 def why_not(error: BaseException, of_the_hub: bool) -> str:

@@ -10,7 +10,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("ablation-sweeps", "torch", "transformers", "timm", "numpy", "pandas", "hydra-core", "wandb")
+PACKAGES = (
+    "ablation-sweeps",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "timm",
+    "datasets",
+    "huggingface-hub",
+    "numpy",
+    "pandas",
+    "hydra-core",
+    "wandb",
+)
 
 
 def describe() -> dict[str, Any]:

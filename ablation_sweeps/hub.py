@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,11 +21,13 @@ from pydantic.dataclasses import dataclass as validated
 from torch import nn
 
 from ablation_sweeps.data import Modality, UserError
-from ablation_sweeps.download import commit, fetch_model, why_not
+from ablation_sweeps.download import check_here, commit, fetch_model, why_not
 from ablation_sweeps.store import fingerprint_of_file, signature
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -107,30 +110,43 @@ class Pretrained:
             raise UserError(f"model.quantize={self.quantize}: needs bitsandbytes; install it: pip install bitsandbytes")
         if self.quantize and self.gguf_file:
             raise UserError(f"model.quantize={self.quantize}: a GGUF file is quantized already; leave one of them out")
+        if not self.path:
+            check_here(self.repository, str(self.commit))
 
     def identity(self) -> dict[str, Any]:
         """All that can change the numbers. A folder counts by what is in it, not by where it lies."""
         elsewhere = ("label", "path", "device", "device_map")  # where it runs is no part of what is computed
-        options = {key: value for key, value in asdict(self).items() if key not in elsewhere}
-        files = fingerprint(self.path) if self.path else commit(self.repository, self.revision, "model")
-        return {**options, "files": files}
+        named = ("revision", "use_safetensors")  # of the same commit, whatever it is called
+        options = {key: value for key, value in asdict(self).items() if key not in (*elsewhere, *named)}
+        return {**options, "files": fingerprint(self.path) if self.path else self.commit}
 
     @property
     def repository(self) -> str:
         """Where the hub has it."""
         return str(self.name)
 
+    @property
+    def commit(self) -> str | None:
+        """Of the hub; the same for all files of a model, and for what its signature says."""
+        return None if self.path else commit(self.repository, self.revision, "model")
+
     def prefetch(self) -> None:
         """Gets all that loading it needs, without loading it."""
-        if not self.path:
-            more = {self.gguf_file: self.gguf_file, "*.bin": not self.use_safetensors, "*.py": self.trust_remote_code}
-            wanted = [*FILES, *(str(pattern) for pattern, is_needed in more.items() if is_needed)]
-            fetch_model(self.repository, self.revision, wanted)
+        if self.path:
+            return
+        files = [*FILES]
+        if self.gguf_file:
+            files.append(self.gguf_file)
+        if not self.use_safetensors:
+            files.append("*.bin")
+        if self.trust_remote_code:
+            files.append("*.py")
+        fetch_model(self.repository, str(self.commit), files)
 
     def from_pretrained(self, auto_model: Any) -> nn.Module:
         """The unmodified model on its device, in eval mode; weights from safetensors or GGUF alone."""
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
-        options: dict[str, Any] = {"dtype": dtype, "revision": self.revision, "device_map": self.device_map}
+        options: dict[str, Any] = {"dtype": dtype, "revision": self.commit, "device_map": self.device_map}
         options |= {"gguf_file": self.gguf_file, "attn_implementation": self.attn_implementation}
         if not self.gguf_file:
             options["use_safetensors"] = self.use_safetensors
@@ -150,6 +166,7 @@ class Pretrained:
                 f"{self.option}: has no weights for {sorted(info['missing_keys'])[0]}, which would be random; "
                 "choose the kind of model that it was trained as (model=causal_lm, masked_lm or image_classifier)"
             )
+        log.debug("attention implementation: %s", getattr(module.config, "_attn_implementation", None))
         placed = options["device_map"] is not None
         return (module if placed else module.to(device(self.device))).eval()
 
@@ -172,7 +189,7 @@ def load_tokenizer(model: Pretrained) -> PreTrainedTokenizerBase:
     options = {"gguf_file": model.gguf_file} if model.gguf_file else {}
     tokenizer = model.guarded(
         lambda: AutoTokenizer.from_pretrained(
-            model.source, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
+            model.source, revision=model.commit, trust_remote_code=model.trust_remote_code, **options
         )
     )
     tokenizer.truncation_side = "right"  # the beginning of a document is what is evaluated
@@ -224,11 +241,12 @@ def context_length(model: Pretrained) -> int:
     options = {"gguf_file": model.gguf_file} if model.gguf_file else {}
     config = model.guarded(
         lambda: AutoConfig.from_pretrained(
-            model.source, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
+            model.source, revision=model.commit, trust_remote_code=model.trust_remote_code, **options
         )
     ).get_text_config()
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
     return min([load_tokenizer(model).model_max_length, *(limit for limit in limits if limit)])
 
 
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask a bot of the hub to convert
 logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)

@@ -48,10 +48,10 @@ class ImageEncoder:
                 break
             if not isinstance(picture, Picture):
                 raise UserError("dataset: an image classifier needs images; choose e.g. dataset=digits or image_folder")
-            if picture.label >= self.n_classes:
+            if not 0 <= picture.label < self.n_classes:
                 raise UserError(
                     f"dataset: {picture.name} has class {picture.label}, but the model knows {self.n_classes} classes; "
-                    "give dataset.classes, the list of class names in the model's order"
+                    "choose data with the model's classes (of an image_folder, dataset.classes=FILE gives their order)"
                 )
             rows.append((self.transform(picture.image.convert(self.mode)), picture))
             count += 1

@@ -210,7 +210,8 @@ def chance(job: Job, model: Transformer, batches: list[Batch], calibration: list
         if len(names) != n_classes:
             raise UserError(
                 f"dataset={job.dataset.label}: has {len(names)} classes, but the model knows {n_classes}, so labels "
-                "would be wrong; give dataset.classes=FILE, the class names in the model's order"
+                "would be wrong; choose data with the model's classes (of an image_folder, dataset.classes=FILE gives "
+                "their order)"
             )
         return evaluation.uniform(n_classes)
     return evaluation.unigram(calibration, n_classes, model.special_ids, job.eval.skip)

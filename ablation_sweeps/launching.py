@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from ablation_sweeps import report
 from ablation_sweeps.config import to_job
-from ablation_sweeps.data import UserError
+from ablation_sweeps.data import Split, UserError
 from ablation_sweeps.messages import plain
 
 if TYPE_CHECKING:
@@ -35,9 +35,11 @@ def check(configs: Sequence[DictConfig]) -> list[Job]:
 
 def fetch(jobs: Sequence[Job]) -> None:
     """All that the jobs need from the hub, once each, so that they can then run offline. Nothing is computed."""
-    for i, (model, dataset) in enumerate(needed := {(job.model, job.dataset): job for job in jobs}, start=1):
-        log.info("[%d/%d] fetching %s and %s", i, len(needed), model.label, dataset.label)
-        needed[model, dataset].fetch()
+    splits: tuple[Split, ...] = ("calibration", "evaluation")
+    needed = {(job.model, job.dataset, *map(job.budget, splits)): job for job in jobs}
+    for i, job in enumerate(needed.values(), start=1):
+        log.info("[%d/%d] fetching %s and %s", i, len(needed), job.model.label, job.dataset.label)
+        job.fetch()
     print("all that is needed is on this machine; without prefetch=true, the same command can run offline")
 
 

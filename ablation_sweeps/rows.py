@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.data import Modality, Split, UserError, unit_hash
-from ablation_sweeps.download import commit, why_not
+from ablation_sweeps.download import REMEDY, commit, why_not
 from ablation_sweeps.store import fingerprint_of_file, replacing, signature, write_json
 
 Row = dict[str, Any]
@@ -73,6 +73,9 @@ class Rows:
     def check(self, modality: Modality) -> None:
         if self.path and not Path(self.path).is_dir():
             raise UserError(f"dataset.path={self.path}: there is no such folder; give a folder that holds a dataset")
+        if self.data_files and not self.streaming and not self.path:
+            raise UserError("dataset.streaming=false: what `datasets` keeps of dataset.data_files is not found again "
+                            "offline; leave dataset.streaming=true")  # fmt: skip
 
     def fingerprint(self) -> str:
         """Of the commit, or of a folder's files; and of every option that says which rows are taken, in which order."""
@@ -80,12 +83,13 @@ class Rows:
         return signature([options, self._source()])
 
     def belongs(self, name: str, split: Split) -> bool:
-        if self.calibration_split != self.evaluation_split:
+        if self.part("calibration") != self.part("evaluation"):
             return True
         return (unit_hash(f"split/{name}") < self.calibration_share) == (split == "calibration")
 
     def part(self, split: Split) -> str:
-        return self.calibration_split if split == "calibration" else self.evaluation_split
+        is_one = (Path(self.path or "/nowhere") / "state.json").is_file()  # a Dataset saved to disk has no splits
+        return self.calibration_split if split == "calibration" and not is_one else self.evaluation_split
 
     def in_order(self, part: str, columns: tuple[str, ...], wanted: Callable[[Row], bool]) -> Iterator[tuple[str, Row]]:
         """Names and rows, with these columns, as the dataset orders them."""
@@ -95,7 +99,7 @@ class Rows:
             rows = dataset.skip(start) if start else dataset
             for number, row in enumerate(rows, start):
                 if wanted(row):
-                    yield number, row
+                    yield number, _whole(row)
 
         rows = kept(self._kept(part, columns), stream) if self.streaming and not self._saved() else stream(0)
         with explained(self):
@@ -126,7 +130,11 @@ class Rows:
         """As `datasets` loads it: random access, or a stream."""
         with explained(self):
             source = self.path or str(self.name)
-            return _load(source, self.config, self.data_files, part, self._commit(), self.streaming, self._saved())
+            data = _load(source, self.config, self.data_files, part, self._commit(), self.streaming, self._saved())
+        if self.path or self.streaming or Path(data.cache_files[0]["filename"]).parent.name == self._commit():
+            return data
+        # Offline, `datasets` takes the revision that it loaded last, whatever it is asked for.
+        raise UserError(f"{self.option}: its revision {self._commit()} is not on this machine; {REMEDY}")
 
     def _saved(self) -> bool:
         folder = Path(self.path or "/nowhere")
@@ -141,7 +149,11 @@ class Rows:
     def _kept(self, part: str, columns: tuple[str, ...]) -> Path:
         from datasets import config
 
-        options = {key: value for key, value in asdict(self).items() if "split" not in key and key != "label"}
+        options = {
+            key: value
+            for key, value in asdict(self).items()
+            if "split" not in key and key not in ("label", "calibration_share")
+        }
         which = signature([options, self._source(), part, columns])[:16]
         return Path(config.HF_DATASETS_CACHE) / "ablation_sweeps" / which
 
@@ -194,6 +206,17 @@ def undecoded(dataset: Any) -> Any:
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
     return dataset
+
+
+def _whole(row: Row) -> Row:
+    """With the bytes of its images, where the dataset has only said where they lie."""
+    import fsspec
+
+    for column, value in row.items():
+        if isinstance(value, dict) and value.get("path") and "bytes" in value and value["bytes"] is None:
+            with fsspec.open(value["path"], "rb") as file:
+                row = {**row, column: {**value, "bytes": file.read()}}  # type: ignore[union-attr]
+    return row
 
 
 def kept(folder: Path, stream: Callable[[int], Iterator[tuple[int, Row]]]) -> Iterator[tuple[int, Row]]:

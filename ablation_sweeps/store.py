@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -48,7 +49,7 @@ def _hash_of_content(path: Path, size: int, mtime_ns: int) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`, and moves it there once it is written whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:

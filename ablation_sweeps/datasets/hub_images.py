@@ -42,6 +42,7 @@ class HubImages(Rows):
 
     def check(self, modality: Modality) -> None:
         super().check(modality)
+        self.class_names()
         self.labels()
 
     def labels(self) -> frozenset[int] | None:

@@ -51,7 +51,7 @@ class HubText(Rows):
         part = self.part(split)
         kind = self.group.split(".")[0] if self.group else self.column
         columns = (self.column,) if kind == self.column else (self.column, kind)
-        rows = ((name, row[self.column] or "") for name, row in self.in_order(part, columns, self._wanted))
+        rows = ((name, self._text(row[self.column])) for name, row in self.in_order(part, columns, self._wanted))
         if self.document_start:
             rows = _joined(rows, re.compile(self.document_start))
         if not self.streaming:
@@ -59,6 +59,13 @@ class HubText(Rows):
         for name, text in rows:
             if text.strip() and self.belongs(name, split):
                 yield Document(name, text)
+
+    def _text(self, value: Any) -> str:
+        if isinstance(value, str | None):
+            return value or ""
+        raise UserError(
+            f"dataset.column={self.column}: holds {type(value).__name__}s, no text; choose a column of text"
+        )
 
     def _wanted(self, row: Row) -> bool:
         if self.group is None:

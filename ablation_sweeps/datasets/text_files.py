@@ -116,13 +116,17 @@ class TextFiles:
 
 
 def _column(file: Path, column: str) -> list[str]:
-    import pandas as pd
+    import pyarrow.parquet
 
     try:
         if file.suffix == ".parquet":
-            return pd.read_parquet(file, columns=[column])[column].fillna("").tolist()
-        with open(file, encoding="utf-8") as lines:
-            return [json.loads(line)[column] or "" for line in lines if line.strip()]
+            texts = pyarrow.parquet.read_table(file, columns=[column])[column].to_pylist()
+        else:
+            with open(file, encoding="utf-8") as lines:
+                texts = [json.loads(line)[column] for line in lines if line.strip()]
+        if not all(isinstance(text, str | None) for text in texts):
+            raise ValueError("it holds other things than text")
+        return [text or "" for text in texts]
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"dataset.column={column}: {file} has no such column of text ({reason})") from error

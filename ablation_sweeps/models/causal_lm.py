@@ -55,7 +55,7 @@ class CausalLM(Pretrained):
         body = module.base_model if module.base_model is not module else module.get_decoder()  # type: ignore[operator]
         return Transformer(
             label=self.label,
-            revision=getattr(module.config, "_commit_hash", None) or self.revision or "",
+            revision=self.commit or "",
             kind="causal_lm",
             module=module,
             logits=lambda batch: module(**batch.inputs, use_cache=False).logits,

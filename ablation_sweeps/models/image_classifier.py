@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from pydantic.dataclasses import dataclass as validated
 from ablation_sweeps.data import Batch, Modality, Picture, UserError
 from ablation_sweeps.hub import Pretrained
 from ablation_sweeps.images import ImageEncoder
-from ablation_sweeps.transformer import Transformer
+from ablation_sweeps.transformer import Encoder, Transformer
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -23,10 +24,14 @@ class ImageClassifier(Pretrained):
     def can_score(self, picture: Picture) -> bool:
         return True
 
+    def encoder(self) -> Encoder:
+        """Needs the model, since it says into how many positions it cuts an image; any device will do."""
+        return dataclasses.replace(self, device="cpu", device_map=None, quantize=None).load().encode
+
     def load(self) -> Transformer:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        options = {"revision": self.commit, "trust_remote_code": self.trust_remote_code}
         processor = self.guarded(lambda: AutoImageProcessor.from_pretrained(self.source, **options))
         module = self.from_pretrained(AutoModelForImageClassification)
         config = module.config
@@ -49,7 +54,7 @@ class ImageClassifier(Pretrained):
         encoder = ImageEncoder(transform, "pixel_values", mode, config.num_labels, tokens, left_out)  # type: ignore[union-attr,arg-type]
         return Transformer(
             label=self.label,
-            revision=getattr(module.config, "_commit_hash", None) or self.revision or "",
+            revision=self.commit or "",
             kind="image_classifier",
             module=module,
             logits=lambda batch: module(**batch.inputs).logits,

@@ -60,7 +60,7 @@ class MaskedLM(Pretrained):
 
         return Transformer(
             label=self.label,
-            revision=getattr(module.config, "_commit_hash", None) or self.revision or "",
+            revision=self.commit or "",
             kind="masked_lm",
             module=module,
             logits=lambda batch: module(**batch.inputs).logits,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from ablation_sweeps.data import Modality, Picture, UserError
 from ablation_sweeps.hub import Pretrained
 from ablation_sweeps.hub import device as device_of
 from ablation_sweeps.images import ImageEncoder
-from ablation_sweeps.transformer import Transformer
+from ablation_sweeps.transformer import Encoder, Transformer
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -44,11 +45,22 @@ class Timm(Pretrained):
     def repository(self) -> str:
         import timm
 
-        pretrained = timm.get_pretrained_cfg(str(self.name).removeprefix("hf-hub:"), allow_unregistered=True)
-        return str((pretrained and pretrained.hf_hub_id) or self.name).removeprefix("hf-hub:")
+        name = str(self.name).removeprefix("hf-hub:")
+        if "/" in name:
+            return name
+        pretrained = self.guarded(lambda: timm.get_pretrained_cfg(name))
+        if not (pretrained and pretrained.hf_hub_id):
+            raise UserError(
+                f"model.name={self.name}: timm has no weights of it; timm.list_pretrained() lists those it has"
+            )
+        return pretrained.hf_hub_id
 
     def can_score(self, picture: Picture) -> bool:
         return True
+
+    def encoder(self) -> Encoder:
+        """Needs the model, since it says into how many positions it cuts an image; any device will do."""
+        return dataclasses.replace(self, device="cpu").load().encode
 
     def load(self) -> Transformer:
         from timm.data.config import resolve_data_config
@@ -73,7 +85,7 @@ class Timm(Pretrained):
         encoder = ImageEncoder(transform, "x", mode, module.num_classes, tokens, left_out)
         return Transformer(
             label=self.label,
-            revision=self.revision or "",
+            revision=self.commit or "",
             kind="image_classifier",
             module=module,
             logits=lambda batch: module(batch.inputs["x"]),
@@ -94,5 +106,4 @@ class Timm(Pretrained):
             return module
         if self.path:
             return timm.create_model(f"local-dir:{self.path}", pretrained=True)
-        name = f"{self.name}@{self.revision}" if self.revision else str(self.name)
-        return timm.create_model(name, pretrained=True)
+        return timm.create_model(f"hf-hub:{self.repository}@{self.commit}", pretrained=True)

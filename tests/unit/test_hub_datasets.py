@@ -404,3 +404,121 @@ def test_a_column_that_is_not_there_is_named(dataset):
 def test_a_folder_that_is_not_there_is_refused(dataset, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         dataset("pile", path=tmp_path / "nothing").check("text")
+
+
+# What a review found
+
+
+def test_a_dataset_that_was_saved_without_splits_is_divided_whatever_they_are_called(dataset, tmp_path):
+    import datasets
+
+    every = [f"text {i}" for i in range(20)]
+    datasets.Dataset.from_dict({"text": every}).save_to_disk(tmp_path / "one")
+    one = dataset("hub_text", path=tmp_path / "one")
+    assert one.calibration_split != one.evaluation_split
+    calibration, evaluation = texts(one, "calibration"), texts(one, "evaluation")
+    assert not set(calibration) & set(evaluation) and sorted(calibration + evaluation) == sorted(every)
+    names = [d.name for split in ("calibration", "evaluation") for d in one.examples(split)]
+    assert len(set(names)) == 20
+
+
+def test_another_revision_in_the_cache_is_not_taken_for_the_pinned_one(repo, monkeypatch, tmp_path):
+    """Offline, `datasets` would give what it loaded last."""
+
+    class Cached:
+        cache_files = ({"filename": str(tmp_path / "default" / "0.0.0" / ("c" * 40) / "set-test.arrow")},)
+
+    monkeypatch.setattr(rows, "_load", lambda *arguments: Cached())
+    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
+        right, wrong = (to_job(compose("config", ["dataset=wikitext", f"dataset.revision={letter * 40}"])).dataset
+                        for letter in "cd")  # fmt: skip
+    assert isinstance(right.load("test"), Cached)
+    with pytest.raises(UserError, match=r"revision d{40} is not on this machine; .*prefetch=true"):
+        wrong.load("test")
+
+
+def test_class_names_are_kept_with_what_is_fetched(dataset, monkeypatch):
+    dataset("imagenet_1k").check("image")
+    monkeypatch.setattr(rows, "_load", lambda *arguments: pytest.fail("the network was asked"))
+    assert len(dataset("imagenet_1k").class_names()) == 1000
+
+
+def test_a_column_without_class_names_is_refused_at_once(dataset, tmp_path):
+    folder = tmp_path / "plain"
+    write_parquet(
+        folder / "data" / "train-00000-of-00001.parquet", {"image": [{"bytes": b"", "path": None}], "label": [3]}
+    )
+    for streaming in ("true", "false"):
+        options = ["evaluation_split=train", f"streaming={streaming}"]
+        with pytest.raises(UserError, match=r"dataset\.label_column=label: does not say its classes' names"):
+            dataset("hub_images", *options, path=folder).check("image")
+
+
+def test_a_column_that_holds_no_text_is_refused(dataset, tmp_path):
+    write_parquet(tmp_path / "chat" / "data" / "train-0.parquet", {"text": [["hello", "you"]] * 3})
+    with pytest.raises(UserError, match=r"dataset\.column=text: holds lists, no text"):
+        texts(dataset("hub_text", "evaluation_split=train", path=tmp_path / "chat"), "evaluation")
+
+
+def test_images_that_lie_in_files_of_their_own_are_kept_whole(dataset, tmp_path):
+    from PIL.Image import new
+
+    for split in ("train", "test"):
+        for number in range(4):
+            file = tmp_path / "folders" / split / f"class{number % 2}" / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            new("RGB", (8, 8), (number, 0, 0)).save(file)
+    images = dataset("hub_images", "streaming=true", path=tmp_path / "folders")
+    first = [(p.name, p.label, p.image.getpixel((0, 0))) for p in images.examples("evaluation")]
+    assert len(first) == 4
+    shutil.rmtree(tmp_path / "folders" / "test")
+    assert [(p.name, p.label, p.image.getpixel((0, 0))) for p in images.examples("evaluation")] == first
+
+
+def test_named_files_of_the_hub_are_streamed(repo):
+    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
+        whole = to_job(compose("config", ["dataset=pile", "dataset.streaming=false"])).dataset
+    with pytest.raises(UserError, match=r"leave dataset\.streaming=true"):
+        whole.check("text")
+
+
+def test_a_commit_that_was_asked_for_is_known_offline(monkeypatch, tmp_path):
+    import types
+
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    from ablation_sweeps.download import commit
+
+    class Api:
+        def repo_info(self, repo, **options):
+            return types.SimpleNamespace(sha="e" * 40)
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    commit.cache_clear()
+    assert commit("me/stories", None, "dataset") == "e" * 40
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit.cache_clear()
+    assert commit("me/stories", None, "dataset") == "e" * 40
+
+
+def test_no_network_is_as_good_as_offline(monkeypatch, tmp_path):
+    import httpx
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    from ablation_sweeps.download import commit
+
+    class Api:
+        def repo_info(self, repo, **options):
+            raise httpx.ConnectError("Connection refused")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    commit.cache_clear()
+    assert commit("me/stories", None, "dataset") == "main"
+    assert constants.HF_HUB_OFFLINE
+    commit.cache_clear()

@@ -58,7 +58,7 @@ def test_auto_is_the_precision_of_the_file(fresh, saved, tmp_path):
 
 def test_timm_has_no_precision_of_its_own(option):
     with pytest.raises(UserError, match=r"model\.dtype=auto"):
-        option("model=deit_tiny", "model.dtype=auto").check("image")
+        option("model=tiny_vit", "model.dtype=auto").check("image")
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -185,7 +185,7 @@ def test_where_timm_keeps_a_model_on_the_hub(option):
     assert option("model=deit_tiny").repository == "timm/deit_tiny_patch16_224.fb_in1k"
 
 
-def test_prefetch_gets_the_files_that_loading_needs_and_no_others(option, monkeypatch):
+def test_prefetch_gets_the_files_that_loading_needs_and_no_others(option, monkeypatch, tmp_path):
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
@@ -197,7 +197,9 @@ def test_prefetch_gets_the_files_that_loading_needs_and_no_others(option, monkey
     def snapshot_download(repo, revision, allow_patterns, ignore_patterns):
         found = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         asked.append((repo, revision, set(found)))
+        return tmp_path
 
+    (tmp_path / "model.safetensors").touch()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     option("model=gpt2", "model.revision=v1").prefetch()
     option("model=opt_125m").prefetch()
@@ -207,9 +209,43 @@ def test_prefetch_gets_the_files_that_loading_needs_and_no_others(option, monkey
               "merges.txt", "chat_template.jinja"}  # fmt: skip
     assert asked == [
         ("openai-community/gpt2", "v1", needed),
-        ("facebook/opt-125m", None, needed | {"pytorch_model.bin"}),
-        ("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", None, needed | {"modeling.py"}),
+        ("facebook/opt-125m", "main", needed | {"pytorch_model.bin"}),
+        ("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", "main", needed | {"modeling.py"}),
     ]
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(
+        UserError, match=r"model\.name=openai-community/gpt2: holds no safetensors; .*use_safetensors=null"
+    ):
+        option("model=gpt2").prefetch()
+
+
+def test_all_of_a_model_is_of_the_commit_in_its_signature(option, monkeypatch):
+    """A branch may move between the submission of a sweep and its last job."""
+    import timm
+    import transformers
+
+    asked = []
+
+    def from_pretrained(*arguments, **options):
+        asked.append(options["revision"])
+        raise OSError("not here")
+
+    monkeypatch.setattr(hub, "commit", lambda *arguments: "f" * 40)
+    for part in ("AutoModelForCausalLM", "AutoTokenizer", "AutoConfig", "AutoImageProcessor"):
+        monkeypatch.setattr(getattr(transformers, part), "from_pretrained", from_pretrained)
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: from_pretrained(revision=name.split("@")[1]))
+    gpt2, vit = option("model=gpt2", "model.revision=v1"), option("model=vit_base_patch16_224")
+    assert gpt2.identity()["files"] == "f" * 40 and gpt2.identity() == option("model=gpt2").identity()
+    for load in (
+        lambda: hub.load_tokenizer(gpt2),
+        lambda: hub.context_length(gpt2),
+        lambda: gpt2.from_pretrained(transformers.AutoModelForCausalLM),
+        vit.load,
+        option("model=vit_small_timm").load,
+    ):
+        with pytest.raises(UserError, match="cannot be loaded: not here"):
+            load()
+    assert asked == ["f" * 40] * 5
 
 
 def test_a_model_that_cannot_be_fetched_is_named(option, monkeypatch):
