@@ -27,9 +27,13 @@ def to_job(cfg: DictConfig) -> Job:
     Raises:
         UserError: one line that names the option.
     """
+    return from_dict(to_dict(cfg))
+
+
+def from_dict(config: dict[str, Any]) -> Job:
+    """The same from a resolved config, as `Job.config` keeps it: what is shipped to another process."""
     from ablation_sweeps.job import Job
 
-    config: dict[str, Any] = to_dict(cfg)
     for option in config.keys() - set(OPTIONS):
         raise UserError(f"{option}: there is no such option{near(option, list(OPTIONS))}; see python launch.py --help")
     for option in OPTIONS:

@@ -9,7 +9,9 @@ from pathlib import Path
 from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
+
+from hydra_plugins.ablation_sweeps_launcher.composing import compose
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ class InOrderLauncher(Launcher):
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
-        configs = [self._compose(overrides, initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
+        configs = compose(self.config, self.hydra_context, job_overrides, initial_job_idx)
         jobs = check(configs)
         if jobs[0].prefetch:
             fetch(jobs)
@@ -46,9 +48,3 @@ class InOrderLauncher(Launcher):
                 failures.add(jobs[i].folder.name, returns[i]._return_value)
         end_of_sweep(jobs, failures)
         return [returns[i] for i in range(len(jobs))]
-
-    def _compose(self, overrides: Sequence[str], number: int) -> DictConfig:
-        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-        with open_dict(config):
-            config.hydra.job.id = config.hydra.job.num = number
-        return config
