@@ -83,6 +83,7 @@ class Work:
     packs: dict[str, list[Path]] = field(default_factory=dict)
     deaths: Counter[Path] = field(default_factory=Counter)
     over: set[str] = field(default_factory=set)  # of the packs: over when last asked
+    last: dict[str, Place] = field(default_factory=dict)  # where they were then
 
     def start(self, most: int | None) -> None:
         missing = {folder: job for folder, job in self.jobs.items() if not store.finished(folder)}
@@ -117,7 +118,9 @@ class Work:
                         place = places.get(pack, Place("GONE", "", True, "it left the queue"))
                         again += self._left_by(pack, place) if self._is_over(pack, place) else []
                 self._submit(again)
-                watcher.show({pack: (folders, (places or {}).get(pack)) for pack, folders in self.packs.items()})
+                self.last = self.last if places is None else places
+                submitted = Place("SUBMITTED", "", False, "")
+                watcher.show({pack: (of, self.last.get(pack, submitted)) for pack, of in self.packs.items()})
                 if not self.packs:
                     return
                 time.sleep(LOOK_SECONDS)

@@ -197,6 +197,15 @@ def write_status(folder: Path, state: str, reason: str | None = None) -> None:
     write_json(folder / "status.json", {"state": state, **({"reason": reason} if reason else {}), "time": _now()})
 
 
+def expect(folder: Path, batches: int) -> None:
+    """How many there are to do, for who watches it."""
+    write_json(folder / "status.json", {**status(folder), "batches": batches})
+
+
+def batches_done(folder: Path) -> int:
+    return len(_progress_files(folder))
+
+
 def status(folder: Path) -> dict:
     return read_json(folder / "status.json") or {"state": "new"}
 

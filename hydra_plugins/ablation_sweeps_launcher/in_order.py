@@ -25,7 +25,7 @@ class InOrderLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from ablation_sweeps.launching import Failures, by_model, check, end_of_sweep, fetch
+        from ablation_sweeps.launching import Failures, by_model, check, end_of_sweep, fetch, plan
 
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
@@ -34,6 +34,9 @@ class InOrderLauncher(Launcher):
         jobs = check(configs)
         if jobs[0].prefetch:
             fetch(jobs)
+            return []
+        if jobs[0].dry_run:
+            plan(jobs, None, 1)
             return []
         failures = Failures()
         returns: dict[int, JobReturn] = {}

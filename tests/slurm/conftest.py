@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cluster import control, until
 from command import faults, launch, on_text, texts  # noqa: F401
-
-Until = Callable[[Callable[[], object], str], None]
 
 
 @pytest.fixture(scope="session")
@@ -32,14 +29,3 @@ def slurm(cluster: Path, tmp_path: Path) -> tuple[str, ...]:
     until(lambda: not control("squeue", "--noheader"), "the cluster is empty")
     options = (f"hydra.launcher.folder={tmp_path / 'private'}", "hydra.launcher.mem=1300MB")
     return ("-m", "hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", *options)
-
-
-def control(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
-
-
-def until(condition: Callable[[], object], what: str, seconds: float = 400) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"it never happened: {what}"
-        time.sleep(0.3)

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+from cluster import control, restart, until
 from command import FAULTS, LAUNCH, Launch, same_bits, states
-from conftest import control, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 
@@ -87,7 +87,8 @@ def test_the_launcher_and_nodes_and_slurmctld_die_and_nothing_is_lost(
             "--output=/dev/null", "--job-name=urgent", "--wrap=sleep 15")  # fmt: skip
     time.sleep(3)
     restart(cluster)
-    control("scontrol", "update", f"nodename={place['1']}", "state=resume")
+    # It may have come back with slurmctld.
+    subprocess.run(["scontrol", "update", f"nodename={place['1']}", "state=resume"], capture_output=True)
     until(lambda: "urgent" not in control("squeue", "--noheader", "--format=%j", "--states=pending"), "preempted")
 
     def hurry() -> bool:  # SLURM holds what was requeued for two minutes
@@ -102,12 +103,3 @@ def test_the_launcher_and_nodes_and_slurmctld_die_and_nothing_is_lost(
     assert len(submissions(sweep)) == 1 and set(states(sweep).values()) == {"finished"}
     assert launch(*FAULTS, "-m", *on_text, "method=waits", "seed=0,1,2", "results_dir=plain").code == 0
     same_bits(tmp_path / "plain" / "default", sweep)
-
-
-def restart(cluster: Path) -> None:
-    pid = int((cluster / "run" / "slurmctld.pid").read_text())
-    assert Path(f"/proc/{pid}/comm").read_text().strip() == "slurmctld"
-    os.kill(pid, signal.SIGTERM)
-    until(lambda: not Path(f"/proc/{pid}").exists(), "slurmctld ends")
-    control("slurmctld", "-f", str(cluster / "slurm.conf"))
-    until(lambda: subprocess.run(["squeue"], capture_output=True).returncode == 0, "slurmctld answers")
