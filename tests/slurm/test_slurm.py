@@ -35,7 +35,7 @@ def test_the_same_bits_as_in_one_process_whatever_happens_to_others(launch: Laun
     done = launch(
         *FAULTS, *slurm, *on_text, methods, "results_dir=\"an 'odd' place\"", "hydra.launcher.max_jobs_per_pack=4"
     )
-    assert "1 job failed, the others are finished and kept" in done.error
+    assert "1 of 5 jobs failed, the others are finished and kept" in done.error
     sweep = tmp_path / "an 'odd' place" / "default"
     same_bits(tmp_path / "plain" / "default", sweep)
     assert status_of(sweep, "raises")["reason"] == "ValueError: no such luck"
