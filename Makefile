@@ -9,7 +9,7 @@ UV := $(shell command -v uv || echo $(VENV)/bin/uv)
 STAMP := $(VENV)/.installed
 VENV4 := .venv-transformers4
 
-.PHONY: help setup demo test test-transformers4 check smollm2 tiny reference lock clean
+.PHONY: help setup demo test test-transformers4 test-slurm check smollm2 tiny reference lock clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -32,6 +32,14 @@ test: setup ## the whole suite
 
 test-transformers4: $(VENV4)/.installed ## every family of models once more, under transformers 4 (another environment)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV4)/bin/python -m pytest tests/unit/test_families.py tests/unit/test_sites.py
+
+# 77: no cluster can be started here; up.sh says why.
+test-slurm: setup ## sweeps on a real SLURM cluster of three pretended nodes, started here and stopped afterwards (needs root)
+	@lab=$$(mktemp -d); tests/slurm/up.sh $$lab; started=$$?; \
+	if [ $$started = 77 ]; then exit 0; fi; \
+	trap 'tests/slurm/down.sh '$$lab EXIT; \
+	[ $$started = 0 ] && SLURM_CONF=$$lab/slurm.conf SLURM_TEST_CLUSTER=$$lab HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+	  PYTHONPATH=. $(RUN) -m pytest tests/slurm
 
 # requirements.txt pins transformers 5: here the newest of everything that goes with 4.
 $(VENV4)/.installed: pyproject.toml

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ablation_sweeps.job import Job
 
 PARTS = ("model", "dataset", "method", "fraction", "site", "selection", "statistics", "eval", "tracking")
-OPTIONS = (*PARTS, "batch_tokens", "seed", "prefetch", "sweep", "results_dir")
+OPTIONS = (*PARTS, "batch_tokens", "seed", "prefetch", "dry_run", "sweep", "results_dir")
 
 
 def to_job(cfg: DictConfig) -> Job:
@@ -27,9 +27,13 @@ def to_job(cfg: DictConfig) -> Job:
     Raises:
         UserError: one line that names the option.
     """
+    return from_dict(to_dict(cfg))
+
+
+def from_dict(config: dict[str, Any]) -> Job:
+    """The same from a resolved config, as `Job.config` keeps it: what is shipped to another process."""
     from ablation_sweeps.job import Job
 
-    config: dict[str, Any] = to_dict(cfg)
     for option in config.keys() - set(OPTIONS):
         raise UserError(f"{option}: there is no such option{near(option, list(OPTIONS))}; see python launch.py --help")
     for option in OPTIONS:
@@ -39,8 +43,9 @@ def to_job(cfg: DictConfig) -> Job:
     for option, least in (("batch_tokens", 1), ("seed", 0)):
         if type(config[option]) is not int or config[option] < least:
             raise UserError(f"{option}={as_typed(config[option])}: must be a whole number of at least {least}")
-    if type(config["prefetch"]) is not bool:
-        raise UserError(f"prefetch={as_typed(config['prefetch'])}: must be true or false")
+    for option in ("prefetch", "dry_run"):
+        if type(config[option]) is not bool:
+            raise UserError(f"{option}={as_typed(config[option])}: must be true or false")
     for option in ("sweep", "results_dir"):
         if config[option] == "":
             raise UserError(f"{option}=: must be a name, e.g. {option}=my_{option}")
@@ -51,6 +56,7 @@ def to_job(cfg: DictConfig) -> Job:
         batch_tokens=config["batch_tokens"],
         seed=config["seed"],
         prefetch=config["prefetch"],
+        dry_run=config["dry_run"],
         sweep=str(config["sweep"]),
         results_dir=Path(config["results_dir"]).expanduser().absolute(),
         config=config,

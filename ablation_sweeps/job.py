@@ -72,6 +72,7 @@ class Job:
     batch_tokens: int
     seed: int
     prefetch: bool  # fetch what is needed, and stop
+    dry_run: bool  # say what would run, and stop
     sweep: str
     results_dir: Path
     config: dict[str, Any]  # as composed and resolved: what config.yaml keeps
@@ -177,6 +178,7 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     # Evaluation: the same documents, and the same neurons, for every method.
     images = model.modality == "image"
     batches = encode(job, model, "evaluation")
+    store.expect(folder, len(batches))
     log.debug("%d documents or images in %d batches", sum(len(b.names) for b in batches), len(batches))
     orders = job.selection.orders([p.width for p in projections], job.seed)
     replacement = job.method.fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 from collections.abc import Sequence
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from ablation_sweeps import report
+from ablation_sweeps import report, store
 from ablation_sweeps.config import to_job
 from ablation_sweeps.data import Split, UserError
 from ablation_sweeps.messages import plain
+from ablation_sweeps.packs import packed
 
 if TYPE_CHECKING:
     from ablation_sweeps.job import Job
@@ -41,6 +43,55 @@ def fetch(jobs: Sequence[Job]) -> None:
         log.info("[%d/%d] fetching %s and %s", i, len(needed), job.model.label, job.dataset.label)
         job.fetch()
     print("all that is needed is on this machine; without prefetch=true, the same command can run offline")
+
+
+def plan(jobs: Sequence[Job], most: int | None, at_once: int) -> None:
+    """Says what would run, and how long it may take by what like jobs took before."""
+    jobs = [jobs[i] for i in by_model(jobs)]
+    missing = {job.folder: job for job in jobs if not store.finished(job.folder)}
+    packs = packed(list(missing.values()), most)
+    took: list[float | None] = []
+    for number, pack in enumerate(packs, start=1):
+        job = missing[pack.folders[0]]
+        begun = sum(store.batches_done(folder) > 0 for folder in pack.folders)
+        each = seconds_of(job)
+        took.append(each and each * len(pack.folders))
+        about = f", about {duration(took[-1])}" if took[-1] else ""
+        print(f"pack {number}: {job.model.label} on {job.dataset.label}, {counted(len(pack.folders), 'job')}{about}"
+              + (f" ({begun} begun already)" if begun else ""))  # fmt: skip
+        for folder in pack.folders:
+            print(f"    {folder.name}")
+    finished = len(jobs) - len(missing)
+    print(f"{counted(len(jobs), 'job')}: {finished} finished, {len(missing)} to run in {counted(len(packs), 'pack')}")
+    known = [seconds for seconds in took if seconds]
+    if known and len(known) == len(took):
+        total = sum(known)
+        print(f"about {duration(total)} of computing; {duration(max(*known, total / at_once, 0))} at the least, with "
+              f"{counted(min(at_once, len(packs)), 'pack')} at once")  # fmt: skip
+    elif packs:
+        print("no estimate of the time: nothing like it was run before in this results_dir")
+
+
+def seconds_of(job: Job) -> float | None:
+    """What earlier jobs of its model and dataset took, in the mean, below its results_dir."""
+    name = f"{job.model.label}-{job.dataset.label}-".replace("/", "--")
+    files = job.results_dir.glob(f"*/{glob.escape(name)}*/environment.json")
+    seconds = [found["seconds"] for file in files if "seconds" in (found := store.read_json(file) or {})]
+    return sum(seconds) / len(seconds) if seconds else None
+
+
+def duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def by_model(jobs: Sequence[Job]) -> list[int]:

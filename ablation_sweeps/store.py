@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING, TypeVar
 
 from ablation_sweeps.environment import describe, peak_memory
@@ -179,13 +180,34 @@ def begin(folder: Path, config: dict) -> None:
 
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     write_json(folder / "environment.json", describe())  # now: the code on disk may change while it runs
-    write_json(folder / "status.json", {"state": "running", "started": _now(), "pid": os.getpid()})
+    write_json(
+        folder / "status.json", {"state": "running", "started": _now(), "host": gethostname(), "pid": os.getpid()}
+    )
 
 
 def fail(folder: Path, error: BaseException) -> None:
-    log.debug("the job failed", exc_info=error)
+    """A signal to stop is no failure: the job can go on where it was."""
+    log.debug("the job stopped", exc_info=error)
     reason = f"{type(error).__name__}: {error}".strip()
-    write_json(folder / "status.json", {"state": "failed", "reason": reason, "ended": _now()})
+    write_status(folder, "failed" if isinstance(error, Exception) else "interrupted", reason)
+
+
+def write_status(folder: Path, state: str, reason: str | None = None) -> None:
+    """The truth about a job: queued, running, interrupted, died (with its process), failed or finished."""
+    write_json(folder / "status.json", {"state": state, **({"reason": reason} if reason else {}), "time": _now()})
+
+
+def expect(folder: Path, batches: int) -> None:
+    """How many there are to do, for who watches it."""
+    write_json(folder / "status.json", {**status(folder), "batches": batches})
+
+
+def batches_done(folder: Path) -> int:
+    return len(_progress_files(folder))
+
+
+def status(folder: Path) -> dict:
+    return read_json(folder / "status.json") or {"state": "new"}
 
 
 def finish(folder: Path, rows: pd.DataFrame, documents: pd.DataFrame, seconds: float) -> None:
@@ -194,7 +216,7 @@ def finish(folder: Path, rows: pd.DataFrame, documents: pd.DataFrame, seconds: f
     write_table(folder / "documents.parquet", documents)
     write_table(folder / "rows.parquet", rows)
     write_json(folder / "environment.json", environment)
-    write_json(folder / "status.json", {"state": "finished", "ended": _now()})
+    write_status(folder, "finished")
     for file in _progress_files(folder):
         file.unlink()
 

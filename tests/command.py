@@ -18,6 +18,7 @@ import ablation_sweeps.config  # noqa: F401  (its resolvers, before Hydra's stat
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch.py"
 SMALL = ("fraction=half", "statistics.tokens=400", "eval.tokens=400", "eval.images=8", "eval.skip=5", "batch_tokens=99")
+FAULTS = ("--config-dir", str(ROOT / "tests" / "faults" / "conf"))
 NOISE = ("Error executing job", "HYDRA_FULL_ERROR", "hydra.cc", "full_key:", "object_type=", "Traceback")
 SENTENCE = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "dog", "run", "far", "away", "from", "it")
 
@@ -161,6 +162,27 @@ def broken(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
     weights["model.layers.1.self_attn.v_proj.weight"][:] = torch.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """method=kills and the like (tests/faults) can be chosen with `*FAULTS`; the folder in which they leave marks."""
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    folder = ROOT / "tests" / "faults"
+    monkeypatch.setenv("FAULTS", str(marks))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(folder)]))  # of the processes of the packs
+    monkeypatch.syspath_prepend(str(folder))
+    return marks
+
+
+def same_bits(one: Path, other: Path) -> None:
+    """Every finished run of one sweep is in the other one, byte by byte."""
+    runs = sorted(path.parent for path in one.glob("*/rows.parquet"))
+    assert runs
+    for run in runs:
+        for file in ("rows.parquet", "documents.parquet"):
+            assert (run / file).read_bytes() == (other / run.name / file).read_bytes(), run.name
 
 
 def states(sweep: Path) -> dict[str, str]:

@@ -9,7 +9,9 @@ from pathlib import Path
 from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
+
+from hydra_plugins.ablation_sweeps_launcher.composing import compose
 
 log = logging.getLogger(__name__)
 
@@ -23,15 +25,18 @@ class InOrderLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from ablation_sweeps.launching import Failures, by_model, check, end_of_sweep, fetch
+        from ablation_sweeps.launching import Failures, by_model, check, end_of_sweep, fetch, plan
 
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
-        configs = [self._compose(overrides, initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
+        configs = compose(self.config, self.hydra_context, job_overrides, initial_job_idx)
         jobs = check(configs)
         if jobs[0].prefetch:
             fetch(jobs)
+            return []
+        if jobs[0].dry_run:
+            plan(jobs, None, 1)
             return []
         failures = Failures()
         returns: dict[int, JobReturn] = {}
@@ -46,9 +51,3 @@ class InOrderLauncher(Launcher):
                 failures.add(jobs[i].folder.name, returns[i]._return_value)
         end_of_sweep(jobs, failures)
         return [returns[i] for i in range(len(jobs))]
-
-    def _compose(self, overrides: Sequence[str], number: int) -> DictConfig:
-        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-        with open_dict(config):
-            config.hydra.job.id = config.hydra.job.num = number
-        return config

@@ -231,7 +231,7 @@ def test_a_job_that_was_stopped_goes_on_and_gives_bit_equal_rows(make, monkeypat
         with pytest.raises(KeyboardInterrupt):
             run_job(make(method))
     folder = make(method).folder
-    assert state(folder)["state"] == "failed" and not store.finished(folder)
+    assert state(folder)["state"] == "interrupted" and not store.finished(folder)
     assert len(list(folder.glob("progress-*"))) == 2 and not (folder / "rows.parquet").exists()
 
     done = []

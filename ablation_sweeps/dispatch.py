@@ -1,0 +1,169 @@
+"""Sends the packs of a sweep to where they run, sees to those whose process dies, and collects."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ablation_sweeps import store
+from ablation_sweeps.data import UserError
+from ablation_sweeps.launching import Failures, by_model, end_of_sweep
+from ablation_sweeps.packs import Pack, packed
+from ablation_sweeps.queue import Place, Queue
+from ablation_sweeps.watching import Watcher
+
+if TYPE_CHECKING:
+    from ablation_sweeps.job import Job
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 2.0  # between two looks at the files of the jobs
+MEMORY = re.compile(r"oom.?kill|out of memory|OutOfMemory|\bKilled\b|SIGKILL|MemoryError", re.IGNORECASE)
+
+
+def launch(options: Any, jobs: Sequence[Job]) -> None:
+    """Runs what is not finished, and reports; or, with wait=false, only submits it."""
+    sweep = jobs[0].folder.parent
+    jobs = [jobs[i] for i in by_model(jobs)]
+    with only_one(sweep):
+        queue = options.queue(sweep)
+        work = Work(queue, options.max_attempts, {job.folder: job for job in jobs})
+        try:
+            work.start(options.max_jobs_per_pack)
+            if not options.wait and work.packs:
+                print(f"{len(work.packs)} packs are submitted; the same command later collects their results")
+                return
+            work.watch()
+        except KeyboardInterrupt:
+            log.warning("cancelling %d packs", len(work.packs))
+            queue.cancel(list(work.packs))
+            raise
+    failures = Failures()
+    for folder in work.jobs:
+        if (status := store.status(folder))["state"] != "finished":
+            failures.reasons.append(f"{folder.name}: {status.get('reason', status['state'])}")
+    end_of_sweep(jobs, failures)
+
+
+@contextmanager
+def only_one(sweep: Path) -> Iterator[None]:
+    """Two launchers that submit the same jobs would be in each other's way."""
+    from filelock import FileLock, Timeout
+
+    (sweep / ".dispatch").mkdir(parents=True, exist_ok=True)
+    lock = FileLock(sweep / ".dispatch" / "launch.lock")
+    who = sweep / ".dispatch" / "launcher"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        by = who.read_text().strip() if who.exists() else "another process"
+        raise UserError(
+            f"sweep={sweep.name}: is being launched already, by {by}; wait for it, or name another sweep=NAME"
+        ) from error
+    with lock:
+        store.write_text(who, f"process {os.getpid()} on {os.uname().nodename}\n")
+        yield
+
+
+@dataclass
+class Work:
+    """The jobs of a launch, and the packs that hold those which are not finished."""
+
+    queue: Queue
+    max_attempts: int
+    jobs: dict[Path, Job]
+    packs: dict[str, list[Path]] = field(default_factory=dict)
+    deaths: Counter[Path] = field(default_factory=Counter)
+    over: set[str] = field(default_factory=set)  # of the packs: over when last asked
+    last: dict[str, Place] = field(default_factory=dict)  # where they were then
+
+    def start(self, most: int | None) -> None:
+        missing = {folder: job for folder, job in self.jobs.items() if not store.finished(folder)}
+        for pack, folders in self.queue.earlier().items():
+            mine = [Path(folder) for folder in folders if Path(folder) in missing]
+            if mine:
+                self.packs[pack] = mine
+        if self.packs:
+            log.info("%d packs of an earlier launch are in the queue still", len(self.packs))
+        queued = {folder for folders in self.packs.values() for folder in folders}
+        self._submit(packed([job for folder, job in missing.items() if folder not in queued], most))
+        log.info("%d jobs: %d finished, %d in %d packs",
+                 len(self.jobs), len(self.jobs) - len(missing), len(missing), len(self.packs))  # fmt: skip
+
+    def _submit(self, packs: list[Pack]) -> None:
+        for pack in packs:
+            for folder in pack.folders:
+                store.write_status(folder, "queued")
+        if packs:
+            self.packs |= {name: pack.folders for name, pack in self.queue.submit(packs).items()}
+
+    def watch(self) -> None:
+        """Until nothing is left to wait for."""
+        with Watcher() as watcher:
+            while True:
+                places, again = self.queue.places(), []
+                for pack in list(self.packs):
+                    states = [store.status(folder)["state"] for folder in self.packs[pack]]
+                    if all(state in ("finished", "failed") for state in states):
+                        del self.packs[pack]
+                    elif places is not None:
+                        place = places.get(pack, Place("GONE", "", True, "it left the queue"))
+                        again += self._left_by(pack, place) if self._is_over(pack, place) else []
+                self._submit(again)
+                self.last = self.last if places is None else places
+                submitted = Place("SUBMITTED", "", False, "")
+                watcher.show({pack: (of, self.last.get(pack, submitted)) for pack, of in self.packs.items()})
+                if not self.packs:
+                    return
+                time.sleep(LOOK_SECONDS)
+
+    def _is_over(self, pack: str, place: Place) -> bool:
+        """SLURM may say that a job is over just before it puts it into the queue again: so it is asked twice."""
+        before = pack in self.over
+        (self.over.add if place.over else self.over.discard)(pack)
+        return place.over and before
+
+    def _left_by(self, pack: str, place: Place) -> list[Pack]:
+        """What a dead process left: the job that it was at gets a pack of its own, the others go on without it."""
+        left = {folder: store.status(folder)["state"] for folder in self.packs.pop(pack)}
+        left = {folder: state for folder, state in left.items() if state not in ("finished", "failed")}
+        reason = self._reason(pack, place)
+        if place.state == "CANCELLED":
+            for folder in left:
+                store.write_status(folder, "failed", "cancelled, not by this launcher; the same command runs it again")
+            return []
+        culprits = [folder for folder, state in left.items() if state in ("running", "died")]
+        if not culprits and "interrupted" not in left.values():
+            culprits = list(left)  # it died before it came to any: is the environment of the nodes the right one?
+        for folder in culprits:
+            self.deaths[folder] += 1
+        gone = [folder for folder in culprits if self.deaths[folder] >= self.max_attempts]
+        for folder in gone:
+            died = store.status(folder).get("reason") if left[folder] == "died" else reason
+            store.write_status(folder, "failed", f"its process died {self.deaths[folder]} times: {died}")
+            log.error("failed: %s: %s", folder.name, store.status(folder)["reason"])
+        alone = [packed([self.jobs[folder]], 1)[0] for folder in culprits if folder not in gone]
+        others = packed([self.jobs[folder] for folder in left if folder not in culprits], None)
+        if alone or others:
+            log.warning("%s is over (%s); what it left is submitted again", pack, reason)
+        return others + alone
+
+    def _reason(self, pack: str, place: Place) -> str:
+        """The state alone says little: SLURM calls it FAILED when the kernel kills a process for memory."""
+        try:
+            lines = self.queue.log_of(pack).read_text(errors="replace").splitlines()[-30:]
+        except OSError:
+            lines = []
+        said = [line.strip() for line in lines if line.strip()]
+        found = f"{place.state} {place.why}".strip() + (f", {place.node}" if place.node else "")
+        if place.state == "OUT_OF_MEMORY" or MEMORY.search(" ".join([place.why, *said])):
+            found += ", probably for lack of memory (hydra.launcher.mem, batch_tokens)"
+        return found + (f"; its last words: {said[-1][:200]}" if said else f"; no output in {self.queue.log_of(pack)}")

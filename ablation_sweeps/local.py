@@ -1,0 +1,126 @@
+"""Packs on this machine: one process for each GPU, or a few on its cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as validated
+
+from ablation_sweeps.packs import Pack
+from ablation_sweeps.queue import Place
+
+Count = Annotated[int, Field(ge=1)]
+GRACE_SECONDS = 10.0
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Local:
+    """Options of conf/hydra/launcher/local.yaml, which says what each one means."""
+
+    max_jobs_per_pack: Count | None
+    max_parallel: Count | None
+    max_attempts: Count
+    gpus: list[Annotated[int, Field(ge=0)]] | None
+    wait: ClassVar[bool] = True
+
+    def queue(self, sweep: Path) -> LocalQueue:
+        return LocalQueue(sweep / ".dispatch", self._slots())
+
+    def _slots(self) -> list[str | None]:
+        """One pack at a time in each: the GPU it sees, or None where it computes on the cores."""
+        import torch
+
+        gpus = list(range(torch.cuda.device_count())) if self.gpus is None else self.gpus
+        if not gpus:
+            return [None] * (self.max_parallel or 1)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = [
+            visible[gpu] if self.gpus is None and gpu < len(visible) and visible[gpu] else str(gpu) for gpu in gpus
+        ]
+        return list(names[: self.max_parallel])
+
+
+@dataclass
+class LocalQueue:
+    logs: Path
+    slots: list[str | None]
+    waiting: dict[str, Pack] = field(default_factory=dict)
+    running: dict[str, tuple[subprocess.Popen, str | None]] = field(default_factory=dict)
+    ended: dict[str, int] = field(default_factory=dict)
+
+    def submit(self, packs: list[Pack]) -> dict[str, Pack]:
+        first = len(self.waiting) + len(self.running) + len(self.ended)
+        named = {f"pack-{first + i}": pack for i, pack in enumerate(packs)}
+        self.waiting |= named
+        self._start()
+        return named
+
+    def earlier(self) -> dict[str, list[str]]:
+        return {}
+
+    def places(self) -> dict[str, Place]:
+        for name, (process, slot) in list(self.running.items()):
+            if (code := process.poll()) is not None:
+                del self.running[name]
+                self.ended[name] = code
+                self.slots.append(slot)
+        self._start()
+        return {
+            **{name: Place("PENDING", "", False, "") for name in self.waiting},
+            **{name: Place("RUNNING", _shown(slot), False, "") for name, (_, slot) in self.running.items()},
+            **{name: Place("COMPLETED" if code == 0 else "FAILED", "", True, _ending(code))
+               for name, code in self.ended.items()},
+        }  # fmt: skip
+
+    def _start(self) -> None:
+        while self.slots and self.waiting:
+            slot = self.slots.pop(0)
+            name = next(iter(self.waiting))
+            pack = self.waiting.pop(name)
+            environment = dict(os.environ) if slot is None else {**os.environ, "CUDA_VISIBLE_DEVICES": slot}
+            self.logs.mkdir(parents=True, exist_ok=True)
+            with open(self.log_of(name), "w") as output:
+                # In a session of its own: Ctrl-C is the launcher's to handle.
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "ablation_sweeps.packs"], env=environment, text=True,
+                    stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
+                )  # fmt: skip
+            assert process.stdin is not None
+            try:
+                json.dump(pack.configs, process.stdin)
+                process.stdin.close()
+            except BrokenPipeError:
+                pass  # it died at once; `places` will say so
+            self.running[name] = process, slot
+
+    def cancel(self, packs: list[str]) -> None:
+        processes = [self.running[name][0] for name in packs if name in self.running]
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+        until = time.monotonic() + GRACE_SECONDS
+        for process in processes:
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def log_of(self, pack: str) -> Path:
+        return self.logs / f"{pack}.log"
+
+
+def _shown(slot: str | None) -> str:
+    return "cpu" if slot is None else f"gpu {slot}"
+
+
+def _ending(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}" if code else ""

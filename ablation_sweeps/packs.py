@@ -1,0 +1,119 @@
+"""A pack: jobs that share model and dataset, run one after the other in one process, which loads the model once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ablation_sweeps import store
+from ablation_sweeps.config import from_dict
+from ablation_sweeps.data import UserError
+
+if TYPE_CHECKING:
+    from submitit.helpers import DelayedSubmission
+
+    from ablation_sweeps.job import Job
+
+log = logging.getLogger(__name__)
+
+POISONED = 70  # exit status of a process whose device is of no more use
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What is shipped to the process that runs it: plain values, frozen when they were submitted.
+
+    Attributes:
+        configs: of each job, composed and resolved, under the folder that its results go to.
+        delay: wait up to so many seconds first, so that many packs do not all load, and call W&B, at once.
+    """
+
+    configs: dict[str, dict[str, Any]]
+    delay: float = 0.0
+
+    @property
+    def folders(self) -> list[Path]:
+        return [Path(folder) for folder in self.configs]
+
+    def __call__(self) -> None:
+        _log_to_stderr()
+        time.sleep(random.random() * self.delay)
+        for number, (folder, config) in enumerate(self.configs.items(), start=1):
+            log.info("[%d/%d] %s", number, len(self.configs), Path(folder).name)
+            _run(Path(folder), config)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit puts into the queue again after a signal. Progress is on disk already."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def packed(jobs: Sequence[Job], most: int | None) -> list[Pack]:
+    """The jobs in packs of at most `most`."""
+    groups: dict[Any, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.model, job.dataset), []).append(job)
+    packs = []
+    for group in groups.values():
+        size = most or len(group)
+        for start in range(0, len(group), size):
+            packs.append(Pack({str(job.folder): frozen(job) for job in group[start : start + size]}))
+    return packs
+
+
+def frozen(job: Job) -> dict[str, Any]:
+    return {**job.config, "results_dir": str(job.results_dir)}
+
+
+def _run(folder: Path, config: dict[str, Any]) -> None:
+    """One job never costs another one its result: only what makes the process useless ends it."""
+    from ablation_sweeps.job import run_job
+
+    try:
+        job = from_dict(config)
+        if job.folder != folder:
+            raise UserError(
+                f"{folder.name}: the model or the data were changed after it was submitted; run the same command again"
+            )
+        run_job(job)
+    except Exception as error:
+        log.exception("failed: %s", folder.name)
+        if isinstance(error, subprocess.CalledProcessError) and "scontrol" in error.cmd:
+            # Raised by submitit's handler of USR2, in the middle of the job: it could not be put into the queue again.
+            store.write_status(folder, "interrupted", "out of time, and SLURM refused to requeue it")
+            sys.exit(1)
+        if _poisons(error):
+            store.write_status(folder, "died", f"{type(error).__name__}: {error}".splitlines()[0])
+            sys.exit(POISONED)
+        if store.status(folder)["state"] != "finished":
+            store.fail(folder, error)  # an error before or after what run_job looks after
+
+
+def _poisons(error: BaseException) -> bool:
+    """After an error of the device itself, but for lack of memory, every later call in the process fails too."""
+    import torch
+
+    return "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError)
+
+
+def _log_to_stderr() -> None:
+    """As on a terminal, with the time; details go to the log of each job."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.INFO)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.INFO)
+    logging.getLogger("ablation_sweeps").setLevel(logging.DEBUG)
+
+
+if __name__ == "__main__":  # the local launcher's: the pack comes on stdin
+    Pack(json.load(sys.stdin))()

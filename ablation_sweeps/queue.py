@@ -1,0 +1,44 @@
+"""What a place that runs packs can be asked, be it a cluster or this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from ablation_sweeps.packs import Pack
+
+
+@dataclass(frozen=True)
+class Place:
+    """Attributes:
+    state: in SLURM's words.
+    over: it runs no more, and will not again.
+    why: it does not run, where that is known; or how its process ended.
+    """
+
+    state: str
+    node: str
+    over: bool
+    why: str
+
+
+@runtime_checkable
+class Queue(Protocol):
+    def submit(self, packs: list[Pack]) -> dict[str, Pack]:
+        """Each under its name."""
+        ...
+
+    def earlier(self) -> dict[str, list[str]]:
+        """The packs of earlier launches that still wait or run, and the folders of their jobs."""
+        ...
+
+    def places(self) -> dict[str, Place] | None:
+        """Where each pack is; None while nothing new is known."""
+        ...
+
+    def cancel(self, packs: list[str]) -> None: ...
+
+    def log_of(self, pack: str) -> Path:
+        """What its process printed."""
+        ...

@@ -1,0 +1,203 @@
+"""Packs on a SLURM cluster: submitted by submitit, watched by squeue, which needs no accounting."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import logging
+import os
+import re
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as validated
+
+from ablation_sweeps import store
+from ablation_sweeps.data import UserError
+from ablation_sweeps.packs import Pack
+from ablation_sweeps.queue import Place
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 10.0  # at least, between two calls of squeue, whatever the number of jobs
+ARRAY = 1000  # packs in one array: SLURM's own MaxArraySize is 1001
+OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+        "PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT")  # fmt: skip
+Count = Annotated[int, Field(ge=1)]
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Slurm:
+    """Options of conf/hydra/launcher/slurm.yaml, which says what each one means."""
+
+    max_jobs_per_pack: Count | None
+    max_parallel: Count
+    max_attempts: Count
+    wait: bool
+    partition: str | None
+    account: str | None
+    qos: str | None
+    gres: str | None
+    cpus_per_task: Count | None
+    mem: str | None
+    time: Count
+    constraint: str | None
+    exclude: str | None
+    setup: list[str]
+    sbatch: dict[str, Any]
+    folder: str
+
+    def queue(self, sweep: Path) -> SlurmQueue:
+        return SlurmQueue(self, sweep)
+
+
+@dataclass
+class SlurmQueue:
+    """The packs of one sweep, each under the name of its array and its number in it."""
+
+    options: Slurm
+    sweep: Path
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256(str(self.sweep).encode()).hexdigest()[:8]
+        self.name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', self.sweep.name)}-{digest}"
+        self.private = private(Path(self.options.folder).expanduser().absolute() / self.name)
+        self.records = self.sweep / ".dispatch"
+        self.arrays = {file.stem: store.read_json(file) or {} for file in self.records.glob("*.json")}
+        self.known: dict[str, Place] = {}
+        self.asked = float("-inf")
+
+    def submit(self, packs: list[Pack]) -> dict[str, Pack]:
+        submitted: dict[str, Pack] = {}
+        for start in range(0, len(packs), ARRAY):
+            submitted |= self._submit_array(packs[start : start + ARRAY])
+        return submitted
+
+    def _submit_array(self, packs: list[Pack]) -> dict[str, Pack]:
+        """Which jobs it holds is on disk before SLURM knows of it, so that a launcher that is killed forgets none."""
+        import submitit
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        number = 1 + max((int(name.rpartition("-")[2]) for name in self.arrays), default=0)
+        name = f"{self.name}-{number}"
+        record: dict[str, Any] = {"packs": [list(pack.configs) for pack in packs], "logs": str(self.private)}
+        store.write_json(self.records / f"{name}.json", record)
+        delay = min(10.0, len(packs) / 20)
+        try:
+            with _outside_of_a_job():
+                executor = submitit.SlurmExecutor(self.private, max_num_timeout=10**6)  # each one gets further
+                executor.update_parameters(**self._parameters(name))
+                submissions = [Pack(pack.configs, delay) for pack in packs]
+                jobs = executor.submit_array(submissions)
+        except RuntimeError as error:
+            (self.records / f"{name}.json").unlink()
+            if isinstance(error, FailedJobError | FailedSubmissionError):
+                raise UserError(f"hydra.launcher: sbatch refuses: {' '.join(str(error).split())}") from error
+            raise UserError(
+                "hydra/launcher=slurm: there is no srun here; type the command on a machine of the cluster, or take "
+                "hydra/launcher=local"
+            ) from error
+        record["job"] = jobs[0].job_id.partition("_")[0]
+        store.write_json(self.records / f"{name}.json", record)
+        self.arrays[name] = record
+        self.asked = time.monotonic() - POLL_SECONDS + 2  # soon, but not before SLURM has seen to it
+        return {f"{name}.{index}": pack for index, pack in enumerate(packs)}
+
+    def _parameters(self, name: str) -> dict[str, Any]:
+        o = self.options
+        plain = ("partition", "account", "qos", "gres", "cpus_per_task", "mem", "time", "constraint", "exclude")
+        given = {key: getattr(o, key) for key in plain if getattr(o, key) is not None}
+        return {**given, "job_name": name, "array_parallelism": o.max_parallel, "setup": o.setup or None,
+                "additional_parameters": {"requeue": True, **o.sbatch}}  # fmt: skip
+
+    def earlier(self) -> dict[str, list[str]]:
+        """The packs of earlier launches that still wait or run, and the folders of their jobs."""
+        if not self.arrays:
+            return {}
+        self._ask()
+        live = {pack for pack, place in self.known.items() if not place.over}
+        return {
+            f"{name}.{index}": folders
+            for name, record in self.arrays.items()
+            for index, folders in enumerate(record.get("packs", []))
+            if f"{name}.{index}" in live
+        }
+
+    def places(self) -> dict[str, Place] | None:
+        """Where each pack is; None while it is too early to ask again, or nobody answers."""
+        if time.monotonic() - self.asked < POLL_SECONDS:
+            return None
+        return self.known if self._ask() else None
+
+    def _ask(self) -> bool:
+        time.sleep(max(0.0, self.asked + POLL_SECONDS - time.monotonic()))
+        command = ["squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}",
+                   "--format=%j|%K|%T|%N|%F|%r"]  # fmt: skip
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            answer = subprocess.CompletedProcess(command, 1, "", str(error))
+        self.asked = time.monotonic()
+        if answer.returncode != 0:
+            log.warning("squeue does not answer (%s); the jobs go on, and it is asked again", answer.stderr.strip())
+            return False
+        self.known = {}
+        for line in answer.stdout.splitlines():
+            name, index, state, node, job, reason = line.split("|", 5)
+            if name in self.arrays:
+                index = index if index.isdigit() else "0"
+                waits = reason if state == "PENDING" and reason not in ("None", "Priority", "Resources") else ""
+                self.known[f"{name}.{index}"] = Place(state, node, state in OVER, waits)
+                self.arrays[name].setdefault("job", job)  # where the launcher was killed before it wrote it down
+        return True
+
+    def cancel(self, packs: list[str]) -> None:
+        """Exactly these: an array may hold packs of an earlier launch that nobody waits for here."""
+        if packs:
+            subprocess.run(["scancel", "--quiet", *map(self._id, packs)], timeout=120)
+
+    def log_of(self, pack: str) -> Path:
+        return self.private / f"{self._id(pack)}_0_log.err"
+
+    def _id(self, pack: str) -> str:
+        """SLURM's; a single pack is no array."""
+        name, _, index = pack.rpartition(".")
+        record = self.arrays[name]
+        return f"{record.get('job')}_{index}" if len(record["packs"]) > 1 else str(record.get("job"))
+
+
+@contextmanager
+def _outside_of_a_job() -> Iterator[None]:
+    """The launcher may itself run in a job, whose size would be taken for that of the packs."""
+    from submitit.helpers import clean_env
+
+    conf = os.environ.get("SLURM_CONF")
+    with clean_env():
+        if conf:  # it is no part of a job: it says where the cluster is
+            os.environ["SLURM_CONF"] = conf
+        yield
+
+
+def private(folder: Path) -> Path:
+    """Made where it is absent; what submitit unpickles lies in it, so nobody else may be able to put anything there."""
+    old = os.umask(0o077)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    finally:
+        os.umask(old)
+    for path in (folder.resolve(), *folder.resolve().parents):
+        status = path.stat()
+        others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
+        if status.st_uid not in (0, os.getuid()) or others_write:
+            raise UserError(
+                f"hydra.launcher.folder={folder.parent}: others may write to {path}, and so run code as you; name a "
+                "folder of your own that all nodes see"
+            )
+    return folder

@@ -1,0 +1,31 @@
+"""What the tests of this folder do to their cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def control(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 400) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"it never happened: {what}"
+        time.sleep(0.3)
+
+
+def restart(cluster: Path) -> None:
+    """Stops slurmctld and starts it again; the nodes and the jobs stay."""
+    pid = int((cluster / "run" / "slurmctld.pid").read_text())
+    assert Path(f"/proc/{pid}/comm").read_text().strip() == "slurmctld"
+    os.kill(pid, signal.SIGTERM)
+    until(lambda: not Path(f"/proc/{pid}").exists(), "slurmctld ends")
+    control("slurmctld", "-f", str(cluster / "slurm.conf"))
+    until(lambda: subprocess.run(["squeue"], capture_output=True).returncode == 0, "slurmctld answers")

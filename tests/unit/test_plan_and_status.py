@@ -1,0 +1,74 @@
+"""What dry_run=true says beforehand, and `python -m ablation_sweeps status` afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from ablation_sweeps import launching, store, watching
+from ablation_sweeps.cli import app
+from ablation_sweeps.queue import Place
+
+
+def job(results: Path, name: str, model: str = "m") -> SimpleNamespace:
+    labels = {"model": SimpleNamespace(label=model), "dataset": SimpleNamespace(label="d")}
+    folder = results / "sweep" / f"{model}-d-{name}"
+    return SimpleNamespace(**labels, folder=folder, config={}, results_dir=results)
+
+
+@pytest.fixture
+def jobs(monkeypatch, tmp_path) -> list[SimpleNamespace]:
+    """SimpleNamespace has no hash: the plan groups by these two."""
+    monkeypatch.setattr(launching, "by_model", lambda jobs: list(range(len(jobs))))
+    monkeypatch.setattr(launching, "packed", lambda jobs, most: [
+        SimpleNamespace(folders=[job.folder for job in jobs[i : i + most]]) for i in range(0, len(jobs), most)
+    ])  # fmt: skip
+    return [job(tmp_path, name) for name in "abcde"]
+
+
+def test_a_plan_counts_what_is_missing_and_estimates_by_what_was_run(jobs, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(store, "finished", lambda folder: folder.name == "m-d-a")
+    for sweep, seconds in (("sweep/m-d-a", 20), ("another/m-d-x", 40), ("another/n-d-x", 9999)):
+        store.write_json(tmp_path / sweep / "environment.json", {"seconds": seconds})
+    (tmp_path / "sweep" / "m-d-b").mkdir()
+    (tmp_path / "sweep" / "m-d-b" / "progress-000000.parquet").touch()
+    launching.plan(jobs, 3, 2)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "pack 1: m on d, 3 jobs, about 90 s (1 begun already)"
+    assert said[4] == "pack 2: m on d, 1 job, about 30 s"
+    assert said[-2] == "5 jobs: 1 finished, 4 to run in 2 packs"
+    assert said[-1] == "about 2 min of computing; 90 s at the least, with 2 packs at once"
+
+
+def test_a_plan_without_a_past_gives_no_estimate(jobs, capsys):
+    launching.plan(jobs, 5, 1)
+    assert "no estimate" in capsys.readouterr().out
+
+
+def test_status_is_read_from_the_files(tmp_path):
+    store.write_status(tmp_path / "one", "finished")
+    store.write_status(tmp_path / "two", "failed", "its process died 2 times: [red]OUT_OF_MEMORY")
+    shown = CliRunner().invoke(app, ["status", str(tmp_path)])
+    assert shown.exit_code == 0 and "1 failed, 1 finished" in shown.output
+    assert "its process died 2 times: [red]OUT_OF_MEMORY" in shown.output
+    nothing = CliRunner().invoke(app, ["status", str(tmp_path / "one")])
+    assert nothing.exit_code == 1
+
+
+def test_the_table_says_how_far_the_running_job_of_a_pack_is(tmp_path):
+    from rich.console import Console
+
+    store.write_status(tmp_path / "one", "finished")
+    store.write_json(tmp_path / "two" / "status.json",
+                     {"state": "running", "started": "2020-01-01T00:00:00+00:00", "batches": 4})  # fmt: skip
+    (tmp_path / "two" / "progress-000000.parquet").touch()
+    console = Console(width=150)
+    packs = {"p1": ([tmp_path / "one", tmp_path / "two"], Place("RUNNING", "node3", False, ""))}
+    with console.capture() as captured:
+        console.print(watching.table(packs))
+    (row,) = [line for line in captured.get().splitlines() if "p1" in line]
+    assert row.split()[:6] == ["p1", "node3", "running", "1/2", "two", "1/4"]
+    assert row.split()[-1] == "s"
