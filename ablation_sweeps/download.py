@@ -62,13 +62,14 @@ def fetch_model(repo: str, commit: str, files: list[str]) -> None:
         raise UserError(f"model.name={repo}: holds no safetensors; model.use_safetensors=null reads torch's format")
 
 
-def check_here(repo: str, commit: str) -> None:
+def check_here(option: str, repo: str, commit: str) -> None:
     """Offline, a model that was never fetched is found out before anything runs."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots" / commit
     if constants.HF_HUB_OFFLINE and not _has_weights(folder):
-        raise UserError(f"model.name={repo}: is not on this machine, which is offline; {REMEDY}")
+        remedy = f"{REMEDY}, or give a folder that holds it: model.path=FOLDER"
+        raise UserError(f"{option}: is not on this machine, which is offline; {remedy}")
 
 
 def _has_weights(folder: Path) -> bool:

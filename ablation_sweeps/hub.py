@@ -111,7 +111,7 @@ class Pretrained:
         if self.quantize and self.gguf_file:
             raise UserError(f"model.quantize={self.quantize}: a GGUF file is quantized already; leave one of them out")
         if not self.path:
-            check_here(self.repository, str(self.commit))
+            check_here(self.option, self.repository, str(self.commit))
 
     def identity(self) -> dict[str, Any]:
         """All that can change the numbers. A folder counts by what is in it, not by where it lies."""
