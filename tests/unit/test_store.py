@@ -71,7 +71,8 @@ def test_a_signature_is_that_of_the_content_not_of_its_order():
      "method.n_bins=50", "method.estimator=kde", "method.bandwidth=0.2", "model.dtype=bfloat16",
      "model.attn_implementation=eager", "model.max_tokens=16", "model.trust_remote_code=true",
      "model.tokens=no_special", "model.pack=concatenate", "model.quantize=8bit", "statistics.documents=3",
-     "eval.documents=3", "dataset.column=other", "model.site_paths=['model.layers.0.self_attn.o_proj']", "dataset.calibration_share=0.5",
+     "eval.documents=3", "dataset.column=other", 
+     "model.site_paths=['model.layers.0.self_attn.o_proj']", "dataset.calibration_share=0.5",
      "dataset.document_start='Text.*'"],
 )  # fmt: skip
 def test_what_can_change_the_numbers_changes_the_signature(composed, override):
