@@ -33,7 +33,7 @@ OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAI
 Count = Annotated[int, Field(ge=1)]
 
 
-@validated(frozen=True, config=ConfigDict(extra="forbid"))
+@validated(frozen=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
 class Slurm:
     """Options of conf/hydra/launcher/slurm.yaml, which says what each one means."""
 

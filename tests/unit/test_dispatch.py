@@ -9,12 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
+from command import ROOT
 
 from ablation_sweeps import dispatch, store
 from ablation_sweeps.data import UserError
 from ablation_sweeps.packs import Pack, packed
 from ablation_sweeps.queue import Place
-from ablation_sweeps.slurm import private
+from ablation_sweeps.slurm import Slurm, private
 
 OVER = Place("FAILED", "node1", True, "")
 
@@ -178,3 +180,11 @@ def test_nothing_is_unpickled_where_others_can_write(tmp_path):
     (tmp_path / "mine").chmod(0o770)
     with pytest.raises(UserError, match=r"hydra.launcher.folder=.*others may write"):
         private(tmp_path / "mine" / "sweep")
+
+
+def test_numbers_are_taken_where_slurm_takes_them():
+
+    options = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / "slurm.yaml").read_text())
+    options = {key: value for key, value in options.items() if key not in ("_target_", "to")}
+    given = Slurm(**{**options, "mem": 3000, "account": 17})
+    assert (given.mem, given.account) == ("3000", "17")
