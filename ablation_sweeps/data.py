@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +18,23 @@ Split = Literal["train", "calibration", "evaluation"]
 Modality = Literal["text", "image"]
 
 NOT_SCORED = -100  # label of a position that no metric looks at; the convention of torch's cross entropy
+
+
+def _compiles(pattern: str | None) -> str | None:
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from error
+    return pattern
+
+
+def _pairs(mapping: Any) -> Any:
+    return tuple(sorted(mapping.items())) if isinstance(mapping, dict) else mapping
+
+
+# Types of options.
+Pattern = Annotated[str | None, AfterValidator(_compiles)]  # a regular expression
+Pairs = Annotated[tuple[tuple[str, str], ...], BeforeValidator(_pairs)]  # a mapping, as something that can be hashed
 
 
 class UserError(ValueError):

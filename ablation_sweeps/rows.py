@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import Modality, Split, UserError, unit_hash
+from ablation_sweeps.data import Modality, Pairs, Split, UserError, unit_hash
 from ablation_sweeps.download import REMEDY, commit, why_not
 from ablation_sweeps.store import fingerprint_of_file, replacing, signature, write_json
 
@@ -44,7 +44,7 @@ class Rows:
     path: str | None
     config: str | None
     revision: str | None
-    data_files: tuple[tuple[str, str], ...] | None
+    data_files: Pairs | None
     streaming: bool
     calibration_split: str
     evaluation_split: str
@@ -60,11 +60,6 @@ class Rows:
     @classmethod
     def _absolute(cls, path: str | None) -> str | None:
         return path and str(Path(path).expanduser().absolute())
-
-    @field_validator("data_files", mode="before")
-    @classmethod
-    def _pairs(cls, files: Any) -> Any:
-        return tuple(sorted(files.items())) if isinstance(files, dict) else files
 
     @property
     def option(self) -> str:
@@ -173,7 +168,7 @@ def explained(dataset: Rows) -> Iterator[None]:
 def _load(
     source: str,
     config: str | None,
-    data_files: tuple[tuple[str, str], ...] | None,
+    data_files: Pairs | None,
     part: str,
     revision: str | None,
     streaming: bool,

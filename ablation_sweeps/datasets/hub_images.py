@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, field_validator
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import Modality, Picture, Split, UserError
+from ablation_sweeps.data import Modality, Pairs, Picture, Split, UserError
 from ablation_sweeps.rows import Row, Rows
 
 
@@ -28,12 +28,7 @@ class HubImages(Rows):
     image_column: str
     label_column: str
     classes: str | None
-    class_sets: tuple[tuple[str, str], ...]
-
-    @field_validator("class_sets", mode="before")
-    @classmethod
-    def _pairs(cls, sets: Any) -> Any:
-        return tuple(sorted(sets.items())) if isinstance(sets, dict) else sets
+    class_sets: Pairs
 
     @field_validator("classes", mode="before")
     @classmethod

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
-from pydantic import ConfigDict, field_validator
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import Document, Modality, Split, UserError, unit_hash
+from ablation_sweeps.data import Document, Modality, Pattern, Split, UserError, unit_hash
 from ablation_sweeps.rows import Row, Rows
 
 
@@ -27,19 +27,10 @@ class HubText(Rows):
     modality: ClassVar[Modality] = "text"
 
     column: str
-    document_start: str | None
+    document_start: Pattern
     group: str | None
     only: tuple[str, ...] | None
     without: tuple[str, ...] | None
-
-    @field_validator("document_start")
-    @classmethod
-    def _compiles(cls, pattern: str | None) -> str | None:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(f"no regular expression: {error}") from error
-        return pattern
 
     def check(self, modality: Modality) -> None:
         super().check(modality)

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import Document, Modality, Split, UserError, unit_hash
+from ablation_sweeps.data import Document, Modality, Pattern, Split, UserError, unit_hash
 from ablation_sweeps.store import fingerprint_of_file, signature
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -35,17 +35,8 @@ class TextFiles:
     path: str | None
     calibration_path: str | None
     calibration_share: Annotated[float, Field(gt=0, lt=1)]
-    document_start: str | None
+    document_start: Pattern
     column: str
-
-    @field_validator("document_start")
-    @classmethod
-    def _compiles(cls, pattern: str | None) -> str | None:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(f"no regular expression: {error}") from error
-        return pattern
 
     def check(self, modality: Modality) -> None:
         for option, path in (("path", self.path), ("calibration_path", self.calibration_path)):

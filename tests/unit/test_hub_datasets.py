@@ -522,3 +522,10 @@ def test_no_network_is_as_good_as_offline(monkeypatch, tmp_path):
     assert commit("me/stories", None, "dataset") == "main"
     assert constants.HF_HUB_OFFLINE
     commit.cache_clear()
+
+
+def test_files_are_named_for_images_as_for_text(dataset):
+    files = "data_files={train: data/train-*.parquet, test: data/test-*.parquet}"
+    names = [[picture.name for picture in images.examples("evaluation")]
+             for images in (dataset("cifar10"), dataset("cifar10", files))]  # fmt: skip
+    assert names[0] == names[1] and len(names[0]) == N_IMAGES["test"]
