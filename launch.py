@@ -26,16 +26,12 @@ def main(cfg: DictConfig) -> None:
     if HydraConfig.get().mode is RunMode.MULTIRUN:  # the launcher has checked it, and will report
         run_job(to_job(cfg))
         return
-    from ablation_sweeps.launching import Failures, end_of_sweep, fetch, plan
+    from ablation_sweeps.launching import Failures, end_of_sweep, only_asked
 
     try:  # Hydra would print the overrides above the error
         job = to_job(cfg)
         job.check()
-        if job.prefetch:
-            fetch([job])
-            return
-        if job.dry_run:
-            plan([job], None, 1)
+        if only_asked([job], None, 1):
             return
         run_job(job)
         end_of_sweep([job], Failures())

@@ -94,6 +94,15 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
+def only_asked(jobs: Sequence[Job], most: int | None, at_once: int) -> bool:
+    """With prefetch=true or dry_run=true: does that, and nothing is to be run."""
+    if jobs[0].prefetch:
+        fetch(jobs)
+    elif jobs[0].dry_run:
+        plan(jobs, most, at_once)
+    return jobs[0].prefetch or jobs[0].dry_run
+
+
 def by_model(jobs: Sequence[Job]) -> list[int]:
     """The order in which each model is loaded once, whatever the order in which the options were typed."""
     model_first = {job.model: i for i, job in reversed(list(enumerate(jobs)))}

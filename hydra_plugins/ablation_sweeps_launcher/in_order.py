@@ -25,18 +25,14 @@ class InOrderLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from ablation_sweeps.launching import Failures, by_model, check, end_of_sweep, fetch, plan
+        from ablation_sweeps.launching import Failures, by_model, check, end_of_sweep, only_asked
 
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
         configs = compose(self.config, self.hydra_context, job_overrides, initial_job_idx)
         jobs = check(configs)
-        if jobs[0].prefetch:
-            fetch(jobs)
-            return []
-        if jobs[0].dry_run:
-            plan(jobs, None, 1)
+        if only_asked(jobs, None, 1):
             return []
         failures = Failures()
         returns: dict[int, JobReturn] = {}

@@ -26,7 +26,7 @@ class InPacksLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from ablation_sweeps import dispatch
         from ablation_sweeps.config import build
-        from ablation_sweeps.launching import check, fetch, plan
+        from ablation_sweeps.launching import check, only_asked
 
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
@@ -34,11 +34,7 @@ class InPacksLauncher(Launcher):
         given["_target_"] = given.pop("to")
         options = build("hydra.launcher", given)
         jobs = check(compose(self.config, self.hydra_context, job_overrides, initial_job_idx))
-        if jobs[0].prefetch:
-            fetch(jobs)
-            return []
-        if jobs[0].dry_run:
-            plan(jobs, options.max_jobs_per_pack, options.max_parallel or 1)
+        if only_asked(jobs, options.max_jobs_per_pack, options.max_parallel or 1):
             return []
         dispatch.launch(options, jobs)
         return []
