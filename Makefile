@@ -8,6 +8,8 @@ RUN := $(VENV)/bin/python
 UV := $(shell command -v uv || echo $(VENV)/bin/uv)
 STAMP := $(VENV)/.installed
 VENV4 := .venv-transformers4
+# Where it is set, each of many processes compiles torch and transformers again: ten seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo test test-transformers4 test-slurm check smollm2 tiny reference lock clean
 
