@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ablation_sweeps import store
 from ablation_sweeps.data import UserError
 from ablation_sweeps.figures import draw, in_order, save
-from ablation_sweeps.store import read_json, replacing, write_table
 from ablation_sweeps.tracking import area
 
 if TYPE_CHECKING:
@@ -46,10 +46,10 @@ def read_curves(sweep_dir: Path) -> DataFrame:
     import pandas as pd
 
     paths = sorted(Path(sweep_dir).rglob("rows.parquet"))
-    finished = [path for path in paths if (read_json(path.with_name("status.json")) or {}).get("state") == "finished"]
-    if not finished:
+    whole = [rows for path in paths if (rows := store.result(path.parent, path.name)) is not None]
+    if not whole:
         raise UserError(f"no finished run below {sweep_dir}: name the folder of a sweep (results/<sweep>) that has run")
-    rows = _distinguish(pd.concat([pd.read_parquet(path) for path in finished], ignore_index=True))
+    rows = _distinguish(pd.concat(whole, ignore_index=True))
     return rows.drop_duplicates(POINT).sort_values(POINT).reset_index(drop=True)
 
 
@@ -126,15 +126,15 @@ def write(sweep_dir: Path, console: Console | None = None) -> list[Path]:
     """Write curves.parquet, summary.csv and a figure for each study into the sweep's folder; print the tables."""
     sweep_dir = Path(sweep_dir)
     curves = read_curves(sweep_dir)
-    write_table(sweep_dir / "curves.parquet", curves)
-    with replacing(sweep_dir / "summary.csv") as temporary:
+    store.write_table(sweep_dir / "curves.parquet", curves)
+    with store.replacing(sweep_dir / "summary.csv") as temporary:
         summarise(curves).to_csv(temporary, index=False)
     written = [sweep_dir / "curves.parquet", sweep_dir / "summary.csv"]
     for study in studies(curves):
         figure = draw(study.rows, study.title, study.unit)
         for suffix in ("png", "svg"):
             written.append(sweep_dir / "figures" / f"{study.name}.{suffix}")
-            with replacing(written[-1]) as temporary:
+            with store.replacing(written[-1]) as temporary:
                 save(figure, temporary, suffix)
     print_tables(curves, console)
     return written

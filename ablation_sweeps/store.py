@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
+import io
 import json
 import logging
 import os
+import re
 import secrets
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING, TypeVar
 
+from ablation_sweeps.data import UserError
 from ablation_sweeps.environment import describe, peak_memory
 
 if TYPE_CHECKING:
@@ -23,6 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+# pyarrow and safetensors have errors of their own, which say the same.
+FULL = re.compile("|".join(re.escape(os.strerror(code)) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 
 
 def signature(content: object) -> str:
@@ -48,14 +56,28 @@ def _hash_of_content(path: Path, size: int, mtime_ns: int) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`, and moves it there once it is written whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Gives a temporary path beside `path`, and moves it there once it is written whole.
+
+    Raises:
+        UserError: the disk is full.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        temporary.chmod(mode)  # as umask has it; safetensors gives its files to their owner alone
         os.replace(temporary, path)
+    except Exception as error:
+        if FULL.search(str(error)):
+            raise UserError(
+                f"{path}: no space is left on this disk, or in your quota; make room, and the same command goes on, or "
+                "set results_dir=FOLDER"
+            ) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -77,22 +99,32 @@ def read_json(path: Path) -> dict | None:
         return None
 
 
-def write_table(path: Path, table: pd.DataFrame) -> None:
+def write_table(path: Path, table: pd.DataFrame) -> str:
+    """Returns the sha256 of the file."""
+    return _write_bytes(path, table.to_parquet(index=False))
+
+
+def _write_bytes(path: Path, content: bytes) -> str:
     with replacing(path) as temporary:
-        table.to_parquet(temporary, index=False)
+        temporary.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
 
 
-def read_table(path: Path) -> pd.DataFrame | None:
-    """None where the file is absent; also, with a warning, where it cannot be read."""
+def read_table(path: Path, sha256: str | None) -> pd.DataFrame | None:
+    """None where the file is absent; also, with a warning, where it is not the one that was written.
+
+    Args:
+        sha256: the beginning of it, at least.
+    """
     import pandas as pd
 
     if not path.exists():
         return None
-    try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        log.warning("%s cannot be read (%s); it is computed again", path, error)
-        return None
+    content = path.read_bytes()
+    if sha256 and hashlib.sha256(content).hexdigest().startswith(sha256):
+        return pd.read_parquet(io.BytesIO(content))
+    log.warning("%s is damaged (truncated or altered); a launch computes it again", path)
+    return None
 
 
 @contextmanager
@@ -126,7 +158,7 @@ def load_tensors(path: Path) -> dict[str, Tensor] | None:
                 return tensors
     except (SafetensorError, OSError, ValueError):
         pass
-    log.warning("%s is damaged (truncated or altered); it is computed again", path)
+    log.warning("%s is damaged (truncated or altered); a launch computes it again", path)
     return None
 
 
@@ -156,10 +188,15 @@ def cached(
 # A run's folder: config.yaml, environment.json, status.json, rows.parquet, documents.parquet, log.
 
 
+class _RunLog(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """The disk is full: whoever writes results will say so, and once is enough."""
+
+
 @contextmanager
 def run_log(folder: Path) -> Iterator[None]:
     """All that is logged meanwhile also goes to the folder's `log`."""
-    handler = logging.FileHandler(folder / "log")
+    handler = _RunLog(folder / "log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
@@ -167,12 +204,19 @@ def run_log(folder: Path) -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # the disk is full, still
+            handler.close()
 
 
 def finished(folder: Path) -> bool:
-    state = (read_json(folder / "status.json") or {}).get("state")
-    return state == "finished" and read_table(folder / "rows.parquet") is not None
+    """And its tables are whole."""
+    return result(folder, "rows.parquet") is not None and result(folder, "documents.parquet") is not None
+
+
+def result(folder: Path, name: str) -> pd.DataFrame | None:
+    """A table of a finished run; None where it is not finished, or the table not whole."""
+    found = status(folder)
+    return read_table(folder / name, found.get("sha256", {}).get(name)) if found["state"] == "finished" else None
 
 
 def begin(folder: Path, config: dict) -> None:
@@ -189,7 +233,8 @@ def fail(folder: Path, error: BaseException) -> None:
     """A signal to stop is no failure: the job can go on where it was."""
     log.debug("the job stopped", exc_info=error)
     reason = f"{type(error).__name__}: {error}".strip()
-    write_status(folder, "failed" if isinstance(error, Exception) else "interrupted", reason)
+    with suppress(OSError, UserError):  # a full disk may be the reason; it is the first error that counts
+        write_status(folder, "failed" if isinstance(error, Exception) else "interrupted", reason)
 
 
 def write_status(folder: Path, state: str, reason: str | None = None) -> None:
@@ -213,10 +258,10 @@ def status(folder: Path) -> dict:
 def finish(folder: Path, rows: pd.DataFrame, documents: pd.DataFrame, seconds: float) -> None:
     """The status is written last: a run is finished when all of its files are whole."""
     environment = {**(read_json(folder / "environment.json") or {}), **peak_memory(), "seconds": round(seconds, 2)}
-    write_table(folder / "documents.parquet", documents)
-    write_table(folder / "rows.parquet", rows)
+    tables = {"documents.parquet": documents, "rows.parquet": rows}
+    sums = {name: write_table(folder / name, table) for name, table in tables.items()}
     write_json(folder / "environment.json", environment)
-    write_status(folder, "finished")
+    write_json(folder / "status.json", {"state": "finished", "time": _now(), "sha256": sums})
     for file in _progress_files(folder):
         file.unlink()
 
@@ -226,7 +271,8 @@ def progress(folder: Path) -> list[pd.DataFrame]:
     tables = []
     files = _progress_files(folder)
     for number, file in enumerate(files):
-        table = read_table(file) if file.name == f"progress-{number:06d}.parquet" else None
+        place, _, sha256 = file.stem.removeprefix("progress-").partition("-")
+        table = read_table(file, sha256) if place == f"{number:06d}" else None
         if table is None:
             for useless in files[number:]:
                 useless.unlink()
@@ -238,7 +284,10 @@ def progress(folder: Path) -> list[pd.DataFrame]:
 
 
 def save_progress(folder: Path, table: pd.DataFrame) -> None:
-    write_table(folder / f"progress-{len(_progress_files(folder)):06d}.parquet", table)
+    """Under a name that tells its place, and whether it is whole."""
+    content = table.to_parquet(index=False)
+    sha256 = hashlib.sha256(content).hexdigest()[:16]
+    _write_bytes(folder / f"progress-{len(_progress_files(folder)):06d}-{sha256}.parquet", content)
 
 
 def _progress_files(folder: Path) -> list[Path]:

@@ -15,6 +15,8 @@ import pandas as pd
 import pytest
 from command import LAUNCH, Launch, states, write_texts
 
+from ablation_sweeps import store
+
 WAIT = 180.0  # seconds
 
 
@@ -33,7 +35,7 @@ def kill_after_batches(n: int, options: list[str], cwd: Path) -> Path:
         process = subprocess.Popen([sys.executable, str(LAUNCH), *options], cwd=cwd, stdout=output, stderr=output)
     try:
         until = time.monotonic() + WAIT
-        while not (found := list(cwd.glob(f"results/default/*/progress-{n - 1:06d}.parquet"))):
+        while not (found := list(cwd.glob(f"results/default/*/progress-{n - 1:06d}-*.parquet"))):
             assert process.poll() is None, (cwd / "output").read_text()
             assert time.monotonic() < until, "no batch was saved"
             time.sleep(0.005)
@@ -71,8 +73,10 @@ def test_a_damaged_batch_is_computed_again(launch: Launch, options, tmp_path):
     run = tmp_path / "results" / "default" / whole.name
     run.mkdir(parents=True)
     documents = pd.read_parquet(whole / "documents.parquet")
-    documents.assign(loss=-1e9).to_parquet(run / "progress-000001.parquet")
-    (run / "progress-000000.parquet").write_bytes(b"PAR1")
+    for wrong in (0, -1e9):
+        store.save_progress(run, documents.assign(loss=wrong))
+    first = min(run.glob("progress-*"))
+    first.write_bytes(first.read_bytes()[:-1] + b"?")
     (run / "status.json").write_text(json.dumps({"state": "running"}))
     assert launch(*options).code == 0
     pd.testing.assert_frame_equal(pd.read_parquet(run / "documents.parquet"), documents, check_exact=True)

@@ -16,7 +16,7 @@ from matplotlib.image import imread
 from rich.console import Console
 from scipy import integrate, stats
 
-from ablation_sweeps import figures, report
+from ablation_sweeps import figures, report, store
 from ablation_sweeps.data import UserError
 
 TENTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -40,8 +40,9 @@ def curve(
 
 def save_run(folder: Path, rows: pd.DataFrame, state: str = "finished") -> None:
     folder.mkdir(parents=True)
-    rows.to_parquet(folder / "rows.parquet")
-    (folder / "status.json").write_text(json.dumps({"state": state}))
+    store.finish(folder, rows, rows, 1.0)
+    if state != "finished":
+        store.write_status(folder, state)
 
 
 def printed(curves: pd.DataFrame, width: int = 80, terminal: bool = False) -> str:

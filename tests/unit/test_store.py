@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -155,12 +156,27 @@ def test_tensors_come_back_as_they_were(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"PAR1 but no more", None])
 def test_a_damaged_table_is_none_with_a_warning(tmp_path, caplog, content):
     path = tmp_path / "rows.parquet"
-    store.write_table(path, pd.DataFrame({"a": range(1000)}))
+    sha256 = store.write_table(path, pd.DataFrame({"a": range(1000)}))
+    assert store.read_table(path, sha256) is not None
     path.write_bytes(path.read_bytes()[:-20] if content is None else content)
     with caplog.at_level(logging.WARNING):
-        assert store.read_table(path) is None
+        assert store.read_table(path, sha256) is None
     assert "rows.parquet" in caplog.text
-    assert store.read_table(tmp_path / "none.parquet") is None
+    assert store.read_table(tmp_path / "none.parquet", sha256) is None
+
+
+def test_modes_are_those_of_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        store.write_text(tmp_path / "text", "x")
+        store.write_table(tmp_path / "table", table(0))
+        store.save_tensors(tmp_path / "tensors", {"a": torch.zeros(2)})
+        with store.locked(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {"text": 0o640, "table": 0o640, "tensors": 0o640, ".lock": 0o640}
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"state": '])
@@ -178,7 +194,8 @@ def test_progress_is_read_up_to_the_first_damage(tmp_path):
     for i in range(4):
         store.save_progress(tmp_path, table(i))
     assert [int(t["i"][0]) for t in store.progress(tmp_path)] == [0, 1, 2, 3]
-    (tmp_path / "progress-000002.parquet").write_bytes(b"half")
+    (damaged,) = tmp_path.glob("progress-000002-*")
+    damaged.write_bytes(b"half")
     assert [int(t["i"][0]) for t in store.progress(tmp_path)] == [0, 1]
     assert len(list(tmp_path.glob("progress-*"))) == 2
     store.save_progress(tmp_path, table(7))
@@ -188,7 +205,7 @@ def test_progress_is_read_up_to_the_first_damage(tmp_path):
 def test_progress_with_a_gap_stops_at_the_gap(tmp_path):
     for i in range(4):
         store.save_progress(tmp_path, table(i))
-    (tmp_path / "progress-000001.parquet").unlink()
+    next(tmp_path.glob("progress-000001-*")).unlink()
     assert [int(t["i"][0]) for t in store.progress(tmp_path)] == [0]
 
 
@@ -251,7 +268,8 @@ def test_a_job_that_was_stopped_goes_on_and_gives_bit_equal_rows(make, monkeypat
     pd.testing.assert_frame_equal(*(pd.read_parquet(f / "documents.parquet") for f in folders), check_exact=True)
 
 
-def test_a_finished_job_is_not_run_again_unless_its_rows_are_damaged(make, monkeypatch):
+@pytest.mark.parametrize("file", ["rows.parquet", "documents.parquet"])
+def test_a_finished_job_is_not_run_again_unless_a_table_of_it_is_damaged(make, monkeypatch, file):
     folder = run_job(make("method=zero"))
     first = rows_of(folder)
     runs = []
@@ -259,7 +277,8 @@ def test_a_finished_job_is_not_run_again_unless_its_rows_are_damaged(make, monke
     monkeypatch.setattr(job_module, "measure", lambda *args: runs.append(1) or real(*args))
     run_job(make("method=zero"))
     assert not runs
-    (folder / "rows.parquet").write_bytes(b"damaged")
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
     run_job(make("method=zero"))
     assert len(runs) == 1
     pd.testing.assert_frame_equal(rows_of(folder), first, check_exact=True)
