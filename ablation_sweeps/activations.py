@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,11 @@ from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from ablation_sweeps import store
-from ablation_sweeps.data import Batch, UserError
+from ablation_sweeps.data import TOO_LARGE, Batch, UserError
 from ablation_sweeps.sites import Projection, as_rows, hooked
 from ablation_sweeps.transformer import Transformer
+
+log = logging.getLogger(__name__)
 
 Rows = Float[torch.Tensor, "tokens neurons"]
 
@@ -86,17 +89,39 @@ def collect(
     batches: Sequence[Batch],
     cache: Path,
     *histograms: Histogram,
+    note: Callable[[str], None] = log.warning,
 ) -> Statistics:
     """Exact to the bit: one pass for the moments and the range, a second one for the counts.
 
     Both are kept under `cache`, whose name holds the signature of the model, the data and the site, and are shared by
     all jobs that need them; a lock sees to it that they are computed once.
 
+    Args:
+        note: told when the device has too little memory for the batches, which are then halved.
+
     Raises:
         UserError: an activation is not finite, or there is no calibration data.
     """
     if not batches:
         raise UserError("the dataset's calibration split is empty; give more documents, or dataset.calibration_path")
+    try:
+        return _collect(model, projections, batches, cache, histograms)
+    except torch.OutOfMemoryError:
+        largest = max(len(batch.names) for batch in batches)
+        note(TOO_LARGE.format(largest))
+    # From the start, and not inside of `except`, whose error holds on to the memory of the pass that failed.
+    splits = lambda batch: len(batch.names) > 1 or largest == 1  # noqa: E731  (one alone cannot be split, and says so)
+    smaller = [part for batch in batches for part in (batch.halves() if splits(batch) else (batch,))]
+    return collect(model, projections, smaller, cache, *histograms, note=note)
+
+
+def _collect(
+    model: Transformer,
+    projections: list[Projection],
+    batches: Sequence[Batch],
+    cache: Path,
+    histograms: Sequence[Histogram],
+) -> Statistics:
     with store.locked(cache):
         moments = store.cached(
             cache / "moments.safetensors", _from_moments, _to_moments, lambda: _moments(model, projections, batches)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 Split = Literal["train", "calibration", "evaluation"]
 Modality = Literal["text", "image"]
 
+TOO_LARGE = "the device has too little memory for {} examples at once, so they are halved: the last digit may differ"
+
 NOT_SCORED = -100  # label of a position that no metric looks at; the convention of torch's cross entropy
 
 
@@ -83,6 +85,31 @@ class Batch:
             inputs={key: value.to(device) for key, value in self.inputs.items()},
             labels=self.labels.to(device),
             keep=None if self.keep is None else self.keep.to(device),
+        )
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """The first and the last examples, padded as before.
+
+        Raises:
+            UserError: it has but one example.
+        """
+        if len(self.names) < 2:
+            positions = self.labels.shape[-1] if self.labels.ndim > 1 else "its"
+            raise UserError(
+                f"model.device: has too little memory for one example with {positions} positions; try "
+                "model.dtype=bfloat16, shorter documents (model.max_tokens), or model.device_map=auto"
+            )
+        middle = (len(self.names) + 1) // 2
+        first, last = slice(None, middle), slice(middle, None)
+        return self._part(first), self._part(last)
+
+    def _part(self, rows: slice) -> Batch:
+        return Batch(
+            inputs={key: value[rows] for key, value in self.inputs.items()},
+            labels=self.labels[rows],
+            keep=None if self.keep is None else self.keep[rows],
+            names=self.names[rows],
+            index=self.index[rows],
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,9 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ablation_sweeps.ablation import Masks, Replacement, ablated, reading
-from ablation_sweeps.data import NOT_SCORED, Batch, UserError
+from ablation_sweeps.data import NOT_SCORED, TOO_LARGE, Batch, UserError
 from ablation_sweeps.sites import Projection
 from ablation_sweeps.transformer import Transformer
+
+log = logging.getLogger(__name__)
 
 SUMS = ("n", "loss", "top1", "topk", "kl", "n_rare", "loss_rare", "top1_rare", "topk_rare")
 
@@ -65,6 +68,7 @@ def evaluate(
     top_k: int,
     done: Sequence[pd.DataFrame],
     save: Callable[[pd.DataFrame], None],
+    note: Callable[[str], None] = log.warning,
 ) -> pd.DataFrame:
     """One clean pass a batch, then one pass for every fraction.
 
@@ -72,6 +76,7 @@ def evaluate(
         masks: for each fraction; fraction 0 is the clean pass and needs none.
         done: what earlier batches gave, if the job was interrupted; these are not run again.
         save: called with the sums of each batch as soon as they are there.
+        note: told when the device has too little memory for a batch, which is then halved.
 
     Returns:
         one row a document and fraction with the columns `SUMS`: sums over the document's scored positions.
@@ -81,28 +86,13 @@ def evaluate(
     """
     device = model.device
     masks = {fraction: [mask.to(device) for mask in layers] for fraction, layers in masks.items()}
-    common = common.to(device)
+    passes = Passes(model, projections, masks, replacement, common.to(device), top_k, note)
     parts = list(done)
     bar = tqdm(batches, desc=f"{model.label}, {len(masks) + 1} passes a batch", delay=2, leave=False, disable=None)
     for number, batch in enumerate(bar):
         if number < len(done):
             continue
-        here, size = batch.to(device), len(batch.names)
-        targets = _targets(here)
-        sums = {}
-        with torch.inference_mode():
-            if replacement.reads_clean:
-                with reading(projections, size) as clean_activations:
-                    logits = model.logits(here)
-            else:
-                clean_activations, logits = [], model.logits(here)
-            clean = _log_probabilities(logits, targets.rows)
-            sums[0.0] = _sums(logits, clean, targets, common, top_k)
-            values = replacement(here, clean_activations)
-            for fraction, layers in masks.items():
-                with ablated(projections, layers, values, size):
-                    logits = model.logits(here)
-                sums[fraction] = _sums(logits, clean, targets, common, top_k)
+        sums = passes.sums(batch.to(device))
         _check_finite(sums, model)
         parts.append(_frame(sums, batch))
         save(parts[-1])
@@ -112,7 +102,83 @@ def evaluate(
     return documents
 
 
-def _check_finite(sums: dict[float, Float[np.ndarray, "batch sums"]], model: Transformer) -> None:
+Sums = dict[float, Float[np.ndarray, "batch sums"]]  # of each fraction
+
+
+@dataclass
+class Passes:
+    """All forward passes over one batch: the clean one, then one for each fraction. See `evaluate`."""
+
+    model: Transformer
+    projections: list[Projection]
+    masks: dict[float, Masks]
+    replacement: Replacement
+    common: Int[Tensor, " common"]
+    top_k: int
+    note: Callable[[str], None]
+    fits: int | None = None  # so many examples, the device having had too little memory for more
+
+    def sums(self, batch: Batch, values: list[Tensor] | None = None) -> Sums:
+        """Of `SUMS`; over a batch that does not fit into memory, half by half.
+
+        Args:
+            values: of this part of a batch, where they come from the clean activations of the whole of it.
+        """
+        size = len(batch.names)
+        if self.fits is None or size <= self.fits:
+            try:
+                return self._of_all_at_once(batch, values)
+            except torch.OutOfMemoryError:
+                self._too_large(size)
+        # Not inside of `except`, whose error holds on to the memory of the pass that failed.
+        if self.replacement.reads_clean and values is None:
+            values = self.replacement(batch, self._clean_activations(batch))
+        halves = batch.halves()
+        starts = (0, len(halves[0].names))
+        sums = [
+            self.sums(half, values and [value[start : start + len(half.names)] for value in values])
+            for start, half in zip(starts, halves, strict=True)
+        ]
+        return {fraction: np.concatenate([of_half[fraction] for of_half in sums]) for fraction in sums[0]}
+
+    @torch.inference_mode()
+    def _of_all_at_once(self, batch: Batch, values: list[Tensor] | None) -> Sums:
+        size, targets = len(batch.names), _targets(batch)
+        if self.replacement.reads_clean and values is None:
+            with reading(self.projections, size) as clean_activations:
+                logits = self.model.logits(batch)
+            values = self.replacement(batch, clean_activations)
+        else:
+            logits = self.model.logits(batch)
+            values = values or self.replacement(batch, [])
+        clean = _log_probabilities(logits, targets.rows)
+        sums = {0.0: _sums(logits, clean, targets, self.common, self.top_k)}
+        for fraction, layers in self.masks.items():
+            with ablated(self.projections, layers, values, size):
+                logits = self.model.logits(batch)
+            sums[fraction] = _sums(logits, clean, targets, self.common, self.top_k)
+        return sums
+
+    @torch.inference_mode()
+    def _clean_activations(self, batch: Batch) -> list[Tensor]:
+        """Of all examples, `[batch, rows, neurons]` a layer, though only `fits` of them fit into one pass."""
+        size = len(batch.names)
+        if self.fits is None or size <= self.fits:
+            try:
+                with reading(self.projections, size) as activations:
+                    self.model.body(batch)
+                return activations
+            except torch.OutOfMemoryError:
+                self._too_large(size)
+        first, last = map(self._clean_activations, batch.halves())
+        return [torch.cat(both) for both in zip(first, last, strict=True)]
+
+    def _too_large(self, size: int) -> None:
+        self.note(TOO_LARGE.format(size))
+        self.fits = (size + 1) // 2
+
+
+def _check_finite(sums: Sums, model: Transformer) -> None:
     for fraction, values in sums.items():
         if not np.isfinite(values).all():
             where = f"with {fraction:.0%} of the neurons ablated" if fraction else "before anything is ablated"
@@ -191,7 +257,7 @@ def _score(
     return torch.cat([all_tokens, kl[:, None], all_tokens * rare[:, None]], -1).double()
 
 
-def _frame(sums: dict[float, Float[np.ndarray, "batch sums"]], batch: Batch) -> pd.DataFrame:
+def _frame(sums: Sums, batch: Batch) -> pd.DataFrame:
     frames = [
         pd.DataFrame({"fraction": fraction, "document": batch.index, "name": batch.names}).join(
             pd.DataFrame(values, columns=list(SUMS))

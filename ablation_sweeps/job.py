@@ -173,7 +173,8 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     # Calibration: what does each neuron do on data that is not evaluated?
     calibration = encode(job, model, "calibration")
     cache = job.results_dir / ".cache" / store.signature(job.data)[:16]
-    statistics = functools.partial(activations.collect, model, projections, calibration, cache)
+    note = functools.partial(store.note, folder)
+    statistics = functools.partial(activations.collect, model, projections, calibration, cache, note=note)
 
     # Evaluation: the same documents, and the same neurons, for every method.
     images = model.modality == "image"
@@ -196,6 +197,7 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         top_k,
         done=store.progress(folder),
         save=functools.partial(store.save_progress, folder),
+        note=note,
     )
     labels = torch.cat([batch.labels[batch.labels != NOT_SCORED] for batch in batches])
     rows = evaluation.metrics(documents, guess, labels, top_k)

@@ -223,10 +223,19 @@ def begin(folder: Path, config: dict) -> None:
     import yaml
 
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    write_json(folder / "environment.json", describe())  # now: the code on disk may change while it runs
+    earlier = read_json(folder / "environment.json") or {}
+    notes = {"notes": earlier["notes"]} if "notes" in earlier else {}
+    write_json(folder / "environment.json", describe() | notes)  # now: the code on disk may change while it runs
     write_json(
         folder / "status.json", {"state": "running", "started": _now(), "host": gethostname(), "pid": os.getpid()}
     )
+
+
+def note(folder: Path, text: str) -> None:
+    """What a reader of the numbers should know."""
+    log.warning(text)
+    environment = read_json(folder / "environment.json") or {}
+    write_json(folder / "environment.json", {**environment, "notes": [*environment.get("notes", []), text]})
 
 
 def fail(folder: Path, error: BaseException) -> None:

@@ -262,3 +262,29 @@ def test_a_damaged_cache_is_noticed_and_computed_again(collected, caplog, how, n
     assert name in caplog.text and "damaged" in caplog.text
     assert_equal(first, second, Histogram(100))
     assert again(Histogram(100))[1] == 0
+
+
+def test_batches_that_do_not_fit_are_halved_from_the_start(tiny, site, tmp_path):
+    """Memory runs out in the middle of the pass, with some batches seen: nothing is counted twice."""
+    model = tiny("llama")
+    projections, batches = sites.find(model, site("attn_pre_out"), None), batches_of(model)
+    most = max(len(batch.names) for batch in batches) - 1
+    assert len(batches[0].names) <= most  # the first one is seen
+    notes: list[str] = []
+
+    def body(batch):
+        model.body(batch)
+        if len(batch.names) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    small = dataclasses.replace(model, body=body)
+    found = collect(small, projections, batches, tmp_path / "halves", Histogram(20), note=notes.append)
+    expected = collect(model, projections, batches, tmp_path / "whole", Histogram(20))
+    for a, b in zip(found.moments, expected.moments, strict=True):
+        assert a.n == b.n
+        torch.testing.assert_close(a.mean, b.mean, atol=1e-6, rtol=1e-6)
+    assert all((layer.sum(1) == found.moments[0].n).all() for layer in found.counts[Histogram(20)])
+    assert len(notes) == 1 and f"for {most + 1} examples" in notes[0]
+    with pytest.raises(UserError, match="too little memory for one example"):
+        most = 0
+        collect(small, projections, batches, tmp_path / "none", note=notes.append)

@@ -15,6 +15,7 @@ from ablation_sweeps import evaluation, sites
 from ablation_sweeps.ablation import Constant
 from ablation_sweeps.data import NOT_SCORED, Batch, Document, UserError
 from ablation_sweeps.evaluation import Guess, metrics, ratio, uniform, unigram
+from ablation_sweeps.methods.resample import AnotherExample, OneForEachText
 from ablation_sweeps.selection import Random, masks
 from ablation_sweeps.transformer import Budget, Transformer
 
@@ -374,3 +375,41 @@ def test_chance_among_equal_classes(study):
     assert chance["loss"] == pytest.approx(math.log(VOCABULARY))
     assert chance["top1"] == pytest.approx(1 / VOCABULARY)
     assert chance["top3"] == pytest.approx(3 / VOCABULARY)
+
+
+# Memory
+
+
+def short_of_memory(model: Transformer, most: int) -> Transformer:
+    """A device with too little memory for more than `most` examples."""
+
+    def limited(forward):
+        def run(batch):
+            if len(batch.names) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(batch)
+
+        return run
+
+    return dataclasses.replace(model, logits=limited(model.logits), body=limited(model.body))
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("method", ["constant", "another example", "one for each text"])
+def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(study, method, most):
+    rows = torch.randn(11, D, generator=torch.Generator().manual_seed(3))
+    replacement = {"constant": study["replacement"], "another example": AnotherExample(),
+                   "one for each text": OneForEachText([rows])}[method]  # fmt: skip
+    notes: list[str] = []
+    small = short_of_memory(study["model"], most)
+    found = evaluated(study, model=small, replacement=replacement, note=notes.append)
+    expected = evaluated(study, replacement=replacement)
+    pd.testing.assert_frame_equal(found, expected, check_exact=False, rtol=1e-6, atol=1e-9)
+    largest_first = {1: ["4", "2"], 2: ["4"], 3: ["4"]}[most]
+    assert [note.split()[7] for note in notes] == largest_first  # once, not for every batch
+    assert all("last digit may differ" in note for note in notes)
+
+
+def test_one_example_that_does_not_fit_is_the_users_to_mend(study):
+    with pytest.raises(UserError, match="too little memory for one example with 12 positions"):
+        evaluated(study, model=short_of_memory(study["model"], 0), note=lambda text: None)

@@ -291,6 +291,22 @@ def test_a_job_that_fails_says_why(make, monkeypatch):
     assert state(make("method=zero").folder)["reason"].startswith("ZeroDivisionError")
 
 
+def test_a_device_with_too_little_memory_is_recorded(make, monkeypatch, caplog):
+    real, job = job_module.load, make("method=mean", "batch_tokens=1000")
+
+    def logits(batch):
+        if len(batch.names) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(job.model).logits(batch)
+
+    monkeypatch.setattr(job_module, "load", lambda model: dataclasses.replace(real(model), logits=logits))
+    folder = run_job(job)
+    assert "last digit may differ" in json.loads((folder / "environment.json").read_text())["notes"][0]
+    assert "last digit may differ" in caplog.text
+    store.begin(folder, {})  # started again
+    assert json.loads((folder / "environment.json").read_text())["notes"]
+
+
 def test_statistics_are_computed_once_for_all_jobs_that_share_them(make, monkeypatch):
     passes = []
     real = job_module.activations._pass
