@@ -1,5 +1,14 @@
 """python -m ablation_sweeps"""
 
-from ablation_sweeps.cli import app
+import os
+import sys
 
-app(prog_name="python -m ablation_sweeps")
+from ablation_sweeps.cli import app
+from ablation_sweeps.messages import plain
+
+try:
+    app(prog_name="python -m ablation_sweeps")
+except Exception as error:
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        raise
+    sys.exit(f"error: {plain(error)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -9,9 +10,13 @@ from typing import Annotated
 import typer
 
 from ablation_sweeps import store
+from ablation_sweeps.data import UserError
 from ablation_sweeps.watching import overview
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+Sweep = Annotated[Path, typer.Argument(help="the folder of a sweep: results/<sweep>")]
 
 
 @app.callback()
@@ -20,16 +25,31 @@ def main() -> None:
 
 
 @app.command()
-def status(sweep: Annotated[Path, typer.Argument(help="the folder of a sweep: results/<sweep>")]) -> None:
+def status(sweep: Sweep) -> None:
     """How far each job of a sweep is, from its files alone."""
     from rich.console import Console
 
-    runs = sorted(path.parent for path in sweep.glob("*/status.json"))
-    if not runs:
-        raise SystemExit(f"error: {sweep}: no job was ever started there; name the folder of a sweep: results/<sweep>")
+    runs = _runs(sweep)
     console = Console()
     if not console.is_terminal:
         console.width = 200
     console.print(overview(runs))
     counts = Counter(store.status(run)["state"] for run in runs)
     console.print(", ".join(f"{n} {state}" for state, n in sorted(counts.items())), highlight=False)
+
+
+@app.command()
+def retry(sweep: Sweep) -> None:
+    """Do what failed or was interrupted again, where and how the sweep was launched."""
+    from ablation_sweeps import dispatch
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ablation_sweeps").setLevel(logging.INFO)
+    _runs(sweep)
+    dispatch.retry(sweep.absolute())
+
+
+def _runs(sweep: Path) -> list[Path]:
+    if runs := store.runs(sweep):
+        return runs
+    raise UserError(f"{sweep}: no job was ever started there; name the folder of a sweep: results/<sweep>")

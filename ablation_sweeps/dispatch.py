@@ -9,11 +9,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablation_sweeps import store
+from ablation_sweeps.config import build, from_dict
 from ablation_sweeps.data import UserError
 from ablation_sweeps.launching import Failures, by_model, end_of_sweep
 from ablation_sweeps.packs import Pack, packed
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+HOW = "how.json"  # a sweep was launched last; `retry` reads it
 LOOK_SECONDS = 2.0  # between two looks at the files of the jobs
 MEMORY = re.compile(r"oom.?kill|out of memory|OutOfMemory|\bKilled\b|SIGKILL|MemoryError", re.IGNORECASE)
 
@@ -34,6 +36,8 @@ def launch(options: Any, jobs: Sequence[Job]) -> None:
     sweep = jobs[0].folder.parent
     jobs = [jobs[i] for i in by_model(jobs)]
     with only_one(sweep):
+        how = {"_target_": f"{type(options).__module__}.{type(options).__name__}", **asdict(options)}
+        store.write_json(sweep / ".dispatch" / HOW, {"options": how, "folder": os.getcwd()})
         queue = options.queue(sweep)
         work = Work(queue, options.max_attempts, {job.folder: job for job in jobs})
         try:
@@ -51,6 +55,34 @@ def launch(options: Any, jobs: Sequence[Job]) -> None:
         if (status := store.status(folder))["state"] != "finished":
             failures.reasons.append(f"{folder.name}: {status.get('reason', status['state'])}")
     end_of_sweep(jobs, failures)
+
+
+def retry(sweep: Path) -> None:
+    """Runs what is not finished, in the way in which it was launched: nothing of that is to be typed again.
+
+    Raises:
+        UserError: nothing is left to do, or a job is no longer the one that was launched.
+    """
+    runs = [run for run in store.runs(sweep) if not store.finished(run)]
+    if not runs:
+        raise UserError(f"{sweep}: nothing failed there, and nothing is missing")
+    how = store.read_json(sweep / ".dispatch" / HOW) or {}
+    if Path(how.get("folder", "")).is_dir():
+        os.chdir(how.get("folder", "."))  # from where paths were given
+    # A sweep that ran without a launcher goes on in packs of this machine.
+    options = how.get("options") or {"_target_": "ablation_sweeps.local.Local", "max_jobs_per_pack": None,
+                                     "max_parallel": None, "max_attempts": 2, "gpus": None}  # fmt: skip
+    launch(build("hydra.launcher", options), [_again(run) for run in runs])
+
+
+def _again(run: Path) -> Job:
+    job = from_dict({**store.config(run), "results_dir": str(run.parents[1]), "sweep": run.parent.name})
+    if job.folder != run:
+        raise UserError(
+            f"{run.name}: its model, its data or this program were changed since it was launched; launch it again: "
+            "python launch.py with its options"
+        )
+    return job
 
 
 @contextmanager
@@ -100,8 +132,8 @@ class Work:
 
     def _submit(self, packs: list[Pack]) -> None:
         for pack in packs:
-            for folder in pack.folders:
-                store.write_status(folder, "queued")
+            for folder, config in pack.configs.items():
+                store.queue(Path(folder), config)
         if packs:
             self.packs |= {name: pack.folders for name, pack in self.queue.submit(packs).items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import glob
 import hashlib
 import logging
 import os
@@ -70,7 +71,9 @@ class SlurmQueue:
         self.name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', self.sweep.name)}-{digest}"
         self.private = private(Path(self.options.folder).expanduser().absolute() / self.name)
         self.records = self.sweep / ".dispatch"
-        self.arrays = {file.stem: store.read_json(file) or {} for file in self.records.glob("*.json")}
+        self.arrays = {
+            file.stem: store.read_json(file) or {} for file in self.records.glob(f"{glob.escape(self.name)}-*.json")
+        }
         self.known: dict[str, Place] = {}
         self.asked = float("-inf")
 

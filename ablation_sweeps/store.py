@@ -219,10 +219,30 @@ def result(folder: Path, name: str) -> pd.DataFrame | None:
     return read_table(folder / name, found.get("sha256", {}).get(name)) if found["state"] == "finished" else None
 
 
-def begin(folder: Path, config: dict) -> None:
+def runs(sweep: Path) -> list[Path]:
+    """The folders of all jobs that were ever started or queued there."""
+    return sorted(path.parent for path in sweep.glob("*/status.json"))
+
+
+def config(folder: Path) -> dict:
+    import yaml
+
+    return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def queue(folder: Path, config: dict) -> None:
+    _write_config(folder, config)
+    write_status(folder, "queued")
+
+
+def _write_config(folder: Path, config: dict) -> None:
     import yaml
 
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
+def begin(folder: Path, config: dict) -> None:
+    _write_config(folder, config)
     earlier = read_json(folder / "environment.json") or {}
     notes = {"notes": earlier["notes"]} if "notes" in earlier else {}
     write_json(folder / "environment.json", describe() | notes)  # now: the code on disk may change while it runs

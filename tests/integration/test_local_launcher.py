@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pytest
 from command import FAULTS, Launch, same_bits, states
+from typer.testing import CliRunner
+
+from ablation_sweeps.cli import app
 
 LOCAL = ("-m", "hydra/launcher=local", "hydra.launcher.gpus=[]")
 
@@ -36,6 +41,41 @@ def test_the_same_bits_as_in_one_process_whatever_happens_to_others(launch: Laun
     assert again.code == 0 and "2 jobs: 2 finished, 0 in 0 packs" in again.err
     assert {path: path.stat().st_mtime_ns for path in sweep.glob("*-zero-*/*")} == files
     assert set(states(sweep).values()) == {"finished", "failed"}
+
+
+def mend(marks: Path) -> None:
+    """What makes method=raises fail is over."""
+    for i in range(100):
+        (marks / f"raises-{i}").touch()
+
+
+@pytest.mark.parametrize("launcher", [LOCAL, ("-m",)], ids=["local", "in_order"])
+def test_retry_does_what_failed_and_nothing_else(launch: Launch, on_text, faults, tmp_path, monkeypatch, launcher):
+    """From another folder, with nothing typed again."""
+    assert launch(*FAULTS, *launcher, *on_text, "method=zero,raises").code == 1
+    sweep = tmp_path / "results" / "default"
+    before = {path: path.stat().st_mtime_ns for path in sweep.glob("*-zero-*/*")}
+    again = CliRunner().invoke(app, ["retry", str(sweep)])
+    assert "1 of 1 jobs failed" in str(again.exception) and "no such luck" in str(again.exception)
+
+    mend(faults)
+    monkeypatch.chdir(faults)
+    done = CliRunner().invoke(app, ["retry", str(sweep)])
+    assert done.exit_code == 0, done.exception
+    assert set(states(sweep).values()) == {"finished"}
+    assert {path: path.stat().st_mtime_ns for path in sweep.glob("*-zero-*/*")} == before
+    assert "raises" in (sweep / "summary.csv").read_text()
+    nothing = CliRunner().invoke(app, ["retry", str(sweep)])
+    assert "nothing failed there" in str(nothing.exception)
+
+
+def test_retry_refuses_a_job_that_is_no_longer_the_same(launch: Launch, on_text, faults, tmp_path):
+    assert launch(*FAULTS, *on_text, "method=raises").code == 1
+    sweep = tmp_path / "results" / "default"
+    (config,) = sweep.glob("*/config.yaml")
+    config.write_text(config.read_text().replace("seed: 0", "seed: 1"))
+    again = CliRunner().invoke(app, ["retry", str(sweep)])
+    assert "were changed since it was launched" in str(again.exception)
 
 
 def test_what_is_wrong_with_an_option_is_said_in_one_line(launch: Launch, on_text):
