@@ -29,8 +29,8 @@ def options(saved, tmp_path) -> list[str]:
     return [*model, *data, "batch_tokens=128", "tracking=none", "method=mean"]
 
 
-def kill_after_batches(n: int, options: list[str], cwd: Path) -> Path:
-    """Starts the command, waits until `n` batches are on disk, and kills it. Returns the run's folder."""
+def kill_after_batches(n: int, options: list[str], cwd: Path, how: signal.Signals) -> Path:
+    """Starts the command, waits until `n` batches are on disk, and ends it. Returns the run's folder."""
     with open(cwd / "output", "w") as output:
         process = subprocess.Popen([sys.executable, str(LAUNCH), *options], cwd=cwd, stdout=output, stderr=output)
     try:
@@ -40,13 +40,14 @@ def kill_after_batches(n: int, options: list[str], cwd: Path) -> Path:
             assert time.monotonic() < until, "no batch was saved"
             time.sleep(0.005)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
+        os.kill(process.pid, how)
         process.wait()
     return found[0].parent
 
 
-def test_a_killed_run_continues_and_gives_the_same_bits(launch: Launch, options, tmp_path):
-    run = kill_after_batches(2, options, tmp_path)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda how: how.name)
+def test_a_killed_run_continues_and_gives_the_same_bits(launch: Launch, options, tmp_path, how):
+    run = kill_after_batches(2, options, tmp_path, how)
     saved = sorted(run.glob("progress-*.parquet"))
     assert states(run.parent) == {run.name: "running"}
     assert not (run / "rows.parquet").exists()
