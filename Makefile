@@ -41,7 +41,7 @@ test-slurm: setup ## sweeps on a real SLURM cluster of three pretended nodes, st
 	if [ $$started = 77 ]; then exit 0; fi; \
 	trap 'tests/slurm/down.sh '$$lab EXIT; \
 	[ $$started = 0 ] && SLURM_CONF=$$lab/slurm.conf SLURM_TEST_CLUSTER=$$lab HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
-	  PYTHONPATH=. $(RUN) -m pytest tests/slurm
+	  PYTHONPATH=$(CURDIR) $(RUN) -m pytest tests/slurm
 
 # requirements.txt pins transformers 5: here the newest of everything that goes with 4.
 $(VENV4)/.installed: pyproject.toml

@@ -11,8 +11,10 @@ if ! { command -v slurmctld && command -v slurmd && command -v sbatch && command
     exit 77
   fi
   export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1
-  apt-get update -qq
-  apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null
+  { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null; } || {
+    echo "skipped: SLURM is not installed here, and its packages cannot be had"
+    exit 77
+  }
 fi
 if [ "$(id -u)" != 0 ]; then
   echo "skipped: the daemons of SLURM need root"
@@ -24,7 +26,7 @@ chmod 700 "$LAB/munge" "$LAB/state"
 chmod 755 "$LAB" "$LAB/run"
 (umask 077 && head -c 1024 /dev/urandom >"$LAB/munge/munge.key")
 for i in 0 1; do # a pretended GPU is a character device: another name of /dev/null
-  [ -c "$LAB/dev/nvidia$i" ] || mknod "$LAB/dev/nvidia$i" c 1 3
+  [ -c "$LAB/dev/nvidia$i" ] || mknod "$LAB/dev/nvidia$i" c 1 3 || { echo "skipped: mknod is forbidden here"; exit 77; }
 done
 
 cat >"$LAB/slurm.conf" <<CONF
