@@ -26,9 +26,12 @@ def main(cfg: DictConfig) -> None:
     if HydraConfig.get().mode is RunMode.MULTIRUN:  # the launcher has checked it, and will report
         run_job(to_job(cfg))
         return
+    from ablation_sweeps.data import UserError
     from ablation_sweeps.launching import Failures, end_of_sweep, only_asked
 
     try:  # Hydra would print the overrides above the error
+        if (chosen := HydraConfig.get().runtime.choices["hydra/launcher"]) != "in_order":
+            raise UserError(f"hydra/launcher={chosen}: launches sweeps; add -m, also for one job")
         job = to_job(cfg)
         job.check()
         if only_asked([job], None, 1):

@@ -104,11 +104,14 @@ def collect(
     """
     if not batches:
         raise UserError("the dataset's calibration split is empty; give more documents, or dataset.calibration_path")
+    halved = cache / "halved.txt"
+    if halved.exists():
+        note(halved.read_text())
     try:
         return _collect(model, projections, batches, cache, histograms)
     except torch.OutOfMemoryError:
         largest = max(len(batch.names) for batch in batches)
-        note(TOO_LARGE.format(largest))
+        store.write_text(halved, f"statistics: {TOO_LARGE.format(largest)}")  # for all jobs that read them
     # From the start, and not inside of `except`, whose error holds on to the memory of the pass that failed.
     splits = lambda batch: len(batch.names) > 1 or largest == 1  # noqa: E731  (one alone cannot be split, and says so)
     smaller = [part for batch in batches for part in (batch.halves() if splits(batch) else (batch,))]

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablation_sweeps import store
-from ablation_sweeps.config import build, from_dict
+from ablation_sweeps.config import from_dict
 from ablation_sweeps.data import UserError
-from ablation_sweeps.launching import Failures, by_model, end_of_sweep
-from ablation_sweeps.packs import Pack, packed
-from ablation_sweeps.queue import Place, Queue
+from ablation_sweeps.launching import Failures, by_model, counted, end_of_sweep
+from ablation_sweeps.local import Local
+from ablation_sweeps.packs import OVER, Pack, packed
+from ablation_sweeps.queue import MOST, Place, Queue
+from ablation_sweeps.slurm import Slurm, others_may_write
 from ablation_sweeps.watching import Watcher
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 
 HOW = "how.json"  # a sweep was launched last; `retry` reads it
 LOOK_SECONDS = 2.0  # between two looks at the files of the jobs
+NOBODYS_FAULT = ("PREEMPTED", "BOOT_FAIL")
 MEMORY = re.compile(r"oom.?kill|out of memory|OutOfMemory|\bKilled\b|SIGKILL|MemoryError", re.IGNORECASE)
 
 
@@ -36,19 +39,22 @@ def launch(options: Any, jobs: Sequence[Job]) -> None:
     sweep = jobs[0].folder.parent
     jobs = [jobs[i] for i in by_model(jobs)]
     with only_one(sweep):
-        how = {"_target_": f"{type(options).__module__}.{type(options).__name__}", **asdict(options)}
-        store.write_json(sweep / ".dispatch" / HOW, {"options": how, "folder": os.getcwd()})
         queue = options.queue(sweep)
         work = Work(queue, options.max_attempts, {job.folder: job for job in jobs})
         try:
             work.start(options.max_jobs_per_pack)
+            how = {"launcher": type(options).__name__, "options": asdict(options), "folder": os.getcwd()}
+            store.write_json(sweep / ".dispatch" / HOW, how)
             if not options.wait and work.packs:
-                print(f"{len(work.packs)} packs are submitted; the same command later collects their results")
+                print(f"{counted(len(work.packs), 'pack')} in the queue; the same command later collects the results")
                 return
             work.watch()
         except KeyboardInterrupt:
-            log.warning("cancelling %d packs", len(work.packs))
+            log.warning("cancelling %s", counted(len(work.packs), "pack"))
             queue.cancel(list(work.packs))
+            for folder in (folder for folders in work.packs.values() for folder in folders):
+                if store.status(folder)["state"] == "queued":  # one that runs may be about to finish
+                    store.write_status(folder, "interrupted", "cancelled before it began")
             raise
     failures = Failures()
     for folder in work.jobs:
@@ -58,31 +64,35 @@ def launch(options: Any, jobs: Sequence[Job]) -> None:
 
 
 def retry(sweep: Path) -> None:
-    """Runs what is not finished, in the way in which it was launched: nothing of that is to be typed again.
+    """Runs what is not finished, in the way in which the sweep was last launched: nothing of that is to be typed again.
 
     Raises:
-        UserError: nothing is left to do, or a job is no longer the one that was launched.
+        UserError: nothing is left to do; or others may write to what would be run.
     """
     runs = [run for run in store.runs(sweep) if not store.finished(run)]
     if not runs:
         raise UserError(f"{sweep}: nothing failed there, and nothing is missing")
+    for path in (sweep, sweep / ".dispatch", sweep / ".dispatch" / HOW, *runs, *(run / "config.yaml" for run in runs)):
+        if path.exists() and others_may_write(path):
+            raise UserError(f"{path}: others may write to it, and so run code as you; launch the sweep again instead")
     how = store.read_json(sweep / ".dispatch" / HOW) or {}
     if Path(how.get("folder", "")).is_dir():
         os.chdir(how.get("folder", "."))  # from where paths were given
+    jobs = [job for run in runs if (job := _again(run))]
+    if not jobs:
+        raise UserError(f"{sweep}: nothing there can be tried again; launch it with its options")
     # A sweep that ran without a launcher goes on in packs of this machine.
-    options = how.get("options") or {"_target_": "ablation_sweeps.local.Local", "max_jobs_per_pack": None,
-                                     "max_parallel": None, "max_attempts": 2, "gpus": None}  # fmt: skip
-    launch(build("hydra.launcher", options), [_again(run) for run in runs])
+    launcher = {"Slurm": Slurm, "Local": Local}[how.get("launcher", "Local")]
+    plain = {"max_jobs_per_pack": None, "max_parallel": None, "max_attempts": 2, "gpus": None}
+    launch(launcher(**how.get("options", plain)), jobs)
 
 
-def _again(run: Path) -> Job:
+def _again(run: Path) -> Job | None:
     job = from_dict({**store.config(run), "results_dir": str(run.parents[1]), "sweep": run.parent.name})
-    if job.folder != run:
-        raise UserError(
-            f"{run.name}: its model, its data or this program were changed since it was launched; launch it again: "
-            "python launch.py with its options"
-        )
-    return job
+    if job.folder == run:
+        return job
+    log.warning("%s: left alone: its model, its data or this program were changed since it was launched", run.name)
+    return None
 
 
 @contextmanager
@@ -114,28 +124,42 @@ class Work:
     jobs: dict[Path, Job]
     packs: dict[str, list[Path]] = field(default_factory=dict)
     deaths: Counter[Path] = field(default_factory=Counter)
+    reached: dict[Path, int] = field(default_factory=dict)  # batches of each job when it was last submitted, or died
     over: set[str] = field(default_factory=set)  # of the packs: over when last asked
     last: dict[str, Place] = field(default_factory=dict)  # where they were then
 
     def start(self, most: int | None) -> None:
+        earlier = self.queue.earlier()
+        # Only now: what ended while the queue was asked is finished, and in no pack.
         missing = {folder: job for folder, job in self.jobs.items() if not store.finished(folder)}
-        for pack, folders in self.queue.earlier().items():
+        self.reached = {folder: store.batches_done(folder) for folder in missing}
+        for pack, folders in earlier.items():
             mine = [Path(folder) for folder in folders if Path(folder) in missing]
+            mine = [folder for folder in mine if store.status(folder)["state"] != "failed"]  # it is past these
             if mine:
                 self.packs[pack] = mine
         if self.packs:
-            log.info("%d packs of an earlier launch are in the queue still", len(self.packs))
+            log.info("%s of an earlier launch in the queue still", counted(len(self.packs), "pack"))
         queued = {folder for folders in self.packs.values() for folder in folders}
         self._submit(packed([job for folder, job in missing.items() if folder not in queued], most))
-        log.info("%d jobs: %d finished, %d in %d packs",
-                 len(self.jobs), len(self.jobs) - len(missing), len(missing), len(self.packs))  # fmt: skip
+        log.info("%s: %d finished, %d in %s", counted(len(self.jobs), "job"), len(self.jobs) - len(missing),
+                 len(missing), counted(len(self.packs), "pack"))  # fmt: skip
 
     def _submit(self, packs: list[Pack]) -> None:
-        for pack in packs:
-            for folder, config in pack.configs.items():
-                store.queue(Path(folder), config)
-        if packs:
-            self.packs |= {name: pack.folders for name, pack in self.queue.submit(packs).items()}
+        for start in range(0, len(packs), MOST):
+            some = packs[start : start + MOST]
+            for pack in some:
+                for folder, config in pack.configs.items():
+                    store.queue(Path(folder), config)
+            try:
+                self.packs |= {name: pack.folders for name, pack in self.queue.submit(some).items()}
+            except UserError as error:
+                for folder in (folder for pack in packs[start:] for folder in pack.folders):
+                    store.write_status(folder, "failed", str(error))
+                if not self.packs:
+                    raise
+                log.error("%s; %s in the queue already", error, counted(len(self.packs), "pack"))
+                return
 
     def watch(self) -> None:
         """Until nothing is left to wait for."""
@@ -144,7 +168,7 @@ class Work:
                 places, again = self.queue.places(), []
                 for pack in list(self.packs):
                     states = [store.status(folder)["state"] for folder in self.packs[pack]]
-                    if all(state in ("finished", "failed") for state in states):
+                    if all(state in OVER for state in states):
                         del self.packs[pack]
                     elif places is not None:
                         place = places.get(pack, Place("GONE", "", True, "it left the queue"))
@@ -166,7 +190,7 @@ class Work:
     def _left_by(self, pack: str, place: Place) -> list[Pack]:
         """What a dead process left: the job that it was at gets a pack of its own, the others go on without it."""
         left = {folder: store.status(folder)["state"] for folder in self.packs.pop(pack)}
-        left = {folder: state for folder, state in left.items() if state not in ("finished", "failed")}
+        left = {folder: state for folder, state in left.items() if state not in OVER}
         reason = self._reason(pack, place)
         if place.state == "CANCELLED":
             for folder in left:
@@ -176,7 +200,9 @@ class Work:
         if not culprits and "interrupted" not in left.values():
             culprits = list(left)  # it died before it came to any: is the environment of the nodes the right one?
         for folder in culprits:
-            self.deaths[folder] += 1
+            further = store.batches_done(folder) > self.reached.get(folder, 0)
+            self.reached[folder] = store.batches_done(folder)
+            self.deaths[folder] += not (further or place.state in NOBODYS_FAULT)
         gone = [folder for folder in culprits if self.deaths[folder] >= self.max_attempts]
         for folder in gone:
             died = store.status(folder).get("reason") if left[folder] == "died" else reason
@@ -196,6 +222,6 @@ class Work:
             lines = []
         said = [line.strip() for line in lines if line.strip()]
         found = f"{place.state} {place.why}".strip() + (f", {place.node}" if place.node else "")
-        if place.state == "OUT_OF_MEMORY" or MEMORY.search(" ".join([place.why, *said])):
+        if place.state == "OUT_OF_MEMORY" or (place.state == "FAILED" and MEMORY.search(" ".join([place.why, *said]))):
             found += ", probably for lack of memory (hydra.launcher.mem, batch_tokens)"
         return found + (f"; its last words: {said[-1][:200]}" if said else f"; no output in {self.queue.log_of(pack)}")

@@ -67,7 +67,7 @@ def evaluate(
     common: Int[Tensor, " common"],
     top_k: int,
     done: Sequence[pd.DataFrame],
-    save: Callable[[pd.DataFrame], None],
+    save: Callable[[int, pd.DataFrame], None],
     note: Callable[[str], None] = log.warning,
 ) -> pd.DataFrame:
     """One clean pass a batch, then one pass for every fraction.
@@ -75,7 +75,7 @@ def evaluate(
     Args:
         masks: for each fraction; fraction 0 is the clean pass and needs none.
         done: what earlier batches gave, if the job was interrupted; these are not run again.
-        save: called with the sums of each batch as soon as they are there.
+        save: called with the number of each batch and its sums, as soon as they are there.
         note: told when the device has too little memory for a batch, which is then halved.
 
     Returns:
@@ -95,7 +95,7 @@ def evaluate(
         sums = passes.sums(batch.to(device))
         _check_finite(sums, model)
         parts.append(_frame(sums, batch))
-        save(parts[-1])
+        save(number, parts[-1])
     documents = pd.concat(parts, ignore_index=True).sort_values(["fraction", "document"], ignore_index=True)
     if not documents["n"].sum():
         raise UserError("dataset: nothing is scored in the evaluation split; give longer or more documents")

@@ -129,6 +129,11 @@ class Job:
         own = {"method": _options(self.method), "fractions": self.fraction.values, "seed": self.seed}
         return store.signature({**self.study, **own})
 
+    @property
+    def like(self) -> str:
+        """The same for jobs that take about as long: all but method and seed."""
+        return store.signature([self.study, self.fraction.values])[:16]
+
     @functools.cached_property
     def folder(self) -> Path:
         name = f"{self.model.label}-{self.dataset.label}-{self.method.label}-s{self.seed}-{self.signature[:8]}"
@@ -159,7 +164,7 @@ def run_job(job: Job) -> Path:
         except BaseException as error:
             store.fail(folder, error)
             raise
-        store.finish(folder, rows, documents, time.perf_counter() - started)
+        store.finish(folder, rows, documents, time.perf_counter() - started, job.like)
     track(job, folder, rows)
     return folder
 

@@ -73,21 +73,17 @@ def plan(jobs: Sequence[Job], most: int | None, at_once: int) -> None:
 
 
 def seconds_of(job: Job) -> float | None:
-    """What earlier jobs of its model and dataset took, in the mean, below its results_dir."""
+    """What earlier jobs below its results_dir took, in the mean, that differ in nothing but method and seed."""
     name = f"{job.model.label}-{job.dataset.label}-".replace("/", "--")
     files = job.results_dir.glob(f"*/{glob.escape(name)}*/environment.json")
-    seconds = [found["seconds"] for file in files if "seconds" in (found := store.read_json(file) or {})]
-    return sum(seconds) / len(seconds) if seconds else None
+    ran = [found for file in files if (found := store.read_json(file) or {}).get("like") == job.like]
+    return sum(found["seconds"] for found in ran) / len(ran) if ran else None
 
 
 def duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def counted(number: int, what: str) -> str:

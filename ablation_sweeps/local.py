@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -35,13 +36,13 @@ class Local:
     def queue(self, sweep: Path) -> LocalQueue:
         return LocalQueue(sweep / ".dispatch", self._slots())
 
-    def _slots(self) -> list[str | None]:
-        """One pack at a time in each: the GPU it sees, or None where it computes on the cores."""
+    def _slots(self) -> list[str]:
+        """One pack at a time in each: the GPU it sees, or none where it computes on the cores."""
         import torch
 
         gpus = list(range(torch.cuda.device_count())) if self.gpus is None else self.gpus
         if not gpus:
-            return [None] * (self.max_parallel or 1)
+            return [""] * (self.max_parallel or 1)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = [
             visible[gpu] if self.gpus is None and gpu < len(visible) and visible[gpu] else str(gpu) for gpu in gpus
@@ -52,9 +53,9 @@ class Local:
 @dataclass
 class LocalQueue:
     logs: Path
-    slots: list[str | None]
+    slots: list[str]
     waiting: dict[str, Pack] = field(default_factory=dict)
-    running: dict[str, tuple[subprocess.Popen, str | None]] = field(default_factory=dict)
+    running: dict[str, tuple[subprocess.Popen, str]] = field(default_factory=dict)
     ended: dict[str, int] = field(default_factory=dict)
 
     def submit(self, packs: list[Pack]) -> dict[str, Pack]:
@@ -71,6 +72,9 @@ class LocalQueue:
         for name, (process, slot) in list(self.running.items()):
             if (code := process.poll()) is not None:
                 del self.running[name]
+                assert process.stdin is not None
+                with suppress(BrokenPipeError):
+                    process.stdin.close()
                 self.ended[name] = code
                 self.slots.append(slot)
         self._start()
@@ -86,7 +90,7 @@ class LocalQueue:
             slot = self.slots.pop(0)
             name = next(iter(self.waiting))
             pack = self.waiting.pop(name)
-            environment = dict(os.environ) if slot is None else {**os.environ, "CUDA_VISIBLE_DEVICES": slot}
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": slot}
             self.logs.mkdir(parents=True, exist_ok=True)
             with open(self.log_of(name), "w") as output:
                 # In a session of its own: Ctrl-C is the launcher's to handle.
@@ -95,11 +99,9 @@ class LocalQueue:
                     stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
                 )  # fmt: skip
             assert process.stdin is not None
-            try:
-                json.dump(pack.configs, process.stdin)
-                process.stdin.close()
-            except BrokenPipeError:
-                pass  # it died at once; `places` will say so
+            with suppress(BrokenPipeError):  # it died at once; `places` will say so
+                process.stdin.write(json.dumps(pack.configs) + "\n")
+                process.stdin.flush()  # and left open: when this process ends, so do its packs
             self.running[name] = process, slot
 
     def cancel(self, packs: list[str]) -> None:
@@ -118,8 +120,8 @@ class LocalQueue:
         return self.logs / f"{pack}.log"
 
 
-def _shown(slot: str | None) -> str:
-    return "cpu" if slot is None else f"gpu {slot}"
+def _shown(slot: str) -> str:
+    return f"gpu {slot}" if slot else "cpu"
 
 
 def _ending(code: int) -> str:

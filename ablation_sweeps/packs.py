@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
-import subprocess
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_leaving = threading.Event()  # a signal came: what goes wrong from now on is no fault of the job
+
+OVER = ("finished", "failed")
+STALLS = 2  # times in a row that a pack may run into its time limit with nothing done
 POISONED = 70  # exit status of a process whose device is of no more use
 
 
@@ -34,10 +40,14 @@ class Pack:
     Attributes:
         configs: of each job, composed and resolved, under the folder that its results go to.
         delay: wait up to so many seconds first, so that many packs do not all load, and call W&B, at once.
+        reached: jobs, and batches of others, that were done when it was last put into the queue again.
+        stalls: times that this happened with nothing done since.
     """
 
     configs: dict[str, dict[str, Any]]
     delay: float = 0.0
+    reached: tuple[int, int] = (0, 0)
+    stalls: int = 0
 
     @property
     def folders(self) -> list[Path]:
@@ -46,7 +56,13 @@ class Pack:
     def __call__(self) -> None:
         _log_to_stderr()
         time.sleep(random.random() * self.delay)
+        if self.stalls == STALLS:  # it would go round for ever
+            stuck = next(folder for folder in self.folders if store.status(folder)["state"] not in OVER)
+            store.write_status(stuck, "failed", f"no batch was done in {STALLS + 1} runs, each up to its time limit: "
+                                                "raise hydra.launcher.time")  # fmt: skip
         for number, (folder, config) in enumerate(self.configs.items(), start=1):
+            if store.status(Path(folder))["state"] == "failed":  # before this pack was put into the queue again
+                continue
             log.info("[%d/%d] %s", number, len(self.configs), Path(folder).name)
             _run(Path(folder), config)
 
@@ -54,7 +70,11 @@ class Pack:
         """What submitit puts into the queue again after a signal. Progress is on disk already."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self)
+        _leaving.set()
+        over = sum(store.status(folder)["state"] in OVER for folder in self.folders)
+        reached = over, sum(store.batches_done(folder) for folder in self.folders)
+        stalls = self.stalls + 1 if reached == self.reached else 0
+        return DelayedSubmission(replace(self, reached=reached, stalls=stalls))
 
 
 def packed(jobs: Sequence[Job], most: int | None) -> list[Pack]:
@@ -87,9 +107,9 @@ def _run(folder: Path, config: dict[str, Any]) -> None:
         run_job(job)
     except Exception as error:
         log.exception("failed: %s", folder.name)
-        if isinstance(error, subprocess.CalledProcessError) and "scontrol" in error.cmd:
-            # Raised by submitit's handler of USR2, in the middle of the job: it could not be put into the queue again.
-            store.write_status(folder, "interrupted", "out of time, and SLURM refused to requeue it")
+        if _leaving.is_set():  # raised by submitit's handler of USR2, in the middle of the job
+            if store.status(folder)["state"] != "finished":
+                store.write_status(folder, "interrupted", f"out of time, and not put into the queue again: {error}")
             sys.exit(1)
         if _poisons(error):
             store.write_status(folder, "died", f"{type(error).__name__}: {error}".splitlines()[0])
@@ -115,5 +135,13 @@ def _log_to_stderr() -> None:
     logging.getLogger("ablation_sweeps").setLevel(logging.DEBUG)
 
 
-if __name__ == "__main__":  # the local launcher's: the pack comes on stdin
-    Pack(json.load(sys.stdin))()
+def _end_with_the_launcher() -> None:
+    """The launcher holds the other end of stdin for as long as it lives."""
+    os.read(sys.stdin.fileno(), 1)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+if __name__ == "__main__":  # the local launcher's: the pack comes on stdin, in one line
+    pack = Pack(json.loads(sys.stdin.readline()))
+    threading.Thread(target=_end_with_the_launcher, daemon=True).start()
+    pack()

@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 
 from ablation_sweeps.packs import Pack
 
+MOST = 1000  # packs of one submission: SLURM's own MaxArraySize is 1001
+
 
 @dataclass(frozen=True)
 class Place:
@@ -26,7 +28,7 @@ class Place:
 @runtime_checkable
 class Queue(Protocol):
     def submit(self, packs: list[Pack]) -> dict[str, Pack]:
-        """Each under its name."""
+        """Each under its name; at most `MOST`."""
         ...
 
     def earlier(self) -> dict[str, list[str]]:

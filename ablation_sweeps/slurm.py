@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import glob
 import hashlib
 import logging
@@ -28,7 +27,7 @@ from ablation_sweeps.queue import Place
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 10.0  # at least, between two calls of squeue, whatever the number of jobs
-ARRAY = 1000  # packs in one array: SLURM's own MaxArraySize is 1001
+TRIES = 6  # of squeue, before a launch gives up: without its answer, what runs already would be submitted again
 OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
         "PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT")  # fmt: skip
 Count = Annotated[int, Field(ge=1)]
@@ -78,13 +77,7 @@ class SlurmQueue:
         self.asked = float("-inf")
 
     def submit(self, packs: list[Pack]) -> dict[str, Pack]:
-        submitted: dict[str, Pack] = {}
-        for start in range(0, len(packs), ARRAY):
-            submitted |= self._submit_array(packs[start : start + ARRAY])
-        return submitted
-
-    def _submit_array(self, packs: list[Pack]) -> dict[str, Pack]:
-        """Which jobs it holds is on disk before SLURM knows of it, so that a launcher that is killed forgets none."""
+        """One array. What it holds is on disk before SLURM knows of it: a launcher that is killed forgets nothing."""
         import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -124,8 +117,13 @@ class SlurmQueue:
         """The packs of earlier launches that still wait or run, and the folders of their jobs."""
         if not self.arrays:
             return {}
-        self._ask()
+        if not any(self._ask() for _ in range(TRIES)):
+            raise UserError(
+                "hydra/launcher=slurm: squeue does not answer, so it is not known what runs already, and nothing is "
+                "submitted; type the same command when it does"
+            )
         live = {pack for pack, place in self.known.items() if not place.over}
+        live -= {f"{name}.{i}" for name, record in self.arrays.items() for i in record.get("cancelled", [])}
         return {
             f"{name}.{index}": folders
             for name, record in self.arrays.items()
@@ -141,7 +139,7 @@ class SlurmQueue:
 
     def _ask(self) -> bool:
         time.sleep(max(0.0, self.asked + POLL_SECONDS - time.monotonic()))
-        command = ["squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}",
+        command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}",
                    "--format=%j|%K|%T|%N|%F|%r"]  # fmt: skip
         try:
             answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -149,7 +147,7 @@ class SlurmQueue:
             answer = subprocess.CompletedProcess(command, 1, "", str(error))
         self.asked = time.monotonic()
         if answer.returncode != 0:
-            log.warning("squeue does not answer (%s); the jobs go on, and it is asked again", answer.stderr.strip())
+            log.warning("squeue does not answer (%s); it is asked again", answer.stderr.strip())
             return False
         self.known = {}
         for line in answer.stdout.splitlines():
@@ -163,8 +161,17 @@ class SlurmQueue:
 
     def cancel(self, packs: list[str]) -> None:
         """Exactly these: an array may hold packs of an earlier launch that nobody waits for here."""
-        if packs:
-            subprocess.run(["scancel", "--quiet", *map(self._id, packs)], timeout=120)
+        if not packs:
+            return
+        for pack in packs:  # it may take minutes to end: a launch that comes before that must not wait for it
+            name, _, index = pack.rpartition(".")
+            self.arrays[name].setdefault("cancelled", []).append(int(index))
+        for name in {pack.rpartition(".")[0] for pack in packs}:
+            store.write_json(self.records / f"{name}.json", self.arrays[name])
+        command = ["scancel", "--quiet", *map(self._id, packs)]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        if answer.returncode:
+            log.error("scancel failed (%s); type it again: %s", answer.stderr.strip(), " ".join(command))
 
     def log_of(self, pack: str) -> Path:
         return self.private / f"{self._id(pack)}_0_log.err"
@@ -196,11 +203,16 @@ def private(folder: Path) -> Path:
     finally:
         os.umask(old)
     for path in (folder.resolve(), *folder.resolve().parents):
-        status = path.stat()
-        others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
-        if status.st_uid not in (0, os.getuid()) or others_write:
+        if others_may_write(path):
             raise UserError(
                 f"hydra.launcher.folder={folder.parent}: others may write to {path}, and so run code as you; name a "
                 "folder of your own that all nodes see"
             )
     return folder
+
+
+def others_may_write(path: Path) -> bool:
+    """Or own it; a folder where everybody may write but nobody touch what is another's (/tmp) is none of these."""
+    status = path.stat()
+    writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
+    return bool(writable) or status.st_uid not in (0, os.getuid())

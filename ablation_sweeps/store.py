@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+SAY_SECONDS = 10.0  # of waiting for a lock, before it is said
+
 # pyarrow and safetensors have errors of their own, which say the same.
 FULL = re.compile("|".join(re.escape(os.strerror(code)) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 
@@ -130,11 +132,19 @@ def read_table(path: Path, sha256: str | None) -> pd.DataFrame | None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time, on all hosts that share the file system."""
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=SAY_SECONDS)
+    except Timeout:
+        log.info("%s: another process is at it; waiting for it", folder.name)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -243,9 +253,12 @@ def _write_config(folder: Path, config: dict) -> None:
 
 def begin(folder: Path, config: dict) -> None:
     _write_config(folder, config)
-    earlier = read_json(folder / "environment.json") or {}
+    earlier, now = read_json(folder / "environment.json") or {}, describe()  # now: code on disk may change as it runs
     notes = {"notes": earlier["notes"]} if "notes" in earlier else {}
-    write_json(folder / "environment.json", describe() | notes)  # now: the code on disk may change while it runs
+    write_json(folder / "environment.json", now | notes)
+    before = {key: earlier.get(key) for key in ("git_commit", "packages", "device", "threads")}
+    if batches_done(folder) and any(before[key] != now[key] for key in before):
+        note(folder, f"its first {batches_done(folder)} batches were computed elsewhere: {json.dumps(before)}")
     write_json(
         folder / "status.json", {"state": "running", "started": _now(), "host": gethostname(), "pid": os.getpid()}
     )
@@ -272,8 +285,8 @@ def write_status(folder: Path, state: str, reason: str | None = None) -> None:
 
 
 def expect(folder: Path, batches: int) -> None:
-    """How many there are to do, for who watches it."""
-    write_json(folder / "status.json", {**status(folder), "batches": batches})
+    """How many there are to do, for who watches it, and how many are done by now."""
+    write_json(folder / "status.json", {**status(folder), "batches": batches, "begun_at": batches_done(folder)})
 
 
 def batches_done(folder: Path) -> int:
@@ -284,9 +297,14 @@ def status(folder: Path) -> dict:
     return read_json(folder / "status.json") or {"state": "new"}
 
 
-def finish(folder: Path, rows: pd.DataFrame, documents: pd.DataFrame, seconds: float) -> None:
-    """The status is written last: a run is finished when all of its files are whole."""
+def finish(folder: Path, rows: pd.DataFrame, documents: pd.DataFrame, seconds: float, like: str = "") -> None:
+    """The status is written last: a run is finished when all of its files are whole.
+
+    Args:
+        like: runs of the same take about as long.
+    """
     environment = {**(read_json(folder / "environment.json") or {}), **peak_memory(), "seconds": round(seconds, 2)}
+    environment["like"] = like
     tables = {"documents.parquet": documents, "rows.parquet": rows}
     sums = {name: write_table(folder / name, table) for name, table in tables.items()}
     write_json(folder / "environment.json", environment)
@@ -312,11 +330,11 @@ def progress(folder: Path) -> list[pd.DataFrame]:
     return tables
 
 
-def save_progress(folder: Path, table: pd.DataFrame) -> None:
-    """Under a name that tells its place, and whether it is whole."""
+def save_progress(folder: Path, number: int, table: pd.DataFrame) -> None:
+    """Of batch `number`, under a name that tells whether it is whole."""
     content = table.to_parquet(index=False)
     sha256 = hashlib.sha256(content).hexdigest()[:16]
-    _write_bytes(folder / f"progress-{len(_progress_files(folder)):06d}-{sha256}.parquet", content)
+    _write_bytes(folder / f"progress-{number:06d}-{sha256}.parquet", content)
 
 
 def _progress_files(folder: Path) -> list[Path]:

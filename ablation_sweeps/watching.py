@@ -50,7 +50,9 @@ class Watcher:
             folders = [folder for folders, _ in packs.values() for folder in folders]
             done = sum(store.status(folder)["state"] == "finished" for folder in folders)
             packs_are = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
-            log.info("packs: %s; %d of their %d jobs are finished", packs_are, done, len(folders))
+            whys = sorted({place.why for _, place in packs.values() if place.why and not place.over})
+            because = f" ({', '.join(whys)})" if whys else ""
+            log.info("packs: %s%s; %d of their %d jobs are finished", packs_are, because, done, len(folders))
 
 
 def table(packs: Packs) -> Table:
@@ -75,7 +77,8 @@ def progress(folder: Path, status: dict) -> tuple[str, str]:
     if not total:
         return f"{folder.name} (loading)", ""
     spent = (datetime.now(timezone.utc) - datetime.fromisoformat(status["started"])).total_seconds()
-    left = f"{spent / done * (total - done):.0f} s" if done else ""
+    lately = done - status.get("begun_at", 0)
+    left = f"{spent / lately * (total - done):.0f} s" if lately > 0 else ""
     return f"{folder.name} {done}/{total}", left
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command import FAULTS, Launch, same_bits, states
+from command import FAULTS, LAUNCH, Launch, same_bits, states
 from typer.testing import CliRunner
 
 from ablation_sweeps.cli import app
@@ -75,7 +79,37 @@ def test_retry_refuses_a_job_that_is_no_longer_the_same(launch: Launch, on_text,
     (config,) = sweep.glob("*/config.yaml")
     config.write_text(config.read_text().replace("seed: 0", "seed: 1"))
     again = CliRunner().invoke(app, ["retry", str(sweep)])
-    assert "were changed since it was launched" in str(again.exception)
+    assert "nothing there can be tried again" in str(again.exception)
+
+
+def test_packs_end_with_their_launcher_and_the_same_command_goes_on(launch: Launch, on_text, faults, tmp_path):
+    """Killed, or its connection lost: two processes must not end up at one GPU."""
+    command = [*FAULTS, *LOCAL, *on_text, "method=waits"]
+    with open(tmp_path / "output", "w") as output:
+        launcher = subprocess.Popen([sys.executable, str(LAUNCH), *command], cwd=tmp_path, stdout=output, stderr=output)
+    sweep = tmp_path / "results" / "default"
+    until(lambda: list(sweep.glob("*/progress-*")) or launcher.poll() is not None)
+    assert launcher.poll() is None, (tmp_path / "output").read_text()
+    pid = json.loads(next(sweep.glob("*/status.json")).read_text())["pid"]
+    launcher.kill()
+    launcher.wait()
+    until(lambda: set(states(sweep).values()) == {"interrupted"})
+    until(lambda: not Path(f"/proc/{pid}").exists())
+    (faults / "go").touch()
+    done = launch(*command)
+    assert done.code == 0, done.err
+    assert "continues after 1 batches" in next(sweep.glob("*/log")).read_text()
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_launcher_needs_a_sweep(launch: Launch, on_text):
+    assert "hydra/launcher=local: launches sweeps; add -m" in launch("hydra/launcher=local", *on_text).error
 
 
 def test_what_is_wrong_with_an_option_is_said_in_one_line(launch: Launch, on_text):

@@ -74,8 +74,8 @@ def test_a_damaged_batch_is_computed_again(launch: Launch, options, tmp_path):
     run = tmp_path / "results" / "default" / whole.name
     run.mkdir(parents=True)
     documents = pd.read_parquet(whole / "documents.parquet")
-    for wrong in (0, -1e9):
-        store.save_progress(run, documents.assign(loss=wrong))
+    for number, wrong in enumerate((0, -1e9)):
+        store.save_progress(run, number, documents.assign(loss=wrong))
     first = min(run.glob("progress-*"))
     first.write_bytes(first.read_bytes()[:-1] + b"?")
     (run / "status.json").write_text(json.dumps({"state": "running"}))

@@ -74,7 +74,7 @@ def test_ctrl_c_cancels_what_runs_and_keeps_what_is_finished(launch: Launch, slu
     stopped = launch(*command)
     thread.join()
     assert f"sweep=default: is being launched already, by process {os.getpid()}" in said[0]
-    assert stopped.code == 130 and "cancelling 1 packs" in stopped.err
+    assert stopped.code == 130 and "cancelling 1 pack" in stopped.err
     until(lambda: not control("squeue", "--noheader"), "nothing runs any more")
     sweep = tmp_path / "results" / "default"
     assert status_of(sweep, "zero")["state"] == "finished" != status_of(sweep, "waits")["state"]
@@ -89,12 +89,13 @@ def test_the_launcher_and_nodes_and_slurmctld_die_and_nothing_is_lost(
     options += ["hydra.launcher.max_jobs_per_pack=1"]
     with open(tmp_path / "output", "w") as output:
         launcher = subprocess.Popen([sys.executable, str(LAUNCH), *options], cwd=tmp_path, stdout=output, stderr=output)
-    until(lambda: len(list(faults.iterdir())) == 3 or launcher.poll() is not None, "three packs run")
+    sweep = tmp_path / "results" / "default"
+    begun = lambda: len(list(sweep.glob("*/progress-*")))  # noqa: E731
+    until(lambda: begun() == 3 or launcher.poll() is not None, "three packs have done a batch")
     assert launcher.poll() is None, (tmp_path / "output").read_text()
     launcher.kill()
     launcher.wait()
 
-    sweep = tmp_path / "results" / "default"
     (record,) = submissions(sweep)
     place = dict(line.split() for line in control("squeue", "--noheader", "--format=%K %N").splitlines())
     assert len(set(place.values())) == 3
@@ -113,6 +114,7 @@ def test_the_launcher_and_nodes_and_slurmctld_die_and_nothing_is_lost(
     collected = launch(*options)
     assert collected.code == 0, collected.err
     assert len(submissions(sweep)) == 1 and set(states(sweep).values()) == {"finished"}
+    assert all("continues after 1 batches" in log.read_text() for log in sweep.glob("*/log"))
     assert launch(*FAULTS, "-m", *on_text, "method=waits", "seed=0,1,2", "results_dir=plain").code == 0
     same_bits(tmp_path / "plain" / "default", sweep)
 
@@ -127,7 +129,7 @@ def test_a_time_limit_costs_nothing_and_what_was_cancelled_can_be_tried_again(
     with open(tmp_path / "output", "w") as output:
         launcher = subprocess.Popen([sys.executable, str(LAUNCH), *options], cwd=tmp_path, stdout=output, stderr=output)
     sweep = tmp_path / "results" / "default"
-    until(lambda: len(list(faults.iterdir())) == 2 or launcher.poll() is not None, "two packs run")
+    until(lambda: len(list(sweep.glob("*/progress-*"))) == 2 or launcher.poll() is not None, "two packs run")
     assert launcher.poll() is None, (tmp_path / "output").read_text()
     (record,) = submissions(sweep)
     control("scancel", f"{record['job']}_1")
@@ -137,6 +139,7 @@ def test_a_time_limit_costs_nothing_and_what_was_cancelled_can_be_tried_again(
     said = (tmp_path / "output").read_text()
     assert "1 of 2 jobs failed, the others are finished and kept" in said and "cancelled, not by this launcher" in said
     assert sorted(states(sweep).values()) == ["failed", "finished"]
+    assert "continues after 1 batches" in "".join(log.read_text() for log in sweep.glob("*/log"))
     assert len(asked()) > 3 and min(after - before for before, after in pairwise(asked())) > 9.5
 
     command = [sys.executable, "-m", "ablation_sweeps", "retry", str(sweep)]
@@ -171,7 +174,7 @@ def test_what_queues_runs_as_it_was_submitted(launch: Launch, slurm, on_text, cl
         (conf / file).write_text(text)
     options = ["hydra/launcher=site" if option == "hydra/launcher=slurm" else option for option in slurm]
     left = launch("--config-dir", str(conf), *options, *on_text, "method=mine")
-    assert left.code == 0 and "1 packs are submitted" in left.out
+    assert left.code == 0 and "1 pack in the queue" in left.out
     (conf / "method" / "mine.yaml").write_text("_target_: ablation_sweeps.methods.mean.Mean\nlabel: mine\n")
     sweep = tmp_path / "results" / "default"
     assert set(states(sweep).values()) == {"queued"}

@@ -285,6 +285,8 @@ def test_batches_that_do_not_fit_are_halved_from_the_start(tiny, site, tmp_path)
         torch.testing.assert_close(a.mean, b.mean, atol=1e-6, rtol=1e-6)
     assert all((layer.sum(1) == found.moments[0].n).all() for layer in found.counts[Histogram(20)])
     assert len(notes) == 1 and f"for {most + 1} examples" in notes[0]
+    collect(model, projections, batches, tmp_path / "halves", Histogram(20), note=notes.append)
+    assert notes[1] == notes[0]
     with pytest.raises(UserError, match="too little memory for one example"):
         most = 0
         collect(small, projections, batches, tmp_path / "none", note=notes.append)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import yaml
 from command import ROOT
 
-from ablation_sweeps import dispatch, store
+from ablation_sweeps import dispatch, packs, slurm, store
 from ablation_sweeps.data import UserError
 from ablation_sweeps.packs import Pack, packed
 from ablation_sweeps.queue import Place
@@ -188,3 +190,142 @@ def test_numbers_are_taken_where_slurm_takes_them():
     options = {key: value for key, value in options.items() if key not in ("_target_", "to")}
     given = Slurm(**{**options, "mem": 3000, "account": 17})
     assert (given.mem, given.account) == ("3000", "17")
+
+
+def test_a_job_that_gets_further_each_time_is_not_to_blame(work):
+    """Its process is killed again and again, but for its time limit, say."""
+
+    def run(pack: Pack) -> Place:
+        (folder,) = pack.folders
+        number = store.batches_done(folder)
+        store.write_status(folder, "running" if number < 6 else "finished")
+        (folder / f"progress-{number:06d}-x.parquet").touch()
+        return Place("TIMEOUT", "node1", True, "")
+
+    fake, ended = work("a", run)
+    assert len(fake.submissions) == 7 and ended["a"]["state"] == "finished"
+
+
+def test_preemption_is_nobodys_fault_and_no_lack_of_memory(work, tmp_path):
+    (tmp_path / "log").write_text("slurmstepd: error: task 0: Killed\n")
+    places = [Place("PREEMPTED", "node1", True, "")] * 4 + [Place("TIMEOUT", "node1", True, "")] * 9
+
+    def run(pack: Pack) -> Place:
+        store.write_status(pack.folders[0], "running")
+        return places.pop(0)
+
+    fake, ended = work("a", run)
+    assert len(fake.submissions) == 6
+    assert "its process died 2 times: TIMEOUT" in ended["a"]["reason"] and "memory" not in ended["a"]["reason"]
+
+
+def test_what_failed_in_a_pack_that_still_runs_is_submitted_again(work, tmp_path):
+    failed, running = (str(tmp_path / "sweep" / name) for name in "ab")
+    store.write_status(Path(failed), "failed", "no such luck")
+
+    def run(pack: Pack) -> Place:
+        store.write_status(Path(running), "finished")
+        return dies_at("")(pack)
+
+    left = Place("RUNNING", "node1", False, "")
+    fake, ended = work("ab", run, live={"early": [failed, running]}, known={"early": left})
+    assert fake.submissions == ["a"]
+    assert {status["state"] for status in ended.values()} == {"finished"}
+
+
+def test_what_finishes_while_the_queue_is_asked_is_left_alone(monkeypatch, tmp_path):
+    table = pd.DataFrame({"a": [1]})
+    (job,) = make(tmp_path, "a")
+
+    class Slow(FakeQueue):
+        def earlier(self) -> dict[str, list[str]]:
+            store.finish(job.folder, table, table, 1.0)  # meanwhile
+            return {}
+
+    queue = Slow(lambda pack: OVER, tmp_path / "log")
+    mine = dispatch.Work(queue, 1, {job.folder: job})
+    mine.start(None)
+    assert queue.submissions == [] and store.finished(job.folder)
+
+
+def test_a_refused_submission_is_said_and_what_is_queued_goes_on(monkeypatch, tmp_path, caplog):
+    """More packs than a site allows."""
+    monkeypatch.setattr(dispatch, "MOST", 2)
+    monkeypatch.setattr(dispatch, "LOOK_SECONDS", 0)
+
+    class Full(FakeQueue):
+        def submit(self, packs: list[Pack]) -> dict[str, Pack]:
+            if self.submissions:
+                raise UserError("hydra.launcher: sbatch refuses: QOSMaxSubmitJobPerUserLimit")
+            return super().submit(packs)
+
+    mine = dispatch.Work(Full(dies_at(""), tmp_path / "log"), 1, {job.folder: job for job in make(tmp_path, "abcd")})
+    mine.start(1)
+    mine.watch()
+    ended = {folder.name: store.status(folder) for folder in mine.jobs}
+    assert [ended[name]["state"] for name in "abcd"] == ["finished", "finished", "failed", "failed"]
+    assert "QOSMaxSubmit" in ended["d"]["reason"] and "2 packs in the queue already" in caplog.text
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """A SlurmQueue whose squeue prints what the file `squeue.out` holds, or fails where there is none."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    scripts = {"squeue": f"cat '{tmp_path}/squeue.out'", "scancel": f"echo $@ >>'{tmp_path}/scancel.out'"}
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm, "POLL_SECONDS", 0)
+    options = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / "slurm.yaml").read_text())
+    options = {key: value for key, value in options.items() if key not in ("_target_", "to")}
+    make_queue = lambda: Slurm(**{**options, "folder": str(tmp_path / "private")}).queue(tmp_path / "sweep")  # noqa: E731
+    name = make_queue().name
+    store.write_json(tmp_path / "sweep" / ".dispatch" / f"{name}-1.json", {"packs": [["/a"], ["/b"]], "job": "17"})
+    return make_queue, f"{name}-1"
+
+
+def test_a_launch_waits_for_squeue_rather_than_submit_twice(asked, tmp_path):
+    make_queue, name = asked
+    with pytest.raises(UserError, match="squeue does not answer, so it is not known what runs already"):
+        make_queue().earlier()
+    (tmp_path / "squeue.out").write_text(f"{name}|1|RUNNING|node1|17|None\n{name}|0|COMPLETED||17|None\n")
+    assert make_queue().earlier() == {f"{name}.1": ["/b"]}
+
+
+def test_what_was_cancelled_is_not_waited_for(asked, tmp_path):
+    """It may take SLURM half a minute to kill it."""
+    make_queue, name = asked
+    (tmp_path / "squeue.out").write_text(f"{name}|1|COMPLETING|node1|17|None\n{name}|0|RUNNING|node1|17|None\n")
+    queue = make_queue()
+    assert len(queue.earlier()) == 2
+    queue.cancel([f"{name}.1"])
+    assert (tmp_path / "scancel.out").read_text() == "--quiet 17_1\n"
+    assert make_queue().earlier() == {f"{name}.0": ["/a"]}
+
+
+def test_a_pack_that_gets_nowhere_before_its_time_limit_is_given_up(monkeypatch, tmp_path):
+    ran: list[str] = []
+    monkeypatch.setattr(packs, "_leaving", threading.Event())
+    monkeypatch.setattr(packs, "_run", lambda folder, config: ran.append(folder.name))
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        store.write_status(folder, "running" if folder.name == "a" else "queued")
+    pack = Pack({str(folder): {} for folder in folders})
+    (tmp_path / "a" / "progress-000000-x.parquet").touch()
+    for _ in range(3):  # the first time, there was a batch
+        pack = pack.checkpoint().function
+        pack()
+    assert ran == ["a", "b", "a", "b", "b"]
+    assert "raise hydra.launcher.time" in store.status(folders[0])["reason"]
+    (tmp_path / "b" / "progress-000000-x.parquet").touch()
+    assert pack.checkpoint().function.stalls == 0
+
+
+def test_retry_runs_nothing_that_others_may_have_written(tmp_path):
+    store.queue(tmp_path / "sweep" / "a", {"seed": 0})
+    store.write_status(tmp_path / "sweep" / "a", "failed")
+    (tmp_path / "sweep" / "a").chmod(0o775)
+    with pytest.raises(UserError, match="others may write to it"):
+        dispatch.retry(tmp_path / "sweep")

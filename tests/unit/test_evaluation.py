@@ -71,7 +71,7 @@ def study(site):
     }
 
 
-def evaluated(study, common=COMMON, top_k=TOP_K, done=(), save=lambda table: None, **changes) -> pd.DataFrame:
+def evaluated(study, common=COMMON, top_k=TOP_K, done=(), save=lambda number, table: None, **changes) -> pd.DataFrame:
     return evaluation.evaluate(**{**study, **changes}, common=common, top_k=top_k, done=done, save=save)
 
 
@@ -248,13 +248,18 @@ def test_batches_and_padding_change_nothing_but_rounding(tiny, site, family):
 
 def test_batches_that_are_done_are_not_run_again_and_give_the_same_table(study):
     saved: list[pd.DataFrame] = []
-    whole = evaluated(study, save=saved.append)
+    whole = evaluated(study, save=lambda number, table: saved.insert(number, table))
     assert len(saved) == 3
     calls = []
     model = study["model"]
     counting = lambda batch: calls.append(batch.names) or model.logits(batch)  # noqa: E731
     rest: list[pd.DataFrame] = []
-    again = evaluated(study, model=dataclasses.replace(model, logits=counting), done=saved[:2], save=rest.append)
+    again = evaluated(
+        study,
+        model=dataclasses.replace(model, logits=counting),
+        done=saved[:2],
+        save=lambda number, table: rest.append(table),
+    )
     assert len(calls) == 1 + len(FRACTIONS) and len(rest) == 1
     pd.testing.assert_frame_equal(again, whole)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from ablation_sweeps.queue import Place
 def job(results: Path, name: str, model: str = "m") -> SimpleNamespace:
     labels = {"model": SimpleNamespace(label=model), "dataset": SimpleNamespace(label="d")}
     folder = results / "sweep" / f"{model}-d-{name}"
-    return SimpleNamespace(**labels, folder=folder, config={}, results_dir=results)
+    return SimpleNamespace(**labels, folder=folder, config={}, results_dir=results, like="x")
 
 
 @pytest.fixture
@@ -31,8 +32,9 @@ def jobs(monkeypatch, tmp_path) -> list[SimpleNamespace]:
 
 def test_a_plan_counts_what_is_missing_and_estimates_by_what_was_run(jobs, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(store, "finished", lambda folder: folder.name == "m-d-a")
-    for sweep, seconds in (("sweep/m-d-a", 20), ("another/m-d-x", 40), ("another/n-d-x", 9999)):
-        store.write_json(tmp_path / sweep / "environment.json", {"seconds": seconds})
+    runs = [("sweep/m-d-a", "x", 20), ("another/m-d-x", "x", 40), ("another/n-d-x", "x", 9999), ("s/m-d-z", "more", 99)]
+    for run, like, seconds in runs:
+        store.write_json(tmp_path / run / "environment.json", {"like": like, "seconds": seconds})
     (tmp_path / "sweep" / "m-d-b").mkdir()
     (tmp_path / "sweep" / "m-d-b" / "progress-000000.parquet").touch()
     launching.plan(jobs, 3, 2)
@@ -62,13 +64,15 @@ def test_the_table_says_how_far_the_running_job_of_a_pack_is(tmp_path):
     from rich.console import Console
 
     store.write_status(tmp_path / "one", "finished")
+    started = datetime.now(timezone.utc) - timedelta(seconds=100)
     store.write_json(tmp_path / "two" / "status.json",
-                     {"state": "running", "started": "2020-01-01T00:00:00+00:00", "batches": 4})  # fmt: skip
-    (tmp_path / "two" / "progress-000000.parquet").touch()
+                     {"state": "running", "started": started.isoformat(), "batches": 40, "begun_at": 18})  # fmt: skip
+    for batch in range(20):
+        (tmp_path / "two" / f"progress-{batch:06d}.parquet").touch()
     console = Console(width=150)
     packs = {"p1": ([tmp_path / "one", tmp_path / "two"], Place("RUNNING", "node3", False, ""))}
     with console.capture() as captured:
         console.print(watching.table(packs))
     (row,) = [line for line in captured.get().splitlines() if "p1" in line]
-    assert row.split()[:6] == ["p1", "node3", "running", "1/2", "two", "1/4"]
-    assert row.split()[-1] == "s"
+    assert row.split()[:6] == ["p1", "node3", "running", "1/2", "two", "20/40"]
+    assert 990 < int(row.split()[-2]) < 1100 and row.split()[-1] == "s"  # two batches in 100 seconds, 20 to go

@@ -192,25 +192,25 @@ def table(i: int) -> pd.DataFrame:
 
 def test_progress_is_read_up_to_the_first_damage(tmp_path):
     for i in range(4):
-        store.save_progress(tmp_path, table(i))
+        store.save_progress(tmp_path, i, table(i))
     assert [int(t["i"][0]) for t in store.progress(tmp_path)] == [0, 1, 2, 3]
     (damaged,) = tmp_path.glob("progress-000002-*")
     damaged.write_bytes(b"half")
     assert [int(t["i"][0]) for t in store.progress(tmp_path)] == [0, 1]
     assert len(list(tmp_path.glob("progress-*"))) == 2
-    store.save_progress(tmp_path, table(7))
+    store.save_progress(tmp_path, 2, table(7))
     assert [int(t["i"][0]) for t in store.progress(tmp_path)] == [0, 1, 7]
 
 
 def test_progress_with_a_gap_stops_at_the_gap(tmp_path):
     for i in range(4):
-        store.save_progress(tmp_path, table(i))
+        store.save_progress(tmp_path, i, table(i))
     next(tmp_path.glob("progress-000001-*")).unlink()
     assert [int(t["i"][0]) for t in store.progress(tmp_path)] == [0]
 
 
 def test_a_temporary_file_of_a_killed_process_is_not_taken_for_progress(tmp_path):
-    store.save_progress(tmp_path, table(0))
+    store.save_progress(tmp_path, 0, table(0))
     (tmp_path / ".progress-000001.parquet.123.tmp").write_bytes(b"half")
     assert len(store.progress(tmp_path)) == 1
 
@@ -230,10 +230,10 @@ def stop_after(monkeypatch, n_batches: int) -> list[int]:
     """The process is killed when it has saved so many batches."""
     real, count = store.save_progress, []
 
-    def save(folder, sums):
+    def save(folder, number, sums):
         if len(count) == n_batches:
             raise KeyboardInterrupt
-        real(folder, sums)
+        real(folder, number, sums)
         count.append(1)
 
     monkeypatch.setattr(job_module.store, "save_progress", save)
@@ -305,6 +305,18 @@ def test_a_device_with_too_little_memory_is_recorded(make, monkeypatch, caplog):
     assert "last digit may differ" in caplog.text
     store.begin(folder, {})  # started again
     assert json.loads((folder / "environment.json").read_text())["notes"]
+
+
+def test_what_was_continued_in_another_environment_says_so(tmp_path, monkeypatch):
+    store.begin(tmp_path, {})
+    store.save_progress(tmp_path, 0, table(0))
+    store.begin(tmp_path, {})
+    assert "notes" not in json.loads((tmp_path / "environment.json").read_text())
+    real = store.describe()
+    monkeypatch.setattr(store, "describe", lambda: {**real, "device": "another GPU"})
+    store.begin(tmp_path, {})
+    (said,) = json.loads((tmp_path / "environment.json").read_text())["notes"]
+    assert said.startswith("its first 1 batches were computed elsewhere") and real["device"] in said
 
 
 def test_statistics_are_computed_once_for_all_jobs_that_share_them(make, monkeypatch):
