@@ -145,14 +145,17 @@ def _collect(
 
 
 def bins(
-    x: Rows, low: Float[torch.Tensor, " neurons"], high: Float[torch.Tensor, " neurons"], n_bins: int
-) -> Int[torch.Tensor, "tokens neurons"]:
+    x: Float[torch.Tensor, "neurons tokens"],
+    low: Float[torch.Tensor, " neurons"],
+    high: Float[torch.Tensor, " neurons"],
+    n_bins: int,
+) -> Int[torch.Tensor, "neurons tokens"]:
     """The bin of each value, in float32: `trunc((x - low) * n_bins / (high - low))`, the maximum in the last one.
 
     A neuron that never changes has all its values in bin 0.
     """
     width = high - low
-    scaled = (x.float() - low) * n_bins / torch.where(width > 0, width, 1)
+    scaled = (x.float() - low[:, None]) * n_bins / torch.where(width > 0, width, 1)[:, None]
     return scaled.long().clamp_(0, n_bins - 1)
 
 
@@ -160,13 +163,14 @@ def _moments(model: Transformer, projections: list[Projection], batches: Sequenc
     moments: list[Moments | None] = [None] * len(projections)
 
     def see(layer: int, x: Rows) -> None:
-        if not torch.isfinite(x).all():
-            neuron = int((~torch.isfinite(x)).any(0).nonzero()[0])
+        new, old = Moments.of(x), moments[layer]
+        finite = torch.isfinite(new.minimum) & torch.isfinite(new.maximum)  # NaN is in both
+        if not finite.all():
+            neuron = int((~finite).nonzero()[0])
             raise UserError(
                 f"model={model.label}: the activation of neuron {neuron} in layer {layer} is not finite on the "
                 "calibration data; try model.dtype=float32, and check the weights"
             )
-        new, old = Moments.of(x), moments[layer]
         moments[layer] = new if old is None else old + new
 
     _pass(model, projections, batches, see, "statistics, pass 1")
@@ -190,7 +194,7 @@ def _counts(
             here = counts[h][layer] = counts[h][layer].to(x.device)
             # Transposed and in chunks: the scattered writes of a neuron then stay in a few cache lines.
             for chunk in x.split(512):
-                index = bins(chunk, low, high, h.n_bins).T
+                index = bins(chunk.T.contiguous(), low, high, h.n_bins)
                 here.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
 
     _pass(model, projections, batches, see, "statistics, pass 2")

@@ -204,8 +204,8 @@ def _targets(batch: Batch) -> Targets:
 
 
 def _chunks(rows: Int[Tensor, " scored"], n_classes: int) -> Iterator[slice]:
-    """Of some 16 MB of logits: small enough that temporaries stay in memory that the process has already."""
-    size = max(1, (1 << 22) // n_classes)
+    """Of so many logits that on a CPU the temporaries stay in its cache, and that a GPU has enough to do."""
+    size = max(1, (1 << (18 if rows.device.type == "cpu" else 26)) // n_classes)
     return (slice(start, start + size) for start in range(0, len(rows), size))
 
 
