@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import resource
 import subprocess
@@ -25,8 +26,9 @@ PACKAGES = (
 )
 
 
+@functools.cache
 def describe() -> dict[str, Any]:
-    """Commit, versions and device of this process."""
+    """Commit, versions and device of this process: of the code as it was when it began."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

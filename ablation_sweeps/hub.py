@@ -130,6 +130,12 @@ class Pretrained:
         """Of the hub; the same for all files of a model, and for what its signature says."""
         return None if self.path else commit(self.repository, self.revision, "model")
 
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        """Of every `from_pretrained`, be it of the model, its configuration, tokenizer or processor."""
+        options = {"revision": self.commit, "gguf_file": self.gguf_file, "trust_remote_code": self.trust_remote_code}
+        return {key: value for key, value in options.items() if value is not None}
+
     def prefetch(self) -> None:
         """Gets all that loading it needs, without loading it."""
         if self.path:
@@ -146,8 +152,8 @@ class Pretrained:
     def from_pretrained(self, auto_model: Any) -> nn.Module:
         """The unmodified model on its device, in eval mode; weights from safetensors or GGUF alone."""
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
-        options: dict[str, Any] = {"dtype": dtype, "revision": self.commit, "device_map": self.device_map}
-        options |= {"gguf_file": self.gguf_file, "attn_implementation": self.attn_implementation}
+        options: dict[str, Any] = {"dtype": dtype, "device_map": self.device_map}
+        options["attn_implementation"] = self.attn_implementation
         if not self.gguf_file:
             options["use_safetensors"] = self.use_safetensors
         if self.quantize:
@@ -156,8 +162,8 @@ class Pretrained:
         module, info = self.guarded(
             lambda: auto_model.from_pretrained(
                 self.source,
-                trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
+                **self.hub_options,
                 **{key: value for key, value in options.items() if value is not None},
             )
         )
@@ -186,12 +192,7 @@ class Pretrained:
 def load_tokenizer(model: Pretrained) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    options = {"gguf_file": model.gguf_file} if model.gguf_file else {}
-    tokenizer = model.guarded(
-        lambda: AutoTokenizer.from_pretrained(
-            model.source, revision=model.commit, trust_remote_code=model.trust_remote_code, **options
-        )
-    )
+    tokenizer = model.guarded(lambda: AutoTokenizer.from_pretrained(model.source, **model.hub_options))
     tokenizer.truncation_side = "right"  # the beginning of a document is what is evaluated
     return tokenizer
 
@@ -238,12 +239,7 @@ def context_length(model: Pretrained) -> int:
     """What both the model and its tokenizer can take; read from the configuration, without the weights."""
     from transformers import AutoConfig
 
-    options = {"gguf_file": model.gguf_file} if model.gguf_file else {}
-    config = model.guarded(
-        lambda: AutoConfig.from_pretrained(
-            model.source, revision=model.commit, trust_remote_code=model.trust_remote_code, **options
-        )
-    ).get_text_config()
+    config = model.guarded(lambda: AutoConfig.from_pretrained(model.source, **model.hub_options)).get_text_config()
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
     return min([load_tokenizer(model).model_max_length, *(limit for limit in limits if limit)])
 

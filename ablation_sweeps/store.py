@@ -253,7 +253,7 @@ def _write_config(folder: Path, config: dict) -> None:
 
 def begin(folder: Path, config: dict) -> None:
     _write_config(folder, config)
-    earlier, now = read_json(folder / "environment.json") or {}, describe()  # now: code on disk may change as it runs
+    earlier, now = read_json(folder / "environment.json") or {}, describe()
     notes = {"notes": earlier["notes"]} if "notes" in earlier else {}
     write_json(folder / "environment.json", now | notes)
     before = {key: earlier.get(key) for key in ("git_commit", "packages", "device", "threads")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import sysconfig
 import tokenize
@@ -60,9 +61,13 @@ class PythonCode:
 @cache
 def docs() -> tuple[Document, ...]:
     documents = [Document(f"topic/{key}", text.strip()) for key, text in help_topics().items()]
-    for document in code():
-        text = "\n\n".join(docstrings(document.text))
-        documents.append(Document(f"doc/{document.name.removeprefix('code/')}", text))
+    gc.disable()  # it would look through millions of new nodes again and again, which takes longer than parsing
+    try:
+        for document in code():
+            text = "\n\n".join(docstrings(document.text))
+            documents.append(Document(f"doc/{document.name.removeprefix('code/')}", text))
+    finally:
+        gc.enable()
     return tuple(d for d in without_copies(documents) if len(d.text) >= MIN_CHARACTERS)
 
 
@@ -103,8 +108,16 @@ def docstrings(text: str) -> list[str]:
         warnings.simplefilter("ignore")  # old escapes in somebody else's strings
         tree = ast.parse(text)
     kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = sorted((n for n in ast.walk(tree) if isinstance(n, kinds)), key=lambda n: n.lineno)
+    nodes = sorted((n for n in statements(tree) if isinstance(n, kinds)), key=lambda n: n.lineno)
     return [doc for node in (tree, *nodes) if (doc := ast.get_docstring(node))]
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Those inside of it, however deep. Expressions, of which there are many more, hold none that have docstrings."""
+    for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+        for inside in getattr(node, field, ()):
+            yield inside
+            yield from statements(inside)
 
 
 def without_copies(documents: Iterable[Document]) -> list[Document]:

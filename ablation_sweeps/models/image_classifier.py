@@ -31,8 +31,7 @@ class ImageClassifier(Pretrained):
     def load(self) -> Transformer:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        options = {"revision": self.commit, "trust_remote_code": self.trust_remote_code}
-        processor = self.guarded(lambda: AutoImageProcessor.from_pretrained(self.source, **options))
+        processor = self.guarded(lambda: AutoImageProcessor.from_pretrained(self.source, **self.hub_options))
         module = self.from_pretrained(AutoModelForImageClassification)
         config = module.config
         dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from examples import logits, n_hooks, two_examples
 from families import FAMILIES
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from ablation_sweeps import sites
 from ablation_sweeps.ablation import ablated, reading
-from ablation_sweeps.data import Batch, Document, UserError
+from ablation_sweeps.data import Batch, UserError
 from ablation_sweeps.sites import Projection
-from ablation_sweeps.transformer import Budget, Transformer
+from ablation_sweeps.transformer import Transformer
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 SITES = {"attn_pre_out": "attention", "mlp_pre_out": "mlp"}
@@ -24,26 +25,6 @@ family_and_site = pytest.mark.parametrize(
     ("family", "name"),
     [(family, name) for family in FAMILIES for name in SITES if getattr(FAMILIES[family], SITES[name])],
 )
-
-
-def a_batch(model: Transformer) -> Batch:
-    """Two unequal texts, one of them padded, or two pictures."""
-    if model.modality == "image":
-        one, two = (model.other_input("random_pixels", 1, seed) for seed in (1, 2))
-        inputs = {key: torch.cat([one.inputs[key], two.inputs[key]]) for key in one.inputs}
-        return Batch(inputs, torch.tensor([0, 1]), None, ("a", "b"), (0, 1))
-    texts = [Document("a", "The quick brown fox"), Document("b", "jumps over")]
-    (batch,) = model.encode(texts, "calibration", Budget(None, None), 1000, 0)
-    return batch
-
-
-def run(model: Transformer, batch: Batch) -> Tensor:
-    with torch.inference_mode():
-        return model.logits(batch)
-
-
-def n_hooks(module: nn.Module) -> int:
-    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in module.modules())
 
 
 def one_head(projections: list[Projection], layer: int, n_heads: int, head: int, of: int = 1) -> list[Tensor]:
@@ -56,7 +37,7 @@ def one_head(projections: list[Projection], layer: int, n_heads: int, head: int,
 
 def with_zeros(model: Transformer, projections: list[Projection], masks: list[Tensor], batch: Batch) -> Tensor:
     with ablated(projections, masks, [torch.zeros(p.width) for p in projections], len(batch.names)):
-        return run(model, batch)
+        return logits(model, batch)
 
 
 def said_by_sites(caplog) -> list[str]:
@@ -106,31 +87,31 @@ def test_every_hook_fires_once_a_layer(tiny, site, family, name):
     model = tiny(family)
     projections, fired = sites.find(model, site(name), None), []
     with torch.inference_mode(), sites.hooked(projections, lambda layer, x: fired.append((layer, x.shape[-1]))):
-        model.logits(a_batch(model))
-        model.body(a_batch(model))
+        model.logits(two_examples(model))
+        model.body(two_examples(model))
     assert fired == 2 * [(layer, width) for layer, (_, width) in enumerate(getattr(FAMILIES[family], SITES[name]))]
 
 
 @family_and_site
 def test_hooks_that_change_nothing_leave_the_logits_bit_equal_and_no_hook_behind(tiny, site, family, name):
     model = tiny(family)
-    batch, before = a_batch(model), n_hooks(model.module)
-    clean = run(model, batch)
+    batch, before = two_examples(model), n_hooks(model.module)
+    clean = logits(model, batch)
     projections = sites.find(model, site(name), None)
     assert n_hooks(model.module) == before
     nothing = [torch.zeros(p.width, dtype=torch.bool) for p in projections]
     with ablated(projections, nothing, [torch.full((p.width,), torch.nan) for p in projections], 2):
         assert n_hooks(model.module) == before + len({p.module for p in projections})
-        assert torch.equal(run(model, batch), clean)
+        assert torch.equal(logits(model, batch), clean)
     assert n_hooks(model.module) == before
-    assert torch.equal(run(model, batch), clean)
+    assert torch.equal(logits(model, batch), clean)
 
 
 @family_and_site
 def test_rows_belong_to_their_examples(tiny, site, family, name):
     """Each example alone has the same rows as in a batch, where some models flatten, window or pad them."""
     model = tiny(family)
-    batch, projections = a_batch(model), sites.find(model, site(name), None)
+    batch, projections = two_examples(model), sites.find(model, site(name), None)
     with torch.inference_mode(), reading(projections, 2) as together:
         model.body(batch)
     for row in range(2):
@@ -150,9 +131,9 @@ def test_the_body_leaves_out_the_language_model_head(tiny, family):
     head = model.module.get_output_embeddings()
     handle = head.register_forward_hook(lambda *_: calls.append("head"))
     with torch.inference_mode():
-        model.logits(a_batch(model))
+        model.logits(two_examples(model))
         assert calls == ["head"]
-        model.body(a_batch(model))
+        model.body(two_examples(model))
     handle.remove()
     assert calls == ["head"]
 
@@ -192,12 +173,12 @@ def implementations(family: str) -> list[str | None]:
 )
 def test_ablating_the_slice_of_a_head_is_zeroing_that_head(tiny, fresh, site, family, implementation):
     model = fresh(family, attn_implementation=implementation) if implementation else tiny(family)
-    batch, projections = a_batch(model), sites.find(model, site("attn_pre_out"), None)
-    clean, layer = run(model, batch), len(projections) // 2
+    batch, projections = two_examples(model), sites.find(model, site("attn_pre_out"), None)
+    clean, layer = logits(model, batch), len(projections) // 2
     n_heads = FAMILIES[family].heads[layer]
     for head in range(n_heads):
         with SilencedHead(layer, head) as silenced:
-            expected = run(model, batch)
+            expected = logits(model, batch)
         assert [shape[1] for shape in silenced.shapes] == list(FAMILIES[family].heads)
         found = with_zeros(model, projections, one_head(projections, layer, n_heads, head), batch)
         assert torch.equal(found, expected)
@@ -211,14 +192,14 @@ grouped = [name for name, mine in FAMILIES.items() if "num_key_value_heads" in m
 @pytest.mark.parametrize("family", grouped)
 def test_a_value_head_serves_its_group_of_query_heads(fresh, site, family):
     model = fresh(family)
-    batch, projections = a_batch(model), sites.find(model, site("attn_pre_out"), None)
+    batch, projections = two_examples(model), sites.find(model, site("attn_pre_out"), None)
     values = model.module.get_submodule(projections[0].path.rpartition(".")[0]).v_proj
     d_head = projections[0].width // 4
     assert values.out_features == 2 * d_head
     found = with_zeros(model, projections, one_head(projections, 0, 4, head=2, of=2), batch)
     for parameter in values.parameters():
         parameter.data[d_head:] = 0
-    torch.testing.assert_close(found, run(model, batch), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, logits(model, batch), atol=1e-5, rtol=1e-5)
 
 
 # What looks like a projection, or hides one
@@ -233,7 +214,7 @@ def read(model: Transformer, projections: list[Projection], batch: Batch) -> lis
 def test_a_norm_between_heads_and_projection_mixes_the_heads(tiny, site):
     """The site is the input of the projection and says no more: here its neurons are not those of one head."""
     model = tiny("timm_eva_norm")
-    batch, projections = a_batch(model), sites.find(model, site("attn_pre_out"), None)
+    batch, projections = two_examples(model), sites.find(model, site("attn_pre_out"), None)
     clean = read(model, projections, batch)[0]
     with SilencedHead(0, head=1):
         silenced = read(model, projections, batch)[0]
@@ -243,7 +224,7 @@ def test_a_norm_between_heads_and_projection_mixes_the_heads(tiny, site):
 
 def test_a_gate_between_heads_and_projection_has_acted_at_the_site(tiny, site):
     model = tiny("qwen3_next")
-    batch, projections = a_batch(model), sites.find(model, site("attn_pre_out"), None)
+    batch, projections = two_examples(model), sites.find(model, site("attn_pre_out"), None)
     attention, gates, heads = model.module.model.layers[1].self_attn, [], []
     handle = attention.q_proj.register_forward_hook(lambda module, args, out: gates.append(out))
 

@@ -7,35 +7,16 @@ import dataclasses
 
 import pytest
 import torch
+from examples import logits, n_hooks, two_examples
 from torch import nn
 
 from ablation_sweeps import sites
 from ablation_sweeps.ablation import ablated
-from ablation_sweeps.data import NOT_SCORED, Batch, Document, UserError
-from ablation_sweeps.transformer import Budget, Transformer
+from ablation_sweeps.data import NOT_SCORED, Batch, UserError
+from ablation_sweeps.transformer import Transformer
 
 SITES = ("attn_pre_out", "mlp_pre_out")
 every_site = pytest.mark.parametrize("name", SITES)
-
-
-def some_batch(model: Transformer) -> Batch:
-    """Two unequal texts, or two pictures."""
-    if model.modality == "image":
-        one, two = (model.other_input("random_pixels", 1, seed) for seed in (1, 2))
-        inputs = {key: torch.cat([one.inputs[key], two.inputs[key]]) for key in one.inputs}
-        return Batch(inputs, torch.tensor([0, 1]), None, ("a", "b"), (0, 1))
-    texts = [Document("a", "The quick brown fox"), Document("b", "jumps over")]
-    (batch,) = model.encode(texts, "calibration", Budget(None, None), 1000, 0)
-    return batch
-
-
-def logits(model: Transformer, batch: Batch) -> torch.Tensor:
-    with torch.inference_mode():
-        return model.logits(batch)
-
-
-def n_hooks(module: nn.Module) -> int:
-    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in module.modules())
 
 
 def all_false(projections):
@@ -247,7 +228,7 @@ def test_no_hook_is_left_behind_by_an_exception(tiny, site):
             raise KeyError
 
     with pytest.raises(KeyError), sites.hooked(projections, breaks):
-        logits(model, some_batch(model))
+        logits(model, two_examples(model))
     assert n_hooks(model.module) == 0
 
     def no_body(batch: Batch) -> None:
@@ -299,7 +280,7 @@ def without_values(model: Transformer, family: str, layer: int, head: int) -> nn
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "bert", "timm_vit"])
 def test_neurons_of_a_head_are_that_heads_output(tiny, site, family):
     model = tiny(family)
-    batch, projections = some_batch(model), sites.find(model, site("attn_pre_out"), None)
+    batch, projections = two_examples(model), sites.find(model, site("attn_pre_out"), None)
     # In the Llama, key/value head 1 serves the query heads 2 and 3.
     neurons = slice(16, 32) if family == "llama" else slice(8, 16)
     silenced = dataclasses.replace(model, module=without_values(model, family, 1, 1))
@@ -317,7 +298,7 @@ def test_neurons_of_a_head_are_that_heads_output(tiny, site, family):
 @pytest.mark.parametrize("family", ["opt", "bert", "timm_vit", "gpt2"])
 def test_all_neurons_zeroed_leave_the_bias_of_the_projection_alone(tiny, site, family, name):
     model = tiny(family)
-    batch, projections = some_batch(model), sites.find(model, site(name), None)
+    batch, projections = two_examples(model), sites.find(model, site(name), None)
     projection = projections[2].module
     outputs = []
     with ablated(projections, only(projections, 2, slice(None)), zeros(projections), 2):
@@ -329,7 +310,7 @@ def test_all_neurons_zeroed_leave_the_bias_of_the_projection_alone(tiny, site, f
 
 def test_one_call_of_a_shared_layer_is_ablated_not_all_of_them(tiny, site):
     model = tiny("albert")
-    batch, projections = some_batch(model), sites.find(model, site("attn_pre_out"), None)
+    batch, projections = two_examples(model), sites.find(model, site("attn_pre_out"), None)
     seen: list[torch.Tensor] = []
     with ablated(projections, only(projections, 1, slice(0, 8)), zeros(projections), 2):
         handle = projections[0].module.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
