@@ -110,9 +110,11 @@ def only_one(sweep: Path) -> Iterator[None]:
         raise UserError(
             f"sweep={sweep.name}: is being launched already, by {by}; wait for it, or name another sweep=NAME"
         ) from error
-    with lock:
+    try:
         store.write_text(who, f"process {os.getpid()} on {os.uname().nodename}\n")
         yield
+    finally:
+        lock.release()
 
 
 @dataclass
