@@ -129,7 +129,7 @@ class Job:
         own = {"method": _options(self.method), "fractions": self.fraction.values, "seed": self.seed}
         return store.signature({**self.study, **own})
 
-    @property
+    @functools.cached_property
     def like(self) -> str:
         """The same for jobs that take about as long: all but method and seed."""
         return store.signature([self.study, self.fraction.values])[:16]

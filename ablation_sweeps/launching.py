@@ -50,11 +50,12 @@ def plan(jobs: Sequence[Job], most: int | None, at_once: int) -> None:
     jobs = [jobs[i] for i in by_model(jobs)]
     missing = {job.folder: job for job in jobs if not store.finished(job.folder)}
     packs = packed(list(missing.values()), most)
+    past = {like: seconds_of(job) for like, job in {job.like: job for job in missing.values()}.items()}
     took: list[float | None] = []
     for number, pack in enumerate(packs, start=1):
         job = missing[pack.folders[0]]
         begun = sum(store.batches_done(folder) > 0 for folder in pack.folders)
-        each = seconds_of(job)
+        each = past[job.like]
         took.append(each and each * len(pack.folders))
         about = f", about {duration(took[-1])}" if took[-1] else ""
         print(f"pack {number}: {job.model.label} on {job.dataset.label}, {counted(len(pack.folders), 'job')}{about}"

@@ -58,7 +58,7 @@ class Pack:
         time.sleep(random.random() * self.delay)
         if self.stalls == STALLS:  # it would go round for ever
             stuck = next(folder for folder in self.folders if store.status(folder)["state"] not in OVER)
-            store.write_status(stuck, "failed", f"no batch was done in {STALLS + 1} runs, each up to its time limit: "
+            store.write_status(stuck, "failed", f"no batch was done in {STALLS} runs, each up to its time limit: "
                                                 "raise hydra.launcher.time")  # fmt: skip
         for number, (folder, config) in enumerate(self.configs.items(), start=1):
             if store.status(Path(folder))["state"] == "failed":  # before this pack was put into the queue again

@@ -88,7 +88,9 @@ class SlurmQueue:
         delay = min(10.0, len(packs) / 20)
         try:
             with _outside_of_a_job():
-                executor = submitit.SlurmExecutor(self.private, max_num_timeout=10**6)  # each one gets further
+                executor = submitit.SlurmExecutor(
+                    self.private, max_num_timeout=10**6
+                )  # a pack that gets nowhere gives up
                 executor.update_parameters(**self._parameters(name))
                 submissions = [Pack(pack.configs, delay) for pack in packs]
                 jobs = executor.submit_array(submissions)

@@ -103,13 +103,14 @@ def read_json(path: Path) -> dict | None:
 
 def write_table(path: Path, table: pd.DataFrame) -> str:
     """Returns the sha256 of the file."""
-    return _write_bytes(path, table.to_parquet(index=False))
+    content = table.to_parquet(index=False)
+    _write_bytes(path, content)
+    return hashlib.sha256(content).hexdigest()
 
 
-def _write_bytes(path: Path, content: bytes) -> str:
+def _write_bytes(path: Path, content: bytes) -> None:
     with replacing(path) as temporary:
         temporary.write_bytes(content)
-    return hashlib.sha256(content).hexdigest()
 
 
 def read_table(path: Path, sha256: str | None) -> pd.DataFrame | None:
@@ -120,11 +121,16 @@ def read_table(path: Path, sha256: str | None) -> pd.DataFrame | None:
     """
     import pandas as pd
 
+    content = _read_whole(path, sha256)
+    return None if content is None else pd.read_parquet(io.BytesIO(content))
+
+
+def _read_whole(path: Path, sha256: str | None) -> bytes | None:
     if not path.exists():
         return None
     content = path.read_bytes()
     if sha256 and hashlib.sha256(content).hexdigest().startswith(sha256):
-        return pd.read_parquet(io.BytesIO(content))
+        return content
     log.warning("%s is damaged (truncated or altered); a launch computes it again", path)
     return None
 
@@ -220,7 +226,10 @@ def run_log(folder: Path) -> Iterator[None]:
 
 def finished(folder: Path) -> bool:
     """And its tables are whole."""
-    return result(folder, "rows.parquet") is not None and result(folder, "documents.parquet") is not None
+    found = status(folder)
+    sums = found.get("sha256", {})
+    whole = lambda name: _read_whole(folder / name, sums.get(name)) is not None  # noqa: E731  (not parsed: jobs are many)
+    return found["state"] == "finished" and whole("rows.parquet") and whole("documents.parquet")
 
 
 def result(folder: Path, name: str) -> pd.DataFrame | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ablation_sweeps import store
+from ablation_sweeps.packs import OVER
 from ablation_sweeps.queue import Place
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def table(packs: Packs) -> Table:
     shown = Table("pack", "node", "state", "jobs", "at", "left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, (folders, place) in list(packs.items())[:ROWS]:
         statuses = {folder: store.status(folder) for folder in folders}
-        done = sum(status["state"] in ("finished", "failed") for status in statuses.values())
+        done = sum(status["state"] in OVER for status in statuses.values())
         running = [folder for folder, status in statuses.items() if status["state"] == "running"]
         at, left = progress(running[0], statuses[running[0]]) if running else (place.why, "")
         shown.add_row(name, place.node, place.state.lower(), f"{done}/{len(folders)}", at, left)
