@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import gc
 import hashlib
+import os
 import sysconfig
 import tokenize
 import warnings
@@ -75,9 +76,9 @@ def docs() -> tuple[Document, ...]:
 def code() -> tuple[Document, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = []
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(modules(root)):
         module = path.relative_to(root).with_suffix("")
-        if SKIPPED_FOLDERS.intersection(module.parts) or module.name.startswith(SKIPPED_FILES):
+        if module.name in SKIPPED_FOLDERS or module.name.startswith(SKIPPED_FILES):
             continue
         if not all(part.isidentifier() for part in module.parts):  # not importable: a script of the build
             continue
@@ -87,6 +88,13 @@ def code() -> tuple[Document, ...]:
     if not documents:
         raise UserError("dataset=python_docs: this Python has no source of its standard library; use another dataset")
     return tuple(documents)
+
+
+def modules(root: Path) -> Iterator[Path]:
+    """Skipped folders may hold many thousands of files, so they are not looked into."""
+    for folder, inside, files in os.walk(root):
+        inside[:] = [name for name in inside if name not in SKIPPED_FOLDERS]
+        yield from (Path(folder, file) for file in files if file.endswith(".py"))
 
 
 def help_topics() -> dict[str, str]:

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 from torch import nn
 
-from ablation_sweeps.data import Batch, Document, Modality, UserError
+from ablation_sweeps.data import Batch, Modality, UserError
 from ablation_sweeps.hub import Pretrained, context_length, load_tokenizer
 from ablation_sweeps.text import Pack, TextEncoder
 from ablation_sweeps.transformer import Transformer
@@ -29,12 +29,8 @@ class CausalLM(Pretrained):
     max_tokens: Annotated[int, Field(ge=2)]
     pack: Pack
 
-    def can_score(self, document: Document) -> bool:
-        """Needs the tokenizer alone."""
-        return len(load_tokenizer(self)(document.text[:1000], verbose=False)["input_ids"]) >= 2  # type: ignore[arg-type]
-
     def encoder(self) -> TextEncoder:
-        """Likewise."""
+        """Needs the tokenizer alone."""
         longest = min(self.max_tokens, context_length(self))
         return TextEncoder(load_tokenizer(self), longest, None, self.tokens, self.pack)
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import Batch, Modality, Picture, UserError
+from ablation_sweeps.data import Batch, Modality, UserError
 from ablation_sweeps.hub import Pretrained
 from ablation_sweeps.images import ImageEncoder
 from ablation_sweeps.transformer import Encoder, Transformer
@@ -20,9 +20,6 @@ class ImageClassifier(Pretrained):
     """Any model of `AutoModelForImageClassification`, with its own image processor."""
 
     modality: ClassVar[Modality] = "image"
-
-    def can_score(self, picture: Picture) -> bool:
-        return True
 
     def encoder(self) -> Encoder:
         """Needs the model, since it says into how many positions it cuts an image; any device will do."""

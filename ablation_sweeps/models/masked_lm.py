@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import Batch, Document, Modality, UserError
+from ablation_sweeps.data import Batch, Modality, UserError
 from ablation_sweeps.hub import Pretrained, context_length, load_tokenizer
 from ablation_sweeps.text import Masking, Pack, TextEncoder
 from ablation_sweeps.transformer import Transformer
@@ -33,14 +33,8 @@ class MaskedLM(Pretrained):
     replaced_by_mask: Annotated[float, Field(ge=0, le=1)]
     replaced_at_random: Annotated[float, Field(ge=0, le=1)]
 
-    def can_score(self, document: Document) -> bool:
-        """Needs the tokenizer alone."""
-        tokenizer = load_tokenizer(self)
-        ids = tokenizer(document.text[:1000], verbose=False)["input_ids"]
-        return bool(set(ids) - set(tokenizer.all_special_ids))  # type: ignore[arg-type]
-
     def encoder(self) -> TextEncoder:
-        """Likewise."""
+        """Needs the tokenizer alone."""
         masking = Masking(self.masked, self.replaced_by_mask, self.replaced_at_random)
         longest = min(self.max_tokens, context_length(self))
         return TextEncoder(load_tokenizer(self), longest, masking, self.tokens, self.pack)

@@ -10,7 +10,7 @@ import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import Modality, Picture, UserError
+from ablation_sweeps.data import Modality, UserError
 from ablation_sweeps.hub import Pretrained
 from ablation_sweeps.hub import device as device_of
 from ablation_sweeps.images import ImageEncoder
@@ -54,9 +54,6 @@ class Timm(Pretrained):
                 f"model.name={self.name}: timm has no weights of it; timm.list_pretrained() lists those it has"
             )
         return pretrained.hf_hub_id
-
-    def can_score(self, picture: Picture) -> bool:
-        return True
 
     def encoder(self) -> Encoder:
         """Needs the model, since it says into how many positions it cuts an image; any device will do."""

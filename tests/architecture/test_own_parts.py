@@ -100,9 +100,6 @@ class ByteModel:
     site_paths: tuple | None
     modality: ClassVar[str] = "text"
 
-    def can_score(self, document):
-        return len(document.text) >= 2
-
     def identity(self):
         return asdict(self)
 
