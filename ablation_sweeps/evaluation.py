@@ -23,6 +23,7 @@ from ablation_sweeps.transformer import Transformer
 
 log = logging.getLogger(__name__)
 
+LEAST = 32  # documents or images that a standard error is taken from, before it decides about more
 SUMS = ("n", "loss", "top1", "topk", "kl", "n_rare", "loss_rare", "top1_rare", "topk_rare")
 
 
@@ -69,17 +70,20 @@ def evaluate(
     done: Sequence[pd.DataFrame],
     save: Callable[[int, pd.DataFrame], None],
     note: Callable[[str], None] = log.warning,
+    target_stderr: float | None = None,
 ) -> pd.DataFrame:
-    """One clean pass a batch, then one pass for every fraction.
+    """One clean pass a batch, then one pass for every fraction that is not precise enough yet.
 
     Args:
         masks: for each fraction; fraction 0 is the clean pass and needs none.
         done: what earlier batches gave, if the job was interrupted; these are not run again.
         save: called with the number of each batch and its sums, as soon as they are there.
         note: told when the device has too little memory for a batch, which is then halved.
+        target_stderr: of the mean loss, in nats; a fraction that reaches it gets no more batches. None: all get all.
 
     Returns:
-        one row a document and fraction with the columns `SUMS`: sums over the document's scored positions.
+        one row a document and fraction with the columns `SUMS`: sums over the document's scored positions. With a
+        `target_stderr`, each fraction has the first so many documents: any two curves share those of the shorter one.
 
     Raises:
         UserError: the model gives logits that are not finite, or nothing is scored.
@@ -90,16 +94,36 @@ def evaluate(
     parts = list(done)
     bar = tqdm(batches, desc=f"{model.label}, {len(masks) + 1} passes a batch", delay=2, leave=False, disable=None)
     for number, batch in enumerate(bar):
-        if number < len(done):
-            continue
-        sums = passes.sums(batch.to(device))
-        _check_finite(sums, model)
-        parts.append(_frame(sums, batch))
-        save(number, parts[-1])
+        if number >= len(done):
+            sums = passes.sums(batch.to(device))
+            _check_finite(sums, model)
+            parts.append(_frame(sums, batch))
+            save(number, parts[-1])
+        if target_stderr is not None and _are_first(batches[: number + 1]):
+            passes.masks = _imprecise(passes.masks, parts[: number + 1], target_stderr)
+            if not passes.masks:
+                break
     documents = pd.concat(parts, ignore_index=True).sort_values(["fraction", "document"], ignore_index=True)
+    if target_stderr is not None:
+        scored = sum(int((batch.labels != NOT_SCORED).sum()) for batch in batches)
+        share = documents.loc[documents["fraction"] > 0, "n"].sum() / scored / len(masks)
+        log.info("eval.target_stderr=%g: %.0f %% of the data was enough", target_stderr, 100 * share)
     if not documents["n"].sum():
         raise UserError("dataset: nothing is scored in the evaluation split; give longer or more documents")
     return documents
+
+
+def _are_first(batches: Sequence[Batch]) -> bool:
+    """Whether these hold the first documents of the data: a batch of the longest is no fair sample."""
+    places = [place for batch in batches for place in batch.index]
+    return len(places) >= LEAST and max(places) + 1 == len(places)
+
+
+def _imprecise(masks: dict[float, Masks], parts: list[pd.DataFrame], target_stderr: float) -> dict[float, Masks]:
+    """Those of the fractions that need more documents."""
+    loss = pd.concat(parts).groupby("fraction")
+    stderr = {fraction: ratio(group["loss"].to_numpy(), group["n"].to_numpy())[1] for fraction, group in loss}
+    return {fraction: layers for fraction, layers in masks.items() if not stderr[fraction] <= target_stderr}
 
 
 Sums = dict[float, Float[np.ndarray, "batch sums"]]  # of each fraction

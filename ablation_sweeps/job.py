@@ -46,6 +46,8 @@ class Evaluation:
     images: that are evaluated; None is all there are.
     top_k, top_k_images: the k of the second accuracy, for tokens and for classes.
     skip: this many of the most common tokens are left out of the skip metrics.
+    target_stderr: of the loss, in nats: a point that is as precise as that after some number of documents or images
+        needs no more of them. Texts are looked at 32 by 32; None: all points get all.
     """
 
     tokens: Annotated[int | None, Field(ge=2)]
@@ -54,6 +56,11 @@ class Evaluation:
     top_k: Annotated[int, Field(ge=1)]
     top_k_images: Annotated[int, Field(ge=1)]
     skip: Annotated[int, Field(ge=0)]
+    target_stderr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """As before there was a `target_stderr`, where there is none: what was computed then is still valid."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("target_stderr", None)}
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ class Job:
             return Budget(self.statistics.tokens, self.statistics.documents)
         if self.model.modality == "image":
             return Budget(None, self.eval.images)
-        return Budget(self.eval.tokens, self.eval.documents)
+        return Budget(self.eval.tokens, self.eval.documents, evaluation.LEAST if self.eval.target_stderr else None)
 
     def fetch(self) -> None:
         """Gets all that the job needs from the hub, and computes nothing."""
@@ -121,7 +128,7 @@ class Job:
     @functools.cached_property
     def study(self) -> dict[str, Any]:
         """What is the same for all jobs that may be compared."""
-        return {**self.data, "selection": _options(self.selection), "eval": asdict(self.eval)}
+        return {**self.data, "selection": _options(self.selection), "eval": self.eval.identity()}
 
     @functools.cached_property
     def signature(self) -> str:
@@ -203,6 +210,7 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         done=store.progress(folder),
         save=functools.partial(store.save_progress, folder),
         note=note,
+        target_stderr=job.eval.target_stderr,
     )
     labels = torch.cat([batch.labels[batch.labels != NOT_SCORED] for batch in batches])
     rows = evaluation.metrics(documents, guess, labels, top_k)

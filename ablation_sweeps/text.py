@@ -7,7 +7,7 @@ import string
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Tokens = Literal["all", "no_special"]  # positions that enter the statistics
 Pack = Literal["documents", "concatenate"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class TextEncoder:
                 f"dataset: nothing to score in the {split} split: it has no text, or all documents are shorter "
                 "than two tokens; give longer or other documents"
             )
-        return self._batches(sequences, batch_tokens, self.tokens if split == "calibration" else "all")
+        return self._batches(sequences, budget.window, batch_tokens, self.tokens if split == "calibration" else "all")
 
     def _documents(self, documents: Iterable[Document], budget: Budget) -> Iterator[tuple[str, list[int]]]:
         used = count = 0
@@ -169,15 +170,18 @@ class TextEncoder:
         shown[chosen[random]] = rng.choice(self.ordinary_ids(), int(random.sum()))
         return Sequence(name, shown, labels)
 
-    def _batches(self, sequences: list[Sequence], batch_tokens: int, tokens: Tokens) -> list[Batch]:
-        by_length = sorted(enumerate(sequences), key=lambda pair: (-len(pair[1].ids), pair[0]))
+    def _batches(
+        self, sequences: list[Sequence], window: int | None, batch_tokens: int, tokens: Tokens
+    ) -> list[Batch]:
         batches: list[Batch] = []
-        while by_length:
-            size = max(2, batch_tokens // len(by_length[0][1].ids))
-            if len(by_length) == size + 1:
-                size += 1  # never one alone: resampling from the batch needs another example
-            rows, by_length = by_length[:size], by_length[size:]
-            batches.append(self._pad([sequence for _, sequence in rows], tuple(index for index, _ in rows), tokens))
+        for some in _windows(list(enumerate(sequences)), window):
+            by_length = sorted(some, key=lambda pair: (-len(pair[1].ids), pair[0]))
+            while by_length:
+                size = max(2, batch_tokens // len(by_length[0][1].ids))
+                if len(by_length) == size + 1:
+                    size += 1  # never one alone: resampling from the batch needs another example
+                rows, by_length = by_length[:size], by_length[size:]
+                batches.append(self._pad([sequence for _, sequence in rows], tuple(index for index, _ in rows), tokens))
         return batches
 
     def _pad(self, sequences: list[Sequence], index: tuple[int, ...], tokens: Tokens) -> Batch:
@@ -194,6 +198,15 @@ class TextEncoder:
         if tokens == "no_special":
             keep = keep & ~torch.isin(ids, torch.tensor(sorted(self._special_ids())))
         return Batch(inputs, labels, keep, tuple(s.name for s in sequences), index)
+
+
+def _windows(items: list[T], size: int | None) -> Iterator[list[T]]:
+    """Of so many that follow each other; the last one may hold one more, for the reason above."""
+    start = 0
+    while start < len(items):
+        end = len(items) if size is None or len(items) - start <= size + 1 else start + size
+        yield items[start:end]
+        start = end
 
 
 def _texts(examples: Iterable[Document | Picture]) -> Iterator[Document]:

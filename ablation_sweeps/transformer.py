@@ -16,10 +16,16 @@ Kind = Literal["causal_lm", "masked_lm", "image_classifier"]
 
 @dataclass(frozen=True)
 class Budget:
-    """How much data is used: whichever limit comes first. None is no limit."""
+    """How much data is used: whichever limit comes first. None is no limit.
+
+    Attributes:
+        window: texts are batched by length among so many that follow each other, so that after each window the texts
+            done are the first ones of the data, and not the longest; None: among all of them.
+    """
 
     tokens: int | None
     examples: int | None
+    window: int | None = None
 
 
 @runtime_checkable
