@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections import Counter
@@ -17,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ablation_sweeps.ablation import Masks, Replacement, ablated, reading
+from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.data import NOT_SCORED, TOO_LARGE, Batch, UserError
 from ablation_sweeps.sites import Projection
 from ablation_sweeps.transformer import Transformer
@@ -71,6 +73,7 @@ def evaluate(
     save: Callable[[int, pd.DataFrame], None],
     note: Callable[[str], None] = log.warning,
     target_stderr: float | None = None,
+    clean: CleanPasses | None = None,
 ) -> pd.DataFrame:
     """One clean pass a batch, then one pass for every fraction that is not precise enough yet.
 
@@ -80,6 +83,7 @@ def evaluate(
         save: called with the number of each batch and its sums, as soon as they are there.
         note: told when the device has too little memory for a batch, which is then halved.
         target_stderr: of the mean loss, in nats; a fraction that reaches it gets no more batches. None: all get all.
+        clean: passes over these batches that an earlier job has left.
 
     Returns:
         one row a document and fraction with the columns `SUMS`: sums over the document's scored positions. With a
@@ -90,12 +94,13 @@ def evaluate(
     """
     device = model.device
     masks = {fraction: [mask.to(device) for mask in layers] for fraction, layers in masks.items()}
+    clean = clean or CleanPasses(model)
     passes = Passes(model, projections, masks, replacement, common.to(device), top_k, note)
     parts = list(done)
     bar = tqdm(batches, desc=f"{model.label}, {len(masks) + 1} passes a batch", delay=2, leave=False, disable=None)
     for number, batch in enumerate(bar):
         if number >= len(done):
-            sums = passes.sums(batch.to(device))
+            sums = passes.sums(batch.to(device), functools.partial(clean.logits, number))
             _check_finite(sums, model)
             parts.append(_frame(sums, batch))
             save(number, parts[-1])
@@ -142,16 +147,17 @@ class Passes:
     note: Callable[[str], None]
     fits: int | None = None  # so many examples, the device having had too little memory for more
 
-    def sums(self, batch: Batch, values: list[Tensor] | None = None) -> Sums:
+    def sums(self, batch: Batch, clean: Callable[[Batch], Tensor], values: list[Tensor] | None = None) -> Sums:
         """Of `SUMS`; over a batch that does not fit into memory, half by half.
 
         Args:
+            clean: gives the logits of a batch.
             values: of this part of a batch, where they come from the clean activations of the whole of it.
         """
         size = len(batch.names)
         if self.fits is None or size <= self.fits:
             try:
-                return self._of_all_at_once(batch, values)
+                return self._of_all_at_once(batch, clean, values)
             except torch.OutOfMemoryError:
                 self._too_large(size)
         # Not inside of `except`, whose error holds on to the memory of the pass that failed.
@@ -160,20 +166,22 @@ class Passes:
         halves = batch.halves()
         starts = (0, len(halves[0].names))
         sums = [
-            self.sums(half, values and [value[start : start + len(half.names)] for value in values])
+            self.sums(half, self.model.logits, values and [value[start : start + len(half.names)] for value in values])
             for start, half in zip(starts, halves, strict=True)
         ]
         return {fraction: np.concatenate([of_half[fraction] for of_half in sums]) for fraction in sums[0]}
 
     @torch.inference_mode()
-    def _of_all_at_once(self, batch: Batch, values: list[Tensor] | None) -> Sums:
+    def _of_all_at_once(
+        self, batch: Batch, clean_logits: Callable[[Batch], Tensor], values: list[Tensor] | None
+    ) -> Sums:
         size, targets = len(batch.names), _targets(batch)
         if self.replacement.reads_clean and values is None:
             with reading(self.projections, size) as clean_activations:
                 logits = self.model.logits(batch)
             values = self.replacement(batch, clean_activations)
         else:
-            logits = self.model.logits(batch)
+            logits = clean_logits(batch)
             values = values or self.replacement(batch, [])
         clean = _log_probabilities(logits, targets.rows)
         sums = {0.0: _sums(logits, clean, targets, self.common, self.top_k)}

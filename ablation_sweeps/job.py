@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps import activations, evaluation, sites, store
 from ablation_sweeps.ablation import Fitting, Method
+from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.data import NOT_SCORED, Batch, Split, UserError
 from ablation_sweeps.selection import Random, Schedule, masks
 from ablation_sweeps.tracking import RunRecord
@@ -211,6 +212,7 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         save=functools.partial(store.save_progress, folder),
         note=note,
         target_stderr=job.eval.target_stderr,
+        clean=clean_passes(job, model),
     )
     labels = torch.cat([batch.labels[batch.labels != NOT_SCORED] for batch in batches])
     rows = evaluation.metrics(documents, guess, labels, top_k)
@@ -283,6 +285,7 @@ def load(model: Any) -> Transformer:
     if model not in _loaded:
         _loaded.clear()
         _encode.cache_clear()
+        _clean_passes.cache_clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         _loaded[model] = model.load()
@@ -291,13 +294,28 @@ def load(model: Any) -> Transformer:
 
 
 def encode(job: Job, model: Transformer, split: Split) -> list[Batch]:
+    return _encode(*_of(job, model, split))
+
+
+def clean_passes(job: Job, model: Transformer) -> CleanPasses:
+    """Over the batches of the evaluation split: those of the job before, where it had the same."""
+    return _clean_passes(*_of(job, model, "evaluation"))
+
+
+def _of(job: Job, model: Transformer, split: Split) -> tuple[Any, Any, Split, Budget, int, int]:
+    """What batches depend on."""
     seed = job.seed if model.kind == "masked_lm" and split == "evaluation" else 0  # only masking is random
-    return _encode(job.model, job.dataset, split, job.budget(split), job.batch_tokens, seed)
+    return job.model, job.dataset, split, job.budget(split), job.batch_tokens, seed
 
 
 @functools.lru_cache(maxsize=8)
 def _encode(model: Any, dataset: Any, split: Split, budget: Budget, batch_tokens: int, seed: int) -> list[Batch]:
     return load(model).encode(dataset.examples(split), split, budget, batch_tokens, seed)
+
+
+@functools.lru_cache(maxsize=1)
+def _clean_passes(model: Any, *batches: Any) -> CleanPasses:
+    return CleanPasses(load(model))
 
 
 @functools.lru_cache(maxsize=64)

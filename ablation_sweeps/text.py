@@ -170,9 +170,7 @@ class TextEncoder:
         shown[chosen[random]] = rng.choice(self.ordinary_ids(), int(random.sum()))
         return Sequence(name, shown, labels)
 
-    def _batches(
-        self, sequences: list[Sequence], window: int | None, batch_tokens: int, tokens: Tokens
-    ) -> list[Batch]:
+    def _batches(self, sequences: list[Sequence], window: int | None, batch_tokens: int, tokens: Tokens) -> list[Batch]:
         batches: list[Batch] = []
         for some in _windows(list(enumerate(sequences)), window):
             by_length = sorted(some, key=lambda pair: (-len(pair[1].ids), pair[0]))

@@ -56,6 +56,7 @@ class Transformer:
         other_input: see `OtherInput`.
         n_heads: query heads of a layer; None where the layers differ.
         special_ids: token ids that carry no text (BOS, CLS, PAD, ...); empty for images.
+        head: the language-model head; None where there is none, or nothing is known of it.
     """
 
     label: str
@@ -68,6 +69,7 @@ class Transformer:
     other_input: OtherInput
     n_heads: int | None
     special_ids: frozenset[int]
+    head: nn.Module | None = None
 
     @property
     def modality(self) -> Modality:

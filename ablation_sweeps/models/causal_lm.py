@@ -60,6 +60,7 @@ class CausalLM(Pretrained):
             other_input=other_input,
             n_heads=module.config.get_text_config().num_attention_heads,  # type: ignore[union-attr,operator]
             special_ids=frozenset(tokenizer.all_special_ids),
+            head=module.get_output_embeddings(),  # type: ignore[operator]
         )
 
 

@@ -63,4 +63,5 @@ class MaskedLM(Pretrained):
             other_input=other_input,
             n_heads=module.config.num_attention_heads,  # type: ignore[union-attr]
             special_ids=frozenset(tokenizer.all_special_ids),
+            head=module.get_output_embeddings(),  # type: ignore[operator]
         )

@@ -122,8 +122,8 @@ def test_the_launcher_and_nodes_and_slurmctld_die_and_nothing_is_lost(
 def test_a_time_limit_costs_nothing_and_what_was_cancelled_can_be_tried_again(
     launch: Launch, slurm, on_text, faults, tmp_path, monkeypatch
 ):
-    """SLURM's limit is three minutes here, and it warns 90 seconds before; or up to a minute earlier than that: with two
-    minutes, the signal could come before Python is up. The other pack is cancelled by the admin."""
+    """SLURM's limit is three minutes here, and it warns 90 seconds before, or up to a minute earlier: with two minutes,
+    the signal could come before Python is up. The other pack is cancelled by the admin."""
     asked = record_squeue(tmp_path / "bin", monkeypatch)
     options = [*FAULTS, *slurm, *on_text, "method=waits", "seed=0,1", "hydra.launcher.max_jobs_per_pack=1"]
     options += ["hydra.launcher.time=3", "hydra.launcher.gres=gpu:1"]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_evaluation import COMMON, D, TOP_K, VOCABULARY, evaluated, scored_labels, study  # noqa: F401
+from test_evaluation import COMMON, TOP_K, VOCABULARY, D, evaluated, scored_labels, study  # noqa: F401
 
 from ablation_sweeps.data import NOT_SCORED, Batch
 from ablation_sweeps.evaluation import LEAST, metrics, ratio, uniform
@@ -76,7 +76,9 @@ def test_a_run_that_was_interrupted_anywhere_gives_the_same_bits(long_study):
     whole = evaluated(long_study, target_stderr=target, save=lambda number, table: saved.append(table))
     for n in range(len(saved)):
         again: list[int] = []
-        resumed = evaluated(long_study, target_stderr=target, done=saved[:n], save=lambda number, _: again.append(number))
+        resumed = evaluated(
+            long_study, target_stderr=target, done=saved[:n], save=lambda number, _: again.append(number)
+        )
         pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
         assert again == list(range(n, len(saved)))
 

@@ -164,7 +164,9 @@ def test_after_each_window_the_documents_done_are_the_first_ones(tiny, n):
         if max(done) + 1 == len(done):
             ends.append(len(done))
     assert [end for end in ends if end % 5 == 0 or end == n] == {4: [4], 10: [5, 10], 11: [5, 11], 12: [5, 10, 12]}[n]
-    assert by_document(encoded(tiny("llama"), texts, Budget(None, None, window=5))) == by_document(encoded(tiny("llama"), texts))
+    assert by_document(encoded(tiny("llama"), texts, Budget(None, None, window=5))) == by_document(
+        encoded(tiny("llama"), texts)
+    )
 
 
 def test_pictures_are_refused(tiny):

@@ -1,0 +1,58 @@
+"""The clean pass over each batch, which jobs with the same model and data share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ablation_sweeps.data import Batch
+from ablation_sweeps.transformer import Transformer
+
+ROOM = 1 << 28  # bytes of main memory
+
+
+@dataclass
+class CleanPasses:
+    """Gives the clean logits of a batch: to the bit those of a forward pass, and sooner for a batch that it has seen.
+
+    Logits of language models are large. Of these it keeps what the head takes, and applies the head again; where that
+    does not give the logits (some models scale or cap them afterwards), it keeps nothing.
+
+    Attributes:
+        kept: of each batch, by its number; on the CPU.
+    """
+
+    model: Transformer
+    room: int = ROOM
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    def logits(self, number: int, batch: Batch) -> Tensor:
+        """`[batch, pos, d_vocab]` or `[batch, classes]`."""
+        if number in self.kept:
+            return self._from(self.kept[number])
+        seen: list[Tensor] = []
+        head = self.model.head
+        handle = head and head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            logits = self.model.logits(batch)
+        finally:
+            if handle:
+                handle.remove()
+        self._keep(number, seen[0] if seen else logits, logits)
+        return logits
+
+    def _from(self, x: Tensor) -> Tensor:
+        x = x.to(self.model.device)
+        return x if self.model.head is None else self.model.head(x)
+
+    def _keep(self, number: int, x: Tensor, logits: Tensor) -> None:
+        if x.nbytes > self.room:
+            return
+        x = x.to("cpu", copy=True)
+        if not self.kept and not torch.equal(self._from(x), logits):
+            self.room = 0  # it is so for all batches
+            return
+        self.kept[number] = x
+        self.room -= x.nbytes

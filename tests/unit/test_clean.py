@@ -1,0 +1,83 @@
+"""The clean pass that jobs share: the same bits, without the pass."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from test_evaluation import evaluated, of
+
+from ablation_sweeps.clean import CleanPasses
+from ablation_sweeps.config import to_job
+from ablation_sweeps.data import Picture
+from ablation_sweeps.job import clean_passes, encode, load
+from ablation_sweeps.transformer import Budget, Transformer
+
+
+def counted(model: Transformer) -> tuple[Transformer, list]:
+    passes: list = []
+    return dataclasses.replace(model, logits=lambda batch: passes.append(batch.names) or model.logits(batch)), passes
+
+
+def two_jobs(study: dict) -> tuple[CleanPasses, list, list]:
+    """The same curve twice, the second time with the clean passes of the first. Returns what each has passed."""
+    model, first = counted(study["model"])
+    clean = CleanPasses(model)
+    one = evaluated({**study, "model": model}, clean=clean)
+    again, second = counted(study["model"])
+    clean.model = again
+    two = evaluated({**study, "model": again}, clean=clean)
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
+    pd.testing.assert_frame_equal(one, evaluated(study), check_exact=True)
+    return clean, first, second
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "bert", "albert"])
+def test_the_second_job_makes_no_clean_pass(tiny, site, family):
+    study = of(tiny(family), site, 1)
+    n = len(study["batches"])
+    clean, first, second = two_jobs(study)
+    assert (len(clean.kept), len(first), len(second)) == (n, 2 * n, n) and n > 1
+    assert all(x.shape[-1] != study["model"].logits(study["batches"][0]).shape[-1] for x in clean.kept.values())
+
+
+@pytest.mark.parametrize("family", ["vit", "timm_vit"])
+def test_of_an_image_classifier_logits_are_kept(tiny, site, family):
+    noise = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    pictures = [Picture(str(i), Image.fromarray(pixels), i % 3) for i, pixels in enumerate(noise)]
+    model = tiny(family)
+    clean, first, second = two_jobs(of(model, site, 0, model.encode(pictures, "evaluation", Budget(None, None), 1, 0)))
+    assert len(clean.kept) == len(second) == len(first) / 2 > 1
+
+
+def test_logits_that_are_capped_after_the_head_are_computed_again(tiny, site):
+    """Keeping what the head takes would give others."""
+    study = of(tiny("gemma2"), site, 1)
+    clean, first, second = two_jobs(study)
+    assert not clean.kept and len(second) == len(first)
+
+
+def test_what_has_no_room_is_computed_again(tiny, site):
+    study = of(tiny("llama"), site, 1)
+    batches = study["batches"]
+    clean = CleanPasses(study["model"])
+    clean.logits(0, batches[0])
+    clean.room = 10
+    logits = clean.logits(1, batches[1])
+    assert list(clean.kept) == [0] and torch.equal(logits, study["model"].logits(batches[1]))
+
+
+@pytest.mark.parametrize(("model", "shared"), [("tiny_causal", True), ("tiny_masked", False)])
+def test_seeds_share_the_pass_unless_they_mask_other_tokens(repo, model, shared):
+    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
+        one, two = (to_job(compose("config", [f"model={model}", "tracking=none", f"seed={seed}"])) for seed in (0, 1))
+    loaded = load(one.model)
+    assert (clean_passes(one, loaded) is clean_passes(two, loaded)) == shared
+    batches = [encode(job, loaded, "evaluation") for job in (one, two)]
+    inputs = [torch.cat([batch.inputs["input_ids"].flatten() for batch in of_job]) for of_job in batches]
+    assert torch.equal(*inputs) == shared
