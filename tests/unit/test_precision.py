@@ -75,12 +75,10 @@ def test_a_run_that_was_interrupted_anywhere_gives_the_same_bits(long_study):
     saved: list[pd.DataFrame] = []
     whole = evaluated(long_study, target_stderr=target, save=lambda number, table: saved.append(table))
     for n in range(len(saved)):
-        again: list[int] = []
-        resumed = evaluated(
-            long_study, target_stderr=target, done=saved[:n], save=lambda number, _: again.append(number)
-        )
+        again: dict[int, pd.DataFrame] = {}
+        resumed = evaluated(long_study, target_stderr=target, done=saved[:n], save=again.__setitem__)
         pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
-        assert again == list(range(n, len(saved)))
+        assert list(again) == list(range(n, len(saved)))
 
 
 def test_no_pass_is_made_for_a_point_that_is_done(long_study, caplog):

@@ -155,18 +155,18 @@ def test_batching_changes_neither_tokens_nor_labels(tiny, family):
 def test_after_each_window_the_documents_done_are_the_first_ones(tiny, n):
     """Of 5, the last one of 6 where one would be left alone; within a window they are batched by length."""
     texts = ["word " * (1 + 7 * i % 11) for i in range(n)]
+    windows = encoded(tiny("llama"), texts, Budget(None, None, window=5))
     done: list[int] = []
     ends = []
-    for batch in encoded(tiny("llama"), texts, Budget(None, None, window=5)):
+    for batch in windows:
         lengths = batch.inputs["attention_mask"].sum(1)
         assert len(batch.names) > 1 and (lengths.diff() <= 0).all()
         done += batch.index
         if max(done) + 1 == len(done):
             ends.append(len(done))
-    assert [end for end in ends if end % 5 == 0 or end == n] == {4: [4], 10: [5, 10], 11: [5, 11], 12: [5, 10, 12]}[n]
-    assert by_document(encoded(tiny("llama"), texts, Budget(None, None, window=5))) == by_document(
-        encoded(tiny("llama"), texts)
-    )
+    expected = {4: [4], 10: [5, 10], 11: [5, 11], 12: [5, 10, 12]}
+    assert [end for end in ends if end % 5 == 0 or end == n] == expected[n]
+    assert by_document(windows) == by_document(encoded(tiny("llama"), texts))
 
 
 def test_pictures_are_refused(tiny):
