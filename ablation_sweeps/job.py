@@ -97,6 +97,11 @@ class Job:
             check = getattr(part, "check", None)  # most methods have nothing to check
             if check is not None:
                 check(self.model.modality)
+        if self.eval.target_stderr and getattr(self.model, "pack", None) == "concatenate":
+            raise UserError(
+                "eval.target_stderr: the pieces of model.pack=concatenate come document by document, so that the first "
+                "ones are no fair sample; leave it null, or take model.pack=documents"
+            )
         _check_examples(self.dataset)
 
     def budget(self, split: Split) -> Budget:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,8 +28,9 @@ from torch import Tensor
 
 from ablation_sweeps import activations, evaluation, sites
 from ablation_sweeps.ablation import Constant, Fitting
+from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.config import to_job
-from ablation_sweeps.data import NOT_SCORED, Batch, Picture
+from ablation_sweeps.data import NOT_SCORED, Batch, Picture, Split
 from ablation_sweeps.job import Job, encode, load
 from ablation_sweeps.selection import masks
 from ablation_sweeps.transformer import Budget, Transformer
@@ -60,21 +62,34 @@ def composed(*overrides: str) -> Job:
         return to_job(compose("config", overrides=["tracking=none", *overrides]))
 
 
-def text(model: str, tokens: int, max_tokens: int) -> Case:
+def text(model: str, tokens: int, max_tokens: int, *options: str, split: Split = "calibration") -> Case:
     """Real weights and real text."""
-    job = composed(f"model={model}", f"statistics.tokens={tokens}", f"model.max_tokens={max_tokens}",
-                   "batch_tokens=1024")  # fmt: skip
-    return Case(job, load(job.model), encode(job, load(job.model), "calibration"))
+    job = composed(f"model={model}", f"statistics.tokens={tokens}", f"eval.tokens={tokens}",
+                   f"model.max_tokens={max_tokens}", "batch_tokens=1024", *options)  # fmt: skip
+    return Case(job, load(job.model), encode(job, load(job.model), split))
 
 
-def deit_tiny(images: int) -> Case:
+def shaped_like(config: Any, tokens: int, max_tokens: int, dtype: str) -> Case:
+    """Random weights; the text of tiny_causal, whose ids are small."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
+        for file in (ROOT / "ablation_sweeps" / "assets" / "tiny_causal").glob("*token*"):
+            shutil.copy(file, folder)
+        return text("causal_lm", tokens, max_tokens, f"model.path={folder}", "model.label=random",
+                    f"model.dtype={dtype}")  # fmt: skip
+
+
+def vision(name: str, images: int, dtype: str) -> Case:
     """Random weights and pixels: the time does not depend on them."""
     import timm
     from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory() as folder:
-        save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), Path(folder) / "model.safetensors")
-        job = composed("model=deit_tiny", "dataset=digits", f"model.path={folder}")
+        save_file(timm.create_model(name).state_dict(), Path(folder) / "model.safetensors")
+        job = composed("model=timm", f"model.name={name}", f"model.path={folder}", "model.label=random",
+                       f"model.dtype={dtype}", "dataset=digits")  # fmt: skip
         model = load(job.model)
     pixels = torch.randint(0, 256, (images, 224, 224, 3), dtype=torch.uint8).numpy()
     pictures = [Picture(str(i), Image.fromarray(image), i % 1000) for i, image in enumerate(pixels)]
@@ -106,19 +121,22 @@ def collect(case: Case) -> activations.Statistics:
         return activations.collect(case.model, case.projections, case.batches, Path(cache), histogram)
 
 
-def evaluate(case: Case, fractions: Sequence[float], values: list[Tensor] | None = None) -> None:
+def evaluate(
+    case: Case, fractions: Sequence[float], values: list[Tensor] | None = None, passes: CleanPasses | None = None
+) -> None:
     """The clean pass and one for each fraction, with all metrics."""
     widths = [projection.width for projection in case.projections]
     orders = case.job.selection.orders(widths, 0)
     constant = Constant(values or [torch.zeros(width) for width in widths])
     evaluation.evaluate(
         case.model, case.projections, case.batches, {f: masks(orders, f) for f in fractions},
-        constant, torch.arange(50), 10, [], lambda *_: None,
+        constant, torch.arange(50), 10, [], lambda *_: None, clean=passes,
     )  # fmt: skip
 
 
 def sweep(case: Case, methods: Sequence[Any]) -> None:
     """All of it but reading and writing files: statistics, and a curve for each method."""
+    passes = CleanPasses(case.model)
     with tempfile.TemporaryDirectory() as cache:
 
         def collected(*histograms: activations.Histogram) -> activations.Statistics:
@@ -126,7 +144,7 @@ def sweep(case: Case, methods: Sequence[Any]) -> None:
 
         for method in methods:
             fitting = Fitting(case.model, case.projections, collected, 0, 0)
-            evaluate(case, TENTHS, method.fit(fitting).values)
+            evaluate(case, TENTHS, method.fit(fitting).values, passes)
 
 
 def sweep_of_the_paper(case: Case) -> list[Tensor]:
@@ -188,7 +206,7 @@ def memory(run: Callable[[], Any]) -> float:
     return (max(seen) - before) / 2**20
 
 
-def command(*options: str) -> float:
+def command(*options: str, times: int = 3) -> float:
     """Seconds of `python launch.py` in a process of its own, with nothing finished before."""
     line = [sys.executable, str(ROOT / "launch.py"), "tracking=none", *options]
 
@@ -196,14 +214,15 @@ def command(*options: str) -> float:
         with tempfile.TemporaryDirectory() as folder:
             return seconds(lambda: subprocess.run(line, cwd=folder, check=True, capture_output=True))
 
-    return statistics.median(run() for _ in range(3))
+    return statistics.median(run() for _ in range(times))
 
 
 # The lines of the table
 
 
 def timings() -> dict[str, dict[str, Any]]:
-    smollm2, deit = text("smollm2_135m", 1024, 512), deit_tiny(16)
+    """Of one pass or one point, against a clean pass; and how the time grows with what there is to do."""
+    smollm2, deit = text("smollm2_135m", 1024, 512), vision("deit_tiny_patch16_224", 16, "float32")
     half = (0.5,)
     found: dict[str, dict[str, Any]] = {}
     for name, case in (("SmolLM2-135M", smollm2), ("DeiT-Tiny", deit)):
@@ -211,6 +230,10 @@ def timings() -> dict[str, dict[str, Any]]:
         found[f"a point / clean pass with loss: {name}"] = ratio(
             lambda c=case: evaluate(c, TENTHS[:3]), lambda c=case: clean(c), passes=4
         )
+    brief = text("smollm2_135m", 1024, 512, "model.dtype=bfloat16")
+    found["a point in bfloat16 / in float32: SmolLM2-135M"] = ratio(
+        lambda: evaluate(brief, half), lambda: evaluate(smollm2, half)
+    )
     tiny = text("tiny_causal", 8_000, 256)
     found["points, 40 / 10: tiny_causal"] = ratio(
         lambda: evaluate(tiny, [i / 100 for i in range(1, 41)]), lambda: evaluate(tiny, TENTHS), passes=41 / 11
@@ -219,13 +242,77 @@ def timings() -> dict[str, dict[str, Any]]:
     found["tokens, 8k / 2k: tiny_causal"] = ratio(
         lambda: evaluate(tiny, half), lambda: evaluate(quarter, half), passes=tiny.n / quarter.n
     )
-    short = text("tiny_causal", 2_000, 256)
-    methods = [composed(f"method={method}").method for method in ("zero", "mean", "peak")]
-    theirs, ours = sweep_of_the_paper(short), collect(short)
-    found["the paper's way / ours, 3 x 10 points, 2k tokens: tiny_causal"] = ratio(
-        lambda: sweep_of_the_paper(short), lambda: sweep(short, methods)
+    deep, flat = (layers(n) for n in (16, 4))
+    found["layers, 16 / 4, without embedding and head: random weights"] = ratio(
+        lambda: evaluate(deep, TENTHS[:3]), lambda: evaluate(flat, TENTHS[:3]), passes=4
     )
-    found["the same, peaks that agree"] = {"value": agreement(theirs, short, ours)}
+    return found
+
+
+def layers(n: int) -> Case:
+    """Wide layers and few tokens to choose from, so that what is outside of the layers does not count."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(vocab_size=4096, hidden_size=512, intermediate_size=1536, num_attention_heads=8,
+                         num_hidden_layers=n, tie_word_embeddings=True)  # fmt: skip
+    return shaped_like(config, 2_000, 256, "float32")
+
+
+def on_a_gpu() -> dict[str, dict[str, Any]]:
+    """The shapes of the paper's models, in bfloat16."""
+    from transformers import MistralConfig, OPTConfig
+
+    if not GPU:
+        print("on_a_gpu: skipped, there is none")
+        return {}
+    opt = OPTConfig(
+        hidden_size=2048, ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32, word_embed_proj_dim=2048
+    )
+    mistral = MistralConfig(num_key_value_heads=8, max_position_embeddings=4096)
+    found: dict[str, dict[str, Any]] = {}
+    for name, config in (("OPT-1.3B", opt), ("Mistral-7B", mistral)):
+        case = shaped_like(config, 50_000, 1000, "bfloat16")
+        found |= against_clean(name, case)
+    return found | against_clean("ViT-Base", vision("vit_base_patch16_224", 512, "bfloat16"))
+
+
+def against_clean(name: str, case: Case) -> dict[str, dict[str, Any]]:
+    return {
+        f"collect, exact, two passes / body: {name}": ratio(lambda: collect(case), lambda: body(case)),
+        f"a point / clean pass with loss: {name}": ratio(
+            lambda: evaluate(case, TENTHS[:3]), lambda: clean(case), passes=4
+        ),
+        f"MB while collecting: {name}": {"value": memory(lambda: collect(case))},
+        f"MB of a pass through the body: {name}": {"value": memory(lambda: body(case))},
+    }
+
+
+def sweeps() -> dict[str, dict[str, Any]]:
+    """Whole sweeps."""
+    found: dict[str, dict[str, Any]] = {}
+    tokens, methods = 100_000, ("zero", "mean", "resample", "peak")
+    calibration = text("tiny_causal", 20_000, 256, "batch_tokens=4096")
+    evaluation_ = text("tiny_causal", tokens, 256, "batch_tokens=4096", split="evaluation")
+    floor = lambda: seconds(lambda: body(calibration)) + 41 * seconds(lambda: clean(evaluation_))  # noqa: E731
+    before = floor()
+    took = command("-m", f"method={','.join(methods)}", "model.max_tokens=256", f"eval.tokens={tokens}", times=1)
+    found[f"sweep of 4 x 10 points, {evaluation_.n} tokens each / 42 clean passes: tiny_causal"] = {
+        "value": took / statistics.mean([before, floor()])
+    }
+    three = [composed(f"method={method}").method for method in ("zero", "mean", "peak")]
+    for name, case in (
+        ("tiny_causal", text("tiny_causal", 2_000, 256)),
+        ("SmolLM2-135M", text("smollm2_135m", 2_000, 256)),
+    ):
+        theirs, ours = sweep_of_the_paper(case), collect(case)
+        found[f"the paper's way / ours, 3 x 10 points, 2k tokens: {name}"] = ratio(
+            lambda case=case: sweep_of_the_paper(case), lambda case=case: sweep(case, three), rounds=1
+        )
+        found[f"the same, peaks that agree: {name}"] = {"value": agreement(theirs, case, ours)}
+    brief = text("smollm2_135m", 2_000, 256, "model.dtype=bfloat16")
+    found["the paper's way in float32 / ours in bfloat16: SmolLM2-135M"] = ratio(
+        lambda: sweep_of_the_paper(case), lambda: sweep(brief, three), rounds=1
+    )
     return found
 
 
@@ -271,11 +358,11 @@ def startup() -> dict[str, dict[str, Any]]:
     }
 
 
-GROUPS = {"startup": startup, "memory": memories, "time": timings}
+GROUPS = {"startup": startup, "memory": memories, "time": timings, "sweep": sweeps, "gpu": on_a_gpu}
 
 
 def main(groups: Annotated[list[str] | None, typer.Argument()] = None, out: Path = RESULTS) -> None:
-    """Measures all, or some: startup, memory, time."""
+    """Measures all, or some: startup, memory, time, sweep, gpu."""
     device = torch.cuda.get_device_name() if GPU else "cpu"
     found = json.loads(out.read_text()) if out.exists() else {}
     found |= {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}

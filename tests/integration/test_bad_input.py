@@ -152,6 +152,12 @@ def test_documents_shorter_than_two_tokens(launch: Launch, on_text, saved, no_we
     assert "dataset=short" in error and "shorter than two tokens" in error and "give longer" in error
 
 
+def test_precision_of_pieces_of_documents(launch: Launch, on_text, no_weights):
+    error = launch(*on_text, "eval.target_stderr=0.1", "model.pack=concatenate").error
+    assert "eval.target_stderr" in error and "model.pack=documents" in error
+    assert "eval.target_stderr" in launch(*on_text, "eval.target_stderr=0").error
+
+
 def test_one_document_cannot_be_split(launch: Launch, on_text, no_weights, tmp_path):
     error = launch(*on_text, f"dataset.path={write_texts(tmp_path / 'one', n=1)}").error
     assert f"dataset.path={tmp_path / 'one'}" in error and "dataset.calibration_path" in error
