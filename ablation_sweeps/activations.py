@@ -1,4 +1,4 @@
-"""One streaming pass or two over the calibration data -> statistics of every neuron. Raw activations are never kept."""
+"""Passes over the calibration data -> statistics of every neuron. Streaming: raw activations are never kept."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from tqdm import tqdm
 
 from ablation_sweeps import store
 from ablation_sweeps.data import TOO_LARGE, Batch, UserError
+from ablation_sweeps.growing import FINE, GrowingCounts
 from ablation_sweeps.sites import Projection, as_rows, hooked
 from ablation_sweeps.transformer import Transformer
 
 log = logging.getLogger(__name__)
 
 Rows = Float[torch.Tensor, "tokens neurons"]
+Passes = Literal[1, 2]
+Counts = Num[torch.Tensor, "_neurons bins"]
 
 
 class Histogram(NamedTuple):
@@ -68,11 +71,11 @@ class Statistics:
     """Of one site, one entry a layer, over all positions of the calibration data that are not padding.
 
     Attributes:
-        counts: for each histogram asked for, int32 `[neurons, bins]` a layer.
+        counts: for each histogram asked for, `[neurons, bins]` a layer: int32; after one pass, float64.
     """
 
     moments: list[Moments]
-    counts: dict[Histogram, list[Int[torch.Tensor, "_neurons bins"]]] = field(default_factory=dict)
+    counts: dict[Histogram, list[Counts]] = field(default_factory=dict)
 
     def range(self, histogram: Histogram, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The ends of the bins: `[neurons]` each, float32."""
@@ -89,18 +92,21 @@ def collect(
     batches: Sequence[Batch],
     cache: Path,
     *histograms: Histogram,
+    passes: Passes = 2,
     note: Callable[[str], None] = log.warning,
 ) -> Statistics:
-    """Exact to the bit: one pass for the moments and the range, a second one for the counts.
+    """Exact to the bit in two passes: one for the moments and the range, a second one for the counts. In one pass,
+    moments and range are those; the counts are put together from finer ones, whose range grows.
 
-    Both are kept under `cache`, whose name holds the signature of the model, the data and the site, and are shared by
+    They are kept under `cache`, whose name holds the signature of the model, the data and the site, and are shared by
     all jobs that need them; a lock sees to it that they are computed once.
 
     Args:
         note: told when the device has too little memory for the batches, which are then halved.
 
     Raises:
-        UserError: an activation is not finite, or there is no calibration data.
+        UserError: an activation is not finite, there is no calibration data, or one pass is not enough for so many
+            bins.
     """
     if not batches:
         raise UserError("the dataset's calibration split is empty; give more documents, or dataset.calibration_path")
@@ -108,14 +114,14 @@ def collect(
     if halved.exists():
         note(halved.read_text())
     try:
-        return _collect(model, projections, batches, cache, histograms)
+        return (_collect_at_once if passes == 1 else _collect)(model, projections, batches, cache, histograms)
     except torch.OutOfMemoryError:
         largest = max(len(batch.names) for batch in batches)
         store.write_text(halved, f"statistics: {TOO_LARGE.format(largest)}")  # for all jobs that read them
     # From the start, and not inside of `except`, whose error holds on to the memory of the pass that failed.
     splits = lambda batch: len(batch.names) > 1 or largest == 1  # noqa: E731  (one alone cannot be split, and says so)
     smaller = [part for batch in batches for part in (batch.halves() if splits(batch) else (batch,))]
-    return collect(model, projections, smaller, cache, *histograms, note=note)
+    return collect(model, projections, smaller, cache, *histograms, passes=passes, note=note)
 
 
 def _collect(
@@ -144,6 +150,31 @@ def _collect(
     return statistics
 
 
+def _collect_at_once(
+    model: Transformer,
+    projections: list[Projection],
+    batches: Sequence[Batch],
+    cache: Path,
+    histograms: Sequence[Histogram],
+) -> Statistics:
+    for histogram in histograms:
+        if histogram.n_bins > FINE:
+            raise UserError(
+                f"statistics.passes=1: cannot tell {histogram.n_bins:,} bins apart, which this method asks for; use "
+                "statistics.passes=2"
+            )
+    with store.locked(cache):
+        both = cache / "moments-and-fine-counts.safetensors"
+        moments, fine = store.cached(both, _from_both, _to_both, lambda: _at_once(model, projections, batches))
+    statistics = Statistics(moments)
+    for histogram in histograms:
+        ranges = (statistics.range(histogram, layer) for layer in range(len(fine)))
+        statistics.counts[histogram] = [
+            of_layer.in_bins(*ends, histogram.n_bins) for of_layer, ends in zip(fine, ranges, strict=True)
+        ]
+    return statistics
+
+
 def bins(
     x: Float[torch.Tensor, "neurons tokens"],
     low: Float[torch.Tensor, " neurons"],
@@ -159,7 +190,13 @@ def bins(
     return scaled.long().clamp_(0, n_bins - 1)
 
 
-def _moments(model: Transformer, projections: list[Projection], batches: Sequence[Batch]) -> list[Moments]:
+def _moments(
+    model: Transformer,
+    projections: list[Projection],
+    batches: Sequence[Batch],
+    also: Callable[[int, Rows, Moments], None] = lambda *_: None,
+) -> list[Moments]:
+    """`also` is given the activations, and their own moments."""
     moments: list[Moments | None] = [None] * len(projections)
 
     def see(layer: int, x: Rows) -> None:
@@ -172,9 +209,25 @@ def _moments(model: Transformer, projections: list[Projection], batches: Sequenc
                 "calibration data; try model.dtype=float32, and check the weights"
             )
         moments[layer] = new if old is None else old + new
+        also(layer, x, new)
 
     _pass(model, projections, batches, see, "statistics, pass 1")
     return [m for m in moments if m is not None]
+
+
+Both = tuple[list[Moments], list[GrowingCounts]]
+
+
+def _at_once(model: Transformer, projections: list[Projection], batches: Sequence[Batch]) -> Both:
+    fine: dict[int, GrowingCounts] = {}
+
+    def count(layer: int, x: Rows, moments: Moments) -> None:
+        if layer not in fine:
+            fine[layer] = GrowingCounts.between(moments.minimum, moments.maximum)
+        fine[layer].add(x, moments.minimum, moments.maximum)
+
+    moments = _moments(model, projections, batches, count)
+    return moments, [fine[layer] for layer in range(len(projections))]
 
 
 def _counts(
@@ -246,3 +299,20 @@ def _to_moments(tensors: dict[str, torch.Tensor]) -> list[Moments]:
     return [
         Moments(int(n), *(tensors[f"{what}.{layer:04d}"] for what in MOMENTS)) for layer, n in enumerate(tensors["n"])
     ]
+
+
+FINE_COUNTS = ("low", "width", "counts")
+
+
+def _from_both(both: Both) -> dict[str, torch.Tensor]:
+    moments, fine = both
+    named = _from_moments(moments)
+    for what in FINE_COUNTS:
+        named |= _numbered([getattr(of_layer, what) for of_layer in fine], f"{what}.")
+    return named
+
+
+def _to_both(tensors: dict[str, torch.Tensor]) -> Both:
+    moments = _to_moments(tensors)
+    fine = [GrowingCounts(*(tensors[f"{what}.{layer:04d}"] for what in FINE_COUNTS)) for layer in range(len(moments))]
+    return moments, fine

@@ -33,10 +33,12 @@ class Calibration:
     """Attributes:
     tokens: positions that the statistics are taken over; for images, their patches.
     documents: at most so many documents or images; None is no limit.
+    passes: over the data: 2 gives exact histograms, 1 takes half of the time.
     """
 
     tokens: Annotated[int, Field(ge=2)]
     documents: Annotated[int | None, Field(ge=1)]
+    passes: activations.Passes = 2
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -58,10 +60,6 @@ class Evaluation:
     top_k_images: Annotated[int, Field(ge=1)]
     skip: Annotated[int, Field(ge=0)]
     target_stderr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-
-    def identity(self) -> dict[str, Any]:
-        """As before there was a `target_stderr`, where there is none: what was computed then is still valid."""
-        return {key: value for key, value in asdict(self).items() if (key, value) != ("target_stderr", None)}
 
 
 @dataclass(frozen=True)
@@ -127,14 +125,14 @@ class Job:
             "model": {"class": _class(self.model), **self.model.identity()},
             "dataset": {"class": _class(self.dataset), "fingerprint": self.dataset.fingerprint()},
             "site": asdict(self.site),
-            "statistics": asdict(self.statistics),
+            "statistics": _numbers(self.statistics),
             "batch_tokens": self.batch_tokens,
         }
 
     @functools.cached_property
     def study(self) -> dict[str, Any]:
         """What is the same for all jobs that may be compared."""
-        return {**self.data, "selection": _options(self.selection), "eval": self.eval.identity()}
+        return {**self.data, "selection": _options(self.selection), "eval": _numbers(self.eval)}
 
     @functools.cached_property
     def signature(self) -> str:
@@ -151,6 +149,12 @@ class Job:
     def folder(self) -> Path:
         name = f"{self.model.label}-{self.dataset.label}-{self.method.label}-s{self.seed}-{self.signature[:8]}"
         return self.results_dir / self.sweep / name.replace("/", "--")
+
+
+def _numbers(part: Calibration | Evaluation) -> dict[str, Any]:
+    """What came later, left at its default, is no part of it: results from before are still valid."""
+    later = {"target_stderr": None, "passes": 2}
+    return {key: value for key, value in asdict(part).items() if (key, value) not in later.items()}
 
 
 def _options(part: Any) -> dict[str, Any]:
@@ -192,7 +196,9 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     calibration = encode(job, model, "calibration")
     cache = job.results_dir / ".cache" / store.signature(job.data)[:16]
     note = functools.partial(store.note, folder)
-    statistics = functools.partial(activations.collect, model, projections, calibration, cache, note=note)
+    statistics = functools.partial(
+        activations.collect, model, projections, calibration, cache, passes=job.statistics.passes, note=note
+    )
 
     # Evaluation: the same documents, and the same neurons, for every method.
     images = model.modality == "image"

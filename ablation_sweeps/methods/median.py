@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Num
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
@@ -31,7 +31,7 @@ class Median:
 
 
 def median(
-    counts: Int[Tensor, "neurons bins"], low: Float[Tensor, " neurons"], high: Float[Tensor, " neurons"]
+    counts: Num[Tensor, "neurons bins"], low: Float[Tensor, " neurons"], high: Float[Tensor, " neurons"]
 ) -> Float[Tensor, " neurons"]:
     """Read off the cumulated counts, linearly inside the bin. Same units as the activations, float32."""
     cumulated = counts.cumsum(-1).double()

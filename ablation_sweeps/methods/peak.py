@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Num
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from ablation_sweeps.ablation import Constant, Fitting
 from ablation_sweeps.activations import Histogram, Statistics
 
-Counts = Int[Tensor, "neurons bins"]
+Counts = Num[Tensor, "neurons bins"]  # after one pass over the data, they are estimates
 Estimator = Literal[
     "histogram", "coarse_to_fine", "averaged", "smoothed", "global_range", "kde", "half_sample_mode"
 ]  # fmt: skip
@@ -88,7 +88,7 @@ def _value(
     return (low.double() + place.double() * (high.double() - low.double())).float()
 
 
-def _place(density: Float[Tensor, "neurons bins"] | Counts) -> Float[Tensor, " neurons"]:
+def _place(density: Counts) -> Float[Tensor, " neurons"]:
     """Centre of the first fullest bin, as a share of the range."""
     n_bins = density.shape[-1]
     index = torch.arange(n_bins)

@@ -1,0 +1,79 @@
+"""Counts of values whose range is not known before the last one: bins that grow when a value lies outside of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+FINE = 1024  # bins of a neuron; its own range covers a quarter of them at the least
+ROWS = 512  # counted at once: the scattered writes of a neuron then stay in a few cache lines
+
+
+@dataclass
+class GrowingCounts:
+    """Equal bins of each neuron of a layer. Where a value lies outside of them, two neighbours become one, and the
+    place that this frees lies on that side: the range doubles, and no value is looked at again.
+
+    Attributes:
+        low: lower end of the first bin, `[neurons]`, float64.
+        width: of a bin, likewise.
+    """
+
+    low: Float[Tensor, " neurons"]
+    width: Float[Tensor, " neurons"]
+    counts: Int[Tensor, "neurons bins"]
+
+    @classmethod
+    def between(cls, low: Float[Tensor, " neurons"], high: Float[Tensor, " neurons"]) -> GrowingCounts:
+        """Of which nothing is counted yet. The ends are those of the first values, so there is more to come."""
+        low, high = low.double(), high.double()
+        span = torch.maximum(high - low, low.abs().clamp(min=1e-6) * 2**-20)  # a neuron that has not changed so far
+        counts = torch.zeros(len(low), FINE, dtype=torch.int32, device=low.device)
+        return cls(low, span / (FINE - 1), counts)
+
+    def add(
+        self,
+        x: Float[Tensor, "tokens neurons"],
+        low: Float[Tensor, " neurons"],
+        high: Float[Tensor, " neurons"],
+    ) -> None:
+        """Counts `x`, whose smallest and largest values are given."""
+        self._reach(low.double(), high.double())
+        start, scale = self.low.float()[:, None], (1 / self.width).float()[:, None]
+        for chunk in x.split(ROWS):
+            index = ((chunk.T.contiguous().float() - start) * scale).long().clamp_(0, FINE - 1)
+            self.counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
+
+    def _reach(self, low: Float[Tensor, " neurons"], high: Float[Tensor, " neurons"]) -> None:
+        while True:
+            below, above = low < self.low, high > self.low + FINE * self.width
+            outside = below | above
+            if not outside.any():
+                return
+            halved = self.counts[outside].unflatten(1, (-1, 2)).sum(-1, dtype=torch.int32)
+            nothing = torch.zeros_like(halved)
+            down = below[outside][:, None]
+            self.counts[outside] = torch.cat(
+                [torch.where(down, nothing, halved), torch.where(down, halved, nothing)], 1
+            )
+            self.low = torch.where(below, self.low - FINE * self.width, self.low)
+            self.width = torch.where(outside, 2 * self.width, self.width)
+
+    def in_bins(
+        self, low: Float[Tensor, " neurons"], high: Float[Tensor, " neurons"], n_bins: int
+    ) -> Float[Tensor, "neurons n_bins"]:
+        """What lies in each of `n_bins` equal bins between `low` and `high`, the smallest and the largest value: the
+        values of a fine bin are taken to be spread evenly over it."""
+        up_to = torch.cat([torch.zeros_like(self.low)[:, None], self.counts.double().cumsum(1)], 1)
+        shares = torch.arange(1, n_bins, device=self.low.device) / n_bins
+        edges = low.double()[:, None] + (high - low).double()[:, None] * shares
+        place = ((edges - self.low[:, None]) / self.width[:, None]).clamp(0, FINE)
+        before = place.long().clamp_(max=FINE - 1)
+        inside = torch.lerp(up_to.gather(1, before), up_to.gather(1, before + 1), place - before)
+        counts = torch.cat([up_to[:, :1], inside, up_to[:, -1:]], 1).diff(dim=1)
+        constant = (high == low)[:, None]
+        return torch.where(constant, F.pad(up_to[:, -1:], (0, n_bins - 1)), counts)
