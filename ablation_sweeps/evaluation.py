@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,13 +19,13 @@ from tqdm import tqdm
 from ablation_sweeps.ablation import Masks, Replacement, ablated, reading
 from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.data import NOT_SCORED, TOO_LARGE, Batch, UserError
+from ablation_sweeps.metrics import SUMS, curve, ratio
 from ablation_sweeps.sites import Projection
 from ablation_sweeps.transformer import Transformer
 
 log = logging.getLogger(__name__)
 
 LEAST = 32  # documents or images that a standard error is taken from, before it decides about more
-SUMS = ("n", "loss", "top1", "topk", "kl", "n_rare", "loss_rare", "top1_rare", "topk_rare")
 
 
 @dataclass(frozen=True)
@@ -300,46 +299,8 @@ def _frame(sums: Sums, batch: Batch) -> pd.DataFrame:
 
 
 def metrics(documents: pd.DataFrame, guess: Guess, labels: Int[Tensor, " scored"], top_k: int) -> pd.DataFrame:
-    """The metrics at every fraction, each with its standard error and its chance level.
-
-    loss: cross entropy in nats a token (image); more is worse. perplexity: exp of the mean loss.
-    top1, top<k>: fraction of tokens (images) whose label is first, or among the first k; less is worse.
-    kl: KL(clean || ablated) in nats a token (image); more is worse.
-    ..._skip<n>: the same over the tokens whose label is not among the n most common ones of the calibration data.
-
-    The standard error is that of a ratio of sums over documents, since the tokens of one document are not independent:
-    with one document it is NaN.
-    """
-    skip = len(guess.common)
-    k = f"top{top_k}"
-    wanted = {"loss": ("loss", "n"), "top1": ("top1", "n"), k: ("topk", "n"), "kl": ("kl", "n")}
-    if skip:
-        wanted |= {f"{name}_skip{skip}": (f"{sums}_rare", "n_rare")
-                   for name, sums in (("loss", "loss"), ("top1", "top1"), (k, "topk"))}  # fmt: skip
-    chance = _chance(guess, labels, top_k)
-    rows = []
-    for fraction, group in documents.groupby("fraction"):
-        for metric, (total, count) in wanted.items():
-            value, stderr = ratio(group[total].to_numpy(), group[count].to_numpy())
-            row = {"fraction": fraction, "metric": metric, "value": value, "stderr": stderr,
-                   "n": int(group[count].sum()), "chance": chance.get(metric, math.nan)}  # fmt: skip
-            rows.append(row)
-            if metric == "loss":
-                perplexity = math.exp(min(value, 700))
-                rows.append({**row, "metric": "perplexity", "value": perplexity, "stderr": perplexity * stderr,
-                             "chance": math.exp(row["chance"])})  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def ratio(totals: Float[np.ndarray, " documents"], counts: Float[np.ndarray, " documents"]) -> tuple[float, float]:
-    """Mean over positions, and its standard error with documents as the independent units (linearised)."""
-    n, d = counts.sum(), np.count_nonzero(counts)
-    if n == 0:
-        return math.nan, math.nan
-    value = totals.sum() / n
-    residuals = totals - value * counts
-    stderr = math.sqrt((residuals**2).sum() * d / (d - 1)) / n if d > 1 else math.nan
-    return float(value), float(stderr)
+    """The metrics at every fraction (see `metrics.curve`), with the chance level of each."""
+    return curve(documents, top_k, len(guess.common), _chance(guess, labels, top_k))
 
 
 def _chance(guess: Guess, labels: Int[Tensor, " scored"], top_k: int) -> dict[str, float]:

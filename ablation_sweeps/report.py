@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ablation_sweeps import store
 from ablation_sweeps.data import UserError
 from ablation_sweeps.figures import draw, in_order, save
+from ablation_sweeps.metrics import measure
 from ablation_sweeps.tracking import area
 
 if TYPE_CHECKING:
@@ -40,17 +41,45 @@ class Study:
 def read_curves(sweep_dir: Path) -> DataFrame:
     """Rows of all finished runs below a folder, one for each study, method, seed, fraction and metric.
 
+    Runs of one study are compared on the same documents: where a run has more of them at a fraction than another one
+    (see eval.target_stderr), its rows are those of the documents that all have.
+
     Raises:
         UserError: no finished run lies there.
     """
     import pandas as pd
 
     paths = sorted(Path(sweep_dir).rglob("rows.parquet"))
-    whole = [rows for path in paths if (rows := store.result(path.parent, path.name)) is not None]
+    whole = {path.parent: rows for path in paths if (rows := store.result(path.parent, path.name)) is not None}
     if not whole:
         raise UserError(f"no finished run below {sweep_dir}: name the folder of a sweep (results/<sweep>) that has run")
-    rows = _distinguish(pd.concat(whole, ignore_index=True))
+    by_study: dict[str, list[Path]] = {}
+    for folder, rows in whole.items():
+        by_study.setdefault(rows["study"].iloc[0], []).append(folder)
+    for folders in by_study.values():
+        whole |= _on_the_same_documents({folder: whole[folder] for folder in folders})
+    rows = _distinguish(pd.concat(whole.values(), ignore_index=True))
     return rows.drop_duplicates(POINT).sort_values(POINT).reset_index(drop=True)
+
+
+def _on_the_same_documents(runs: dict[Path, DataFrame]) -> dict[Path, DataFrame]:
+    sizes = {point for rows in runs.values() for point in zip(rows["metric"], rows["fraction"], rows["n"], strict=True)}
+    if len(sizes) == len({(metric, fraction) for metric, fraction, _ in sizes}):
+        return runs  # all the same: the usual case, in which documents.parquet need not be read
+    documents = {folder: store.result(folder, "documents.parquet") for folder in runs}
+    tables = {folder: dict(list(table.groupby("fraction"))) for folder, table in documents.items() if table is not None}
+    if len(tables) < len(runs):
+        return runs
+    common: dict[Any, set[int]] = {}
+    for table in tables.values():
+        for fraction, group in table.items():
+            common[fraction] = common.get(fraction, set(group["document"])) & set(group["document"])
+    found = {}
+    for folder, rows in runs.items():
+        points = {f: group[group["document"].isin(common[f])] for f, group in tables[folder].items()}
+        measured = [measure(points[f], metric) for f, metric in zip(rows["fraction"], rows["metric"], strict=True)]
+        found[folder] = rows.assign(**{key: [m[key] for m in measured] for key in ("value", "stderr", "n")})
+    return found
 
 
 def _distinguish(rows: DataFrame) -> DataFrame:

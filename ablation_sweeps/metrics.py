@@ -1,0 +1,74 @@
+"""Sums of documents -> metrics, with their standard errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+# Over the scored positions of a document: their number, and what is summed up; `_rare`: over those whose label is not
+# among the most common tokens.
+SUMS = ("n", "loss", "top1", "topk", "kl", "n_rare", "loss_rare", "top1_rare", "topk_rare")
+
+
+def sums_of(metric: str) -> tuple[str, str]:
+    """The two of `SUMS` whose ratio the metric is; perplexity is the exponential of that of the loss."""
+    name, skip, _ = metric.partition("_skip")
+    total = "topk" if name.startswith("top") and name != "top1" else name.replace("perplexity", "loss")
+    return (f"{total}_rare", "n_rare") if skip else (total, "n")
+
+
+def curve(documents: DataFrame, top_k: int, skip: int, chance: Mapping[str, float]) -> DataFrame:
+    """The metrics at every fraction, each with its standard error and its chance level.
+
+    loss: cross entropy in nats a token (image); more is worse. perplexity: exp of the mean loss.
+    top1, top<k>: fraction of tokens (images) whose label is first, or among the first k; less is worse.
+    kl: KL(clean || ablated) in nats a token (image); more is worse.
+    ..._skip<n>: the same over the tokens whose label is not among the n most common ones of the calibration data.
+
+    The standard error is that of a ratio of sums over documents, since the tokens of one document are not independent:
+    with one document it is NaN.
+
+    Args:
+        documents: a row for each fraction and document, with the columns `SUMS`.
+        skip: the n of `_skip<n>`; 0 for none.
+        chance: of each metric but perplexity, where it is known.
+    """
+    import pandas as pd
+
+    names = ["loss", "perplexity", "top1", f"top{top_k}", "kl"]
+    names += [f"{name}_skip{skip}" for name in ("loss", "top1", f"top{top_k}") if skip]
+    levels = {**chance, "perplexity": math.exp(chance.get("loss", math.nan))}
+    rows = [
+        {"fraction": fraction, "metric": name, **measure(group, name), "chance": levels.get(name, math.nan)}
+        for fraction, group in documents.groupby("fraction")
+        for name in dict.fromkeys(names)  # top1 may be there twice
+    ]
+    return pd.DataFrame(rows)
+
+
+def measure(documents: DataFrame, metric: str) -> dict[str, float]:
+    """`value`, `stderr` and `n` of one metric at one fraction."""
+    total, count = sums_of(metric)
+    value, stderr = ratio(documents[total].to_numpy(), documents[count].to_numpy())
+    if metric == "perplexity":
+        value = math.exp(min(value, 700))
+        stderr *= value
+    return {"value": value, "stderr": stderr, "n": int(documents[count].sum())}
+
+
+def ratio(totals: Float[np.ndarray, " documents"], counts: Float[np.ndarray, " documents"]) -> tuple[float, float]:
+    """Mean over positions, and its standard error with documents as the independent units (linearised)."""
+    n, d = counts.sum(), np.count_nonzero(counts)
+    if n == 0:
+        return math.nan, math.nan
+    value = totals.sum() / n
+    residuals = totals - value * counts
+    stderr = math.sqrt((residuals**2).sum() * d / (d - 1)) / n if d > 1 else math.nan
+    return float(value), float(stderr)
