@@ -76,7 +76,7 @@ def _on_the_same_documents(runs: dict[Path, DataFrame]) -> dict[Path, DataFrame]
             common[fraction] = common.get(fraction, set(group["document"])) & set(group["document"])
     found = {}
     for folder, rows in runs.items():
-        points = {f: group[group["document"].isin(common[f])] for f, group in tables[folder].items()}
+        points = {f: group.loc[group["document"].isin(common[f])] for f, group in tables[folder].items()}
         measured = [measure(points[f], metric) for f, metric in zip(rows["fraction"], rows["metric"], strict=True)]
         found[folder] = rows.assign(**{key: [m[key] for m in measured] for key in ("value", "stderr", "n")})
     return found
