@@ -1,0 +1,193 @@
+"""Which method is better, by how much, and is it luck? Paired differences with intervals over documents and seeds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from ablation_sweeps.metrics import sums_of
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+DRAWS = 2000
+AT_ONCE = 1 << 24  # weights of documents in memory, 8 bytes each
+LEVEL = 0.95
+LESS_IS_BETTER = ("loss", "perplexity", "kl")
+
+Sums = Float[np.ndarray, "seeds fractions documents"]
+Values = Float[np.ndarray, "draws points"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Of one method and metric, for every seed: the sums over each document, from fraction 0 on. A document that was
+    not evaluated at a fraction has a count of 0 there."""
+
+    fractions: tuple[float, ...]
+    totals: Sums
+    counts: Sums
+
+    def values(
+        self, seeds: Float[np.ndarray, "draws seeds"], documents: Float[np.ndarray, "draws documents"]
+    ) -> Values:
+        """The curve, with each seed and each document taken so many times."""
+        total, count = (
+            np.einsum("sfr,rs->rf", sums @ documents.T, seeds, optimize=True) for sums in (self.totals, self.counts)
+        )
+        return total / count
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two methods, `a - b`, on the same neurons and documents.
+
+    Attributes:
+        low, high: ends of the 95 % interval.
+        p: two-sided, of no difference; the interval leaves out 0 where it is below 0.05.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def differences(a: Curve, b: Curve, metric: str, seed: int = 0) -> tuple[list[Difference], Difference]:
+    """At each fraction, and in the area under the curves (see `area`).
+
+    Variances come from two bootstraps, over documents and over seeds, and are added; the interval is Student's t with
+    the degrees of freedom of Satterthwaite: quantiles of the draws themselves would be too narrow for a few seeds. With
+    one seed it is over documents alone, and says nothing about other neurons.
+
+    Args:
+        seed: of the bootstrap, whose draws are the same for all pairs of methods.
+    """
+    n_seeds, _, n_documents = a.totals.shape
+    rng = np.random.default_rng(seed)
+
+    def both(seeds: Float[np.ndarray, "draws seeds"], documents: Float[np.ndarray, "draws documents"]) -> Values:
+        one, other = (_measured(curve.values(seeds, documents), metric) for curve in (a, b))
+        areas = [area(curve.fractions, values, metric) for curve, values in ((a, one), (b, other))]
+        return np.concatenate([one - other, (areas[0] - areas[1])[:, None]], 1)
+
+    all_seeds, all_documents = np.ones((1, n_seeds)), np.ones((1, n_documents))
+    estimate = both(all_seeds, all_documents)[0]
+    over_documents = _variance(n_documents, rng, lambda w: both(np.repeat(all_seeds, len(w), 0), w))
+    over_seeds = np.zeros_like(estimate)
+    if n_seeds > 1:
+        over_seeds = _variance(n_seeds, rng, lambda w: both(w, np.repeat(all_documents, len(w), 0)))
+    found = [
+        _with_interval(*pair, n_documents, n_seeds) for pair in zip(estimate, over_documents, over_seeds, strict=True)
+    ]
+    return found[:-1], found[-1]
+
+
+def area(fractions: Sequence[float], values: Values, metric: str) -> Float[np.ndarray, " draws"]:
+    """Mean height of each curve over the fractions, by the trapezoid rule, as a share of its clean value; KL, whose
+    clean value is 0, as it is."""
+    height = np.trapezoid(values, fractions, axis=-1) / (fractions[-1] - fractions[0])
+    return height if metric == "kl" else height / values[:, 0]
+
+
+def _measured(ratios: Values, metric: str) -> Values:
+    return np.exp(np.minimum(ratios, 700)) if metric == "perplexity" else ratios
+
+
+def _variance(n: int, rng: np.random.Generator, statistic: Any) -> Float[np.ndarray, " points"]:
+    """Over draws of `n` out of `n`, with replacement; without the bias that this has when `n` is small."""
+    if n < 2:
+        return np.full_like(statistic(np.ones((1, n)))[0], math.nan)
+    at_once = max(1, AT_ONCE // n)
+    sizes = [min(at_once, DRAWS - start) for start in range(0, DRAWS, at_once)]
+    draws = [statistic(rng.multinomial(n, np.full(n, 1 / n), size).astype(float)) for size in sizes]
+    return np.concatenate(draws).var(0, ddof=1) * n / (n - 1)
+
+
+def _with_interval(value: float, of_documents: float, of_seeds: float, n_documents: int, n_seeds: int) -> Difference:
+    from scipy import stats
+
+    variance = of_documents + of_seeds
+    if not variance > 0:  # the same at every draw, as the clean values are; or unknown (NaN), with one document
+        known = variance == 0
+        return Difference(value, *((value, value) if known else (math.nan, math.nan)), 1.0 if value == 0 else math.nan)
+    freedom = variance**2 / (of_documents**2 / (n_documents - 1) + of_seeds**2 / max(n_seeds - 1, 1))
+    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(variance)
+    p = 2 * stats.t.sf(abs(value) / math.sqrt(variance), freedom)
+    return Difference(float(value), float(value - half), float(value + half), float(p))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Adjusted p-values of a family of tests (Holm 1979); NaN stays, and does not count."""
+    known = sorted((value, i) for i, value in enumerate(p) if not math.isnan(value))
+    adjusted, highest = list(p), 0.0
+    for rank, (value, i) in enumerate(known):
+        highest = max(highest, min(1.0, value * (len(known) - rank)))
+        adjusted[i] = highest
+    return adjusted
+
+
+def compare(documents: Mapping[tuple[str, int], DataFrame], metrics: Sequence[str]) -> DataFrame:
+    """All pairs of methods of one study.
+
+    Args:
+        documents: the sums of each document (see `metrics.SUMS`) for every method and seed.
+
+    Returns:
+        one row for each metric, pair and fraction, and one for the area, whose `fraction` is NaN: `metric`, `method`,
+        `other`, `fraction`, `difference` (method - other), `low`, `high`, `p`, `p_holm` (over all pairs of a metric:
+        those of the areas are one family, those of all fractions another), `better` (the method that is better,
+        where p_holm < 0.05; else empty), `n_seeds`, `n_documents`.
+    """
+    import pandas as pd
+
+    methods = list(dict.fromkeys(method for method, _ in documents))
+    rows: list[dict[str, Any]] = []
+    for metric, (a, b) in itertools.product(metrics, itertools.combinations(methods, 2)):
+        seeds = [seed for method, seed in documents if method == a and (b, seed) in documents]
+        if not seeds:
+            continue
+        one, other = _paired([[documents[method, seed] for seed in seeds] for method in (a, b)], metric)
+        if len(one.fractions) < 2:
+            continue
+        at_fractions, in_area = differences(one, other, metric)
+        points = [*zip(one.fractions, at_fractions, strict=True), (math.nan, in_area)]
+        n_seeds, _, n_documents = one.totals.shape
+        for fraction, found in points:
+            if fraction == 0:
+                continue  # nothing is ablated: all methods are the same
+            pair = {"metric": metric, "method": a, "other": b, "fraction": fraction}
+            interval = {"difference": found.value, "low": found.low, "high": found.high, "p": found.p}
+            rows.append({**pair, **interval, "n_seeds": n_seeds, "n_documents": n_documents})
+    columns = ["metric", "method", "other", "fraction", "difference", "low", "high", "p", "n_seeds", "n_documents"]
+    table = pd.DataFrame(rows, columns=columns)
+    families = table.groupby(["metric", table["fraction"].isna()])["p"]
+    table["p_holm"] = families.transform(lambda p: holm(p.tolist())) if len(table) else table["p"]
+    first = (table["difference"] < 0) == table["metric"].str.startswith(LESS_IS_BETTER)
+    table["better"] = table["method"].where(first, table["other"]).where(table["p_holm"] < 1 - LEVEL, "")
+    return table
+
+
+def _paired(of_methods: list[list[DataFrame]], metric: str) -> list[Curve]:
+    """The curves of some methods, at the fractions and on the documents that all of their runs have."""
+    tables = [table for of_seeds in of_methods for table in of_seeds]
+    fractions = sorted(set.intersection(*(set(table["fraction"]) for table in tables)))
+    documents = sorted(set.union(*(set(table["document"]) for table in tables)))
+    columns = sums_of(metric)
+    arrays = np.array([
+        [
+            [table.pivot(index="fraction", columns="document", values=column)
+             .reindex(index=fractions, columns=documents).to_numpy() for table in of_seeds]
+            for of_seeds in of_methods
+        ]
+        for column in columns
+    ])  # fmt: skip
+    missing = np.isnan(arrays).any((0, 1, 2))  # a document that one of them lacks at a fraction counts for none there
+    totals, counts = np.where(missing, 0.0, arrays)
+    return [Curve(tuple(fractions), *sums) for sums in zip(totals, counts, strict=True)]

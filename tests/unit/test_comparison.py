@@ -1,0 +1,166 @@
+"""Differences between methods: against scipy, and on simulated data whose difference is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from ablation_sweeps import comparison
+from ablation_sweeps.comparison import Curve, area, compare, differences, holm
+from ablation_sweeps.metrics import SUMS, ratio
+
+FRACTIONS = (0.0, 0.5, 1.0)
+KNOWN = 0.1  # nats by which b is better than a, where anything is ablated
+CLEAN = 3.0
+
+
+def simulated(n_seeds: int, n_documents: int, of_seeds: float, rng: np.random.Generator) -> tuple[Curve, Curve]:
+    """Documents differ in length and difficulty; how much worse `a` is than `b` depends on document, seed and luck."""
+    counts = rng.integers(20, 200, n_documents).astype(float)
+    clean = CLEAN + rng.normal(0, 0.7, n_documents)
+    curves = []
+    damage = np.abs(rng.normal(1, 0.3, (n_seeds, 1, n_documents)))
+    gap = (KNOWN + rng.normal(0, of_seeds, (n_seeds, 1, 1)) + rng.normal(0, 0.2, (1, 1, n_documents))
+           + rng.normal(0, 0.1, (n_seeds, 1, n_documents)))  # fmt: skip
+    ablated = np.array([0.0, 1.0, 2.0])[None, :, None]
+    for more in (gap, 0 * gap):
+        losses = clean + ablated * damage + (ablated > 0) * more
+        curves.append(Curve(FRACTIONS, losses * counts, np.broadcast_to(counts, losses.shape)))
+    return curves[0], curves[1]
+
+
+def test_of_one_seed_the_standard_error_is_that_of_scipy(monkeypatch):
+    monkeypatch.setattr(comparison, "DRAWS", 20_000)
+    a, b = simulated(1, 60, 0.0, np.random.default_rng(0))
+    (_, half, _), _ = differences(a, b, "loss")
+    x, y, n = a.totals[0, 1], b.totals[0, 1], a.counts[0, 1]
+    statistic = lambda x, y, n, axis: (x.sum(axis) - y.sum(axis)) / n.sum(axis)  # noqa: E731
+    theirs = stats.bootstrap((x, y, n), statistic, paired=True, n_resamples=20_000, method="percentile",
+                             rng=np.random.default_rng(1))  # fmt: skip
+    assert half.value == pytest.approx(statistic(x, y, n, 0))
+    stderr = (half.high - half.low) / 2 / stats.t.ppf(0.975, 59)
+    assert stderr == pytest.approx(theirs.standard_error * math.sqrt(60 / 59), rel=0.03)
+    assert stderr == pytest.approx(ratio(x - y, n)[1], rel=0.03)  # the linearised one that points have
+    ends = theirs.confidence_interval
+    np.testing.assert_allclose([half.low, half.high], [ends.low, ends.high], atol=0.1 * stderr * 1.96)
+
+
+@pytest.mark.parametrize(("n_seeds", "of_seeds"), [(1, 0.0), (2, 0.05), (3, 0.05), (10, 0.05)])
+def test_intervals_cover_the_known_difference_at_their_nominal_rate(monkeypatch, n_seeds, of_seeds):
+    """At half and in the area, 600 times; within three standard deviations of a binomial, a little more above, since
+    what document and seed share is in both bootstraps."""
+    monkeypatch.setattr(comparison, "DRAWS", 200)
+    rng = np.random.default_rng(n_seeds)
+    n, covered = 600, np.zeros(2)
+    for _ in range(n):
+        a, b = simulated(n_seeds, 40, of_seeds, rng)
+        (_, half, _), in_area = differences(a, b, "loss", seed=int(rng.integers(1 << 30)))
+        clean = float((a.totals[0, 0]).sum() / a.counts[0, 0].sum())
+        for i, (found, truth) in enumerate(((half, KNOWN), (in_area, 0.75 * KNOWN / clean))):
+            covered[i] += found.low <= truth <= found.high
+    assert (covered / n > 0.95 - 3 * math.sqrt(0.95 * 0.05 / n)).all(), covered / n
+    assert (covered / n < 0.985).all(), covered / n
+
+
+def test_the_p_value_and_the_interval_say_the_same():
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        at_fractions, in_area = differences(*simulated(3, 30, 0.1, rng), "loss")
+        for found in (*at_fractions[1:], in_area):
+            assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
+
+
+def test_the_clean_values_do_not_differ_and_nor_does_a_method_from_itself():
+    a, b = simulated(3, 30, 0.1, np.random.default_rng(0))
+    (clean, *_), _ = differences(a, b, "loss")
+    assert (clean.value, clean.low, clean.high, clean.p) == (0, 0, 0, 1)
+    at_fractions, in_area = differences(a, a, "loss")
+    assert all((d.value, d.p) == (0, 1) for d in (*at_fractions, in_area))
+
+
+def test_one_document_tells_nothing_about_luck():
+    a, b = simulated(1, 1, 0.0, np.random.default_rng(0))
+    (_, half, _), _ = differences(a, b, "loss")
+    assert half.value != 0 and math.isnan(half.low) and math.isnan(half.p)
+
+
+@pytest.mark.parametrize("metric", ["loss", "kl"])
+def test_the_area_is_the_mean_height(metric):
+    values = np.array([[2.0, 4.0, 8.0], [1.0, 1.0, 1.0]])
+    assert area((0.0, 0.5, 1.0), values, "loss").tolist() == [4.5 / 2, 1.0]
+    assert area((0.0, 0.5, 1.0), values, "kl").tolist() == [4.5, 1.0]
+    assert area((0.0, 0.2, 0.8), values, "kl").tolist() == pytest.approx([(3 * 0.2 + 6 * 0.6) / 0.8, 1.0])
+
+
+def test_holm():
+    """The first are those of R's p.adjust(p, "holm")."""
+    assert holm([0.01, 0.04, 0.03, 0.02]) == pytest.approx([0.04, 0.06, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    found = holm([0.01, math.nan, 0.02])
+    assert found[0] == 0.02 and math.isnan(found[1]) and found[2] == 0.02
+    assert holm([]) == []
+
+
+# Tables
+
+
+def table(losses: np.ndarray, top1: np.ndarray | None = None) -> pd.DataFrame:
+    """`[fractions, documents]` means of each document, of 10 tokens."""
+    rows = []
+    for i, fraction in enumerate(FRACTIONS):
+        for document, loss in enumerate(losses[i]):
+            if not np.isnan(loss):
+                sums = dict.fromkeys(SUMS, 0.0)
+                sums |= {"n": 10.0, "loss": 10 * loss, "top1": 10 * (top1[i, document] if top1 is not None else 0.5)}
+                rows.append({"fraction": fraction, "document": document, "name": str(document), **sums})
+    return pd.DataFrame(rows)
+
+
+def runs(n_seeds: int = 3, n_documents: int = 40) -> dict[tuple[str, int], pd.DataFrame]:
+    rng = np.random.default_rng(0)
+    base = 3 + np.linspace(0, 2, 3)[:, None] + rng.normal(0, 0.5, n_documents)
+    found = {}
+    for method, more in (("zero", 0.5), ("mean", 0.0), ("same", 0.0)):
+        for seed in range(n_seeds):
+            luck = rng.normal(0, 0.02, base.shape)
+            luck[0] = 0
+            found[method, seed] = table(base + luck + np.array([0, more, more])[:, None], 0.5 - 0 * base)
+    return found
+
+
+def test_what_is_better_and_what_cannot_be_told():
+    found = compare(runs(), ["loss"]).set_index(["method", "other", "fraction"])
+    half = found.loc[("zero", "mean", 0.5)]
+    assert half["better"] == "mean" and half["difference"] == pytest.approx(0.5, abs=0.02)
+    assert half["low"] < 0.5 < half["high"] and half["n_seeds"] == 3 and half["n_documents"] == 40
+    areas = found[found.index.get_level_values("fraction").isna()]
+    assert areas["better"].tolist() == ["mean", "same", ""]
+    assert (found["p_holm"] >= found["p"]).all() and not found.index.get_level_values("fraction").isin([0.0]).any()
+
+
+def test_more_accuracy_is_better():
+    accuracy = {"zero": np.array([[0.6], [0.3], [0.1]]), "mean": np.array([[0.6], [0.5], [0.4]])}
+    of_documents = {"zero": np.linspace(0, 0.1, 9), "mean": np.linspace(0, 0.11, 9)}
+    both = {(method, seed): table(np.full((3, 9), 3.0), accuracy[method] + of_documents[method])
+            for method in accuracy for seed in (0, 1)}  # fmt: skip
+    found = compare(both, ["top1"])
+    assert set(found["better"]) == {"mean"} and (found["difference"] < 0).all()
+
+
+def test_only_what_all_have_is_compared():
+    """A document that one method lacks at a fraction, a seed that one lacks, and a fraction that one lacks."""
+    all_of_them = runs()
+    short = all_of_them["mean", 0]
+    all_of_them["mean", 0] = short[(short["fraction"] < 1) & ((short["fraction"] == 0) | (short["document"] < 20))]
+    del all_of_them["mean", 2]
+    found = compare(all_of_them, ["loss"]).set_index(["method", "other", "fraction"])
+    assert found.loc[("zero", "mean", 0.5), "n_seeds"] == 2 and ("zero", "mean", 1.0) not in found.index
+    assert found.loc[("zero", "same", 1.0), "n_seeds"] == 3
+    first = [t[t["document"] < 20] for t in (all_of_them["zero", 0], all_of_them["zero", 1])]
+    other = [t[t["document"] < 20] for t in (all_of_them["mean", 0], all_of_them["mean", 1])]
+    by_hand = [np.mean([t.loc[t["fraction"] == 0.5, "loss"].sum() / 200 for t in of]) for of in (first, other)]
+    assert found.loc[("zero", "mean", 0.5), "difference"] == pytest.approx(by_hand[0] - by_hand[1])
