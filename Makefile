@@ -11,7 +11,7 @@ VENV4 := .venv-transformers4
 # Where it is set, each of many processes compiles torch and transformers again: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-transformers4 test-slurm check smollm2 tiny bench reference lock clean
+.PHONY: help setup demo test test-transformers4 test-slurm check smollm2 tiny bench bench-against reference lock clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -65,6 +65,9 @@ tiny: setup ## train the three embedded models again (see the model cards for th
 
 bench: setup smollm2 ## speed against clean forward passes (10 to 20 minutes on a CPU); writes benchmarks/results.json
 	HF_HUB_OFFLINE=1 $(RUN) benchmarks/bench.py
+
+bench-against: setup smollm2 ## the same against plain transformers, TransformerLens, nnsight and taker (half an hour)
+	HF_HUB_OFFLINE=1 $(RUN) benchmarks/against.py
 
 reference: setup smollm2 ## the runs of results/reference (hours); needs ASSETS, see results/reference/README.md
 	scripts/reference.sh

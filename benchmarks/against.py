@@ -1,0 +1,286 @@
+"""Ours against what people use, on the same tokens, with the same results: python benchmarks/against.py.
+
+The others are plain transformers with a hook, TransformerLens, nnsight, and taker, the library of arXiv:2408.17322.
+Each is a script in others/ that runs in an environment of its own, which is made here. On one thread: some 25 minutes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import transformers
+import typer
+from bench import GPU, ROOT, Case, composed
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ablation_sweeps import activations, evaluation
+from ablation_sweeps.ablation import Constant, Fitting
+from ablation_sweeps.hub import load_tokenizer
+from ablation_sweeps.job import encode, load
+from ablation_sweeps.selection import masks
+
+HERE = ROOT / "benchmarks"
+FRACTIONS = (0.2, 0.5)
+BATCH = 4
+METRICS = ("loss", "top1", "top10", "kl")
+# Script in others/, and the package that its environment needs. Plain transformers runs in our own.
+OTHERS = {
+    "plain transformers": ("with_plain.py", None),
+    "TransformerLens": ("with_transformer_lens.py", "transformer-lens"),
+    "nnsight": ("with_nnsight.py", "nnsight"),
+    "taker": ("with_taker.py", "taker"),
+}
+
+Answer = tuple[float, dict[str, Any]]  # seconds, and what was found
+
+
+class Skipped(Exception):
+    """This one cannot be compared with, and why."""
+
+
+# Ours, and the others
+
+
+class Ours:
+    def __init__(self, model: str, tokens: int, length: int, passes: activations.Passes = 2):
+        self.passes: activations.Passes = passes
+        job = composed(f"model={model}", f"statistics.tokens={tokens}", f"model.max_tokens={length}",
+                       "model.pack=concatenate", f"batch_tokens={BATCH * length}", "method=peak")  # fmt: skip
+        transformer = load(job.model)
+        batches = [b for b in encode(job, transformer, "calibration") if b.labels.shape == (BATCH, length)]
+        self.case = Case(job, transformer, batches)
+        widths = [projection.width for projection in self.case.projections]
+        self.masks = {f: masks(job.selection.orders(widths, 0), f) for f in FRACTIONS}
+        self.statistics = self._statistics()
+        self.values = [moments.mean.float() for moments in self.statistics.moments]
+
+    def _statistics(self) -> activations.Statistics:
+        with tempfile.TemporaryDirectory() as cache:
+            return activations.collect(
+                self.case.model, self.case.projections, self.case.batches, Path(cache), activations.Histogram(100),
+                passes=self.passes,
+            )  # fmt: skip
+
+    def collect(self) -> Answer:
+        def run() -> dict[str, Any]:
+            found = self._statistics()
+            fitting = Fitting(self.case.model, self.case.projections, lambda *_: found, 0, 0)
+            peaks = self.case.job.method.fit(fitting).values  # type: ignore[attr-defined]
+            means = torch.stack([m.mean for m in found.moments])
+            return {"mean": means.cpu(), "peak": torch.stack(peaks).cpu()}
+
+        return timed(run)
+
+    def points(self) -> Answer:
+        seconds, documents = timed(
+            lambda: evaluation.evaluate(
+                self.case.model, self.case.projections, self.case.batches, self.masks, Constant(self.values),
+                torch.arange(50), 10, [], lambda *_: None,
+            )
+        )  # fmt: skip
+        sums = documents.groupby("fraction")[["n", "loss", "top1", "topk", "kl"]].sum()
+        columns = zip(METRICS, ("loss", "top1", "topk", "kl"), strict=True)
+        return seconds, {name: (sums[column] / sums["n"]).tolist() for name, column in columns}
+
+    def export(self, folder: Path) -> None:
+        """The model in float32, its tokenizer, and the work, for the others."""
+        module: Any = self.case.model.module
+        config = copy.deepcopy(module.config)
+        if hasattr(config, "quantization_config"):  # read from GGUF, which transformers does not write
+            del config.quantization_config
+        plain = type(module)(config)
+        plain.load_state_dict(module.state_dict())
+        plain.save_pretrained(folder)
+        load_tokenizer(self.case.job.model).save_pretrained(folder)  # type: ignore[arg-type]
+        np.savez(
+            folder / "work.npz",
+            ids=torch.stack([batch.inputs["input_ids"] for batch in self.case.batches]).numpy(),
+            masks=torch.stack([torch.stack(layers) for layers in self.masks.values()]).numpy(),
+            values=torch.stack(self.values).cpu().numpy(),
+        )
+
+
+class Other:
+    """A script of others/ in a process of its own, which waits for commands."""
+
+    def __init__(self, name: str, python: Path, folder: Path):
+        self.log = folder / f"{name}.log"
+        self.found = folder / f"{name}.npz"
+        # The paths of our own environment are none of theirs.
+        variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [python, HERE / "others" / OTHERS[name][0], folder],
+                env=variables | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
+        self.versions = self._answer()
+
+    def __enter__(self) -> Other:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+    def collect(self) -> Answer:
+        seconds = self._ask(f"collect {self.found}")["seconds"]
+        with np.load(self.found) as arrays:
+            return seconds, {name: torch.from_numpy(arrays[name]) for name in arrays}
+
+    def points(self) -> Answer:
+        found = self._ask("points")
+        return found.pop("seconds"), found
+
+    def _ask(self, command: str) -> dict[str, Any]:
+        assert self.process.stdin
+        print(command, file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            raise Skipped(last_line(self.log.read_text()))
+        return json.loads(line)
+
+
+def environment(name: str, envs: Path) -> Path:
+    """The python of an environment that has the library, with our own versions of torch and transformers."""
+    _, package = OTHERS[name]
+    if package is None:
+        return Path(sys.executable)
+    python = envs / package / "bin" / "python"
+    if not python.exists():
+        uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
+        same = [f"torch=={torch.__version__.partition('+')[0]}", f"transformers=={transformers.__version__}"]
+        for line in (["venv", "--python", sys.executable, str(envs / package)],
+                     ["pip", "install", "--python", str(python), package, *same]):  # fmt: skip
+            try:
+                subprocess.run([uv, *line], check=True, capture_output=True, text=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                shutil.rmtree(envs / package, ignore_errors=True)
+                raise Skipped(last_line(getattr(error, "stderr", None) or str(error))) from error
+    return python
+
+
+def last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it says nothing")
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    def now() -> float:
+        if GPU:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    start = now()
+    found = run()
+    return now() - start, found
+
+
+# What is compared
+
+
+def agreement(ours: Ours, mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    """Share of neurons whose peaks are within one bin, and the largest difference of each metric over all fractions."""
+    bin_width = torch.stack([(m.maximum - m.minimum) / 100 for m in ours.statistics.moments]).cpu()
+    near: Tensor = (mine["peak"] - theirs["peak"]).abs() <= bin_width + 1e-6
+    found = {"peaks": near.float().mean().item(), "mean": (mine["mean"] - theirs["mean"]).abs().max().item()}
+    for metric in METRICS:
+        found[metric] = max(abs(a - b) for a, b in zip(mine[metric], theirs[metric], strict=True))
+    return found
+
+
+def in_turns(ours: Ours, others: dict[str, Ours | Other], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each, by command and name, in the order of the rounds."""
+    found: dict[str, dict[str, list[float]]] = {"collect": defaultdict(list), "points": defaultdict(list)}
+    for _ in range(rounds):
+        for name, one in (("ours", ours), *others.items()):
+            for command, times in found.items():
+                times[name].append(getattr(one, command)()[0])
+    return found
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    return {"value": statistics.median(values), "from": min(values), "to": max(values)}
+
+
+def shown(line: dict[str, float], unit: str = "") -> str:
+    return f"{line['value']:.2f}{unit} ({line['from']:.2f} to {line['to']:.2f})"
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="some of them; all, if none is named")] = None,
+    model: str = "smollm2_135m",
+    tokens: int = 2048,
+    length: int = 256,
+    rounds: int = 5,
+    envs: Annotated[Path, typer.Option(help="where the environments are, or are made")] = HERE / ".envs",
+    out: Path = HERE / "against.json",
+) -> None:
+    """Seconds of each, divided by ours of the same round: median and range."""
+    ours = Ours(model, tokens, length)
+    quick = Ours(model, tokens, length, passes=1)
+    others: dict[str, Ours | Other] = {"ours, statistics.passes=1": quick}
+    skipped: dict[str, str] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        ours.export(folder)
+        results = lambda one: one.collect()[1] | one.points()[1]  # noqa: E731  (which warms up, too)
+        mine = results(ours)
+        agree = {name: agreement(ours, mine, results(one)) for name, one in others.items()}
+        for name in names or OTHERS:
+            try:
+                other = stack.enter_context(Other(name, environment(name, envs), folder))
+                agree[name] = agreement(ours, mine, results(other))
+                others[name] = other
+            except Skipped as error:
+                skipped[name] = str(error)
+                print(f"{name} is skipped: {error}")
+        times = in_turns(ours, others, rounds)
+
+    ratios = {
+        command: {name: summary([a / b for a, b in zip(by[name], by["ours"], strict=True)]) for name in others}
+        for command, by in times.items()
+    }
+    seconds = {command: {name: summary(values) for name, values in by.items()} for command, by in times.items()}
+    device = torch.cuda.get_device_name() if GPU else "cpu"
+    size = {"tokens": ours.case.n, "length": length, "batch": BATCH, "fractions": FRACTIONS, "rounds": rounds}
+    found = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "model": model, **size,
+             "versions": {name: other.versions for name, other in others.items() if isinstance(other, Other)}, "skipped": skipped,
+             "agreement": agree, "ratios": ratios, "seconds": seconds}  # fmt: skip
+    out.write_text(json.dumps(found, indent=2) + "\n")
+    title = (
+        f"time / ours: {model}, {ours.case.n} tokens, {len(FRACTIONS)} fractions, {device}, {found['threads']} threads"
+    )
+    table = Table("", "collect", "points", "peaks", "difference of losses", "of KLs", title=title)
+    table.add_row("ours", *(shown(seconds[command]["ours"], " s") for command in times))
+    for name in others:
+        compared = agree[name]
+        table.add_row(name, *(shown(ratios[command][name]) for command in times), f"{compared['peaks']:.4f}",
+                      f"{compared['loss']:.1e}", f"{compared['kl']:.1e}")  # fmt: skip
+    Console(width=None if os.isatty(1) else 120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
