@@ -267,7 +267,8 @@ def main(
     device = torch.cuda.get_device_name() if GPU else "cpu"
     size = {"tokens": ours.case.n, "length": length, "batch": BATCH, "fractions": FRACTIONS, "rounds": rounds}
     found = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "model": model, **size,
-             "versions": {name: other.versions for name, other in others.items() if isinstance(other, Other)}, "skipped": skipped,
+             "versions": {name: one.versions for name, one in others.items() if isinstance(one, Other)},
+             "skipped": skipped,
              "agreement": agree, "ratios": ratios, "seconds": seconds}  # fmt: skip
     out.write_text(json.dumps(found, indent=2) + "\n")
     title = (
