@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ LESS_IS_BETTER = ("loss", "perplexity", "kl")
 
 Sums = Float[np.ndarray, "seeds fractions documents"]
 Values = Float[np.ndarray, "draws points"]
+Weights = Float[np.ndarray, "draws _units"]  # how often each seed, or each document, is taken
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,10 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Of two methods, `a - b`, on the same neurons and documents.
-
-    Attributes:
-        low, high: ends of the 95 % interval.
-        p: two-sided, of no difference; the interval leaves out 0 where it is below 0.05.
+class Estimate:
+    """Attributes:
+    low, high: ends of the 95 % interval.
+    p: two-sided, of being 0; the interval leaves out 0 where it is below 0.05.
     """
 
     value: float
@@ -59,32 +58,48 @@ class Difference:
     p: float
 
 
-def differences(a: Curve, b: Curve, metric: str, seed: int = 0) -> tuple[list[Difference], Difference]:
-    """At each fraction, and in the area under the curves (see `area`).
+def levels(curve: Curve, metric: str, seed: int = 0) -> tuple[list[Estimate], Estimate]:
+    """The curve at each fraction, and the area under it (see `area`).
 
     Variances come from two bootstraps, over documents and over seeds, and are added; the interval is Student's t with
     the degrees of freedom of Satterthwaite: quantiles of the draws themselves would be too narrow for a few seeds. With
     one seed it is over documents alone, and says nothing about other neurons.
 
     Args:
-        seed: of the bootstrap, whose draws are the same for all pairs of methods.
+        seed: of the bootstrap, whose draws are the same for all methods.
     """
-    n_seeds, _, n_documents = a.totals.shape
+    return _estimates(lambda *weights: _points_and_area(curve, metric, *weights), curve, seed)
+
+
+def differences(a: Curve, b: Curve, metric: str, seed: int = 0) -> tuple[list[Estimate], Estimate]:
+    """Of two methods, `a - b`, on the same neurons and documents; otherwise as `levels`."""
+    return _estimates(
+        lambda *weights: _points_and_area(a, metric, *weights) - _points_and_area(b, metric, *weights), a, seed
+    )
+
+
+def _points_and_area(curve: Curve, metric: str, seeds: Weights, documents: Weights) -> Values:
+    values = curve.values(seeds, documents)
+    if metric == "perplexity":
+        values = np.exp(np.minimum(values, 700))
+    return np.concatenate([values, area(curve.fractions, values, metric)[:, None]], 1)
+
+
+def _estimates(statistic: Callable[..., Values], like: Curve, seed: int) -> tuple[list[Estimate], Estimate]:
+    """Args:
+    statistic: of weights of the seeds and of the documents, `[draws, seeds]` and `[draws, documents]`.
+    """
+    n_seeds, _, n_documents = like.totals.shape
     rng = np.random.default_rng(seed)
-
-    def both(seeds: Float[np.ndarray, "draws seeds"], documents: Float[np.ndarray, "draws documents"]) -> Values:
-        one, other = (_measured(curve.values(seeds, documents), metric) for curve in (a, b))
-        areas = [area(curve.fractions, values, metric) for curve, values in ((a, one), (b, other))]
-        return np.concatenate([one - other, (areas[0] - areas[1])[:, None]], 1)
-
     all_seeds, all_documents = np.ones((1, n_seeds)), np.ones((1, n_documents))
-    estimate = both(all_seeds, all_documents)[0]
-    over_documents = _variance(n_documents, rng, lambda w: both(np.repeat(all_seeds, len(w), 0), w))
-    over_seeds = np.zeros_like(estimate)
+    values = statistic(all_seeds, all_documents)[0]
+    over_documents = _variance(n_documents, rng, lambda w: statistic(np.repeat(all_seeds, len(w), 0), w))
+    over_seeds = np.zeros_like(values)
     if n_seeds > 1:
-        over_seeds = _variance(n_seeds, rng, lambda w: both(w, np.repeat(all_documents, len(w), 0)))
+        over_seeds = _variance(n_seeds, rng, lambda w: statistic(w, np.repeat(all_documents, len(w), 0)))
     found = [
-        _with_interval(*pair, n_documents, n_seeds) for pair in zip(estimate, over_documents, over_seeds, strict=True)
+        _with_interval(value, of_documents, of_seeds, n_documents, n_seeds)
+        for value, of_documents, of_seeds in zip(values, over_documents, over_seeds, strict=True)
     ]
     return found[:-1], found[-1]
 
@@ -96,11 +111,7 @@ def area(fractions: Sequence[float], values: Values, metric: str) -> Float[np.nd
     return height if metric == "kl" else height / values[:, 0]
 
 
-def _measured(ratios: Values, metric: str) -> Values:
-    return np.exp(np.minimum(ratios, 700)) if metric == "perplexity" else ratios
-
-
-def _variance(n: int, rng: np.random.Generator, statistic: Any) -> Float[np.ndarray, " points"]:
+def _variance(n: int, rng: np.random.Generator, statistic: Callable[..., Values]) -> Float[np.ndarray, " points"]:
     """Over draws of `n` out of `n`, with replacement; without the bias that this has when `n` is small."""
     if n < 2:
         return np.full_like(statistic(np.ones((1, n)))[0], math.nan)
@@ -110,17 +121,18 @@ def _variance(n: int, rng: np.random.Generator, statistic: Any) -> Float[np.ndar
     return np.concatenate(draws).var(0, ddof=1) * n / (n - 1)
 
 
-def _with_interval(value: float, of_documents: float, of_seeds: float, n_documents: int, n_seeds: int) -> Difference:
+def _with_interval(value: float, of_documents: float, of_seeds: float, n_documents: int, n_seeds: int) -> Estimate:
     from scipy import stats
 
     variance = of_documents + of_seeds
     if not variance > 0:  # the same at every draw, as the clean values are; or unknown (NaN), with one document
         known = variance == 0
-        return Difference(value, *((value, value) if known else (math.nan, math.nan)), 1.0 if value == 0 else math.nan)
+        low, high = (value, value) if known else (math.nan, math.nan)
+        return Estimate(float(value), float(low), float(high), 1.0 if value == 0 else math.nan)
     freedom = variance**2 / (of_documents**2 / (n_documents - 1) + of_seeds**2 / max(n_seeds - 1, 1))
     half = stats.t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(variance)
     p = 2 * stats.t.sf(abs(value) / math.sqrt(variance), freedom)
-    return Difference(float(value), float(value - half), float(value + half), float(p))
+    return Estimate(float(value), float(value - half), float(value + half), float(p))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -153,7 +165,7 @@ def compare(documents: Mapping[tuple[str, int], DataFrame], metrics: Sequence[st
         seeds = [seed for method, seed in documents if method == a and (b, seed) in documents]
         if not seeds:
             continue
-        one, other = _paired([[documents[method, seed] for seed in seeds] for method in (a, b)], metric)
+        one, other = paired([[documents[method, seed] for seed in seeds] for method in (a, b)], metric)
         if len(one.fractions) < 2:
             continue
         at_fractions, in_area = differences(one, other, metric)
@@ -174,7 +186,7 @@ def compare(documents: Mapping[tuple[str, int], DataFrame], metrics: Sequence[st
     return table
 
 
-def _paired(of_methods: list[list[DataFrame]], metric: str) -> list[Curve]:
+def paired(of_methods: Sequence[Sequence[DataFrame]], metric: str) -> list[Curve]:
     """The curves of some methods, at the fractions and on the documents that all of their runs have."""
     tables = [table for of_seeds in of_methods for table in of_seeds]
     fractions = sorted(set.intersection(*(set(table["fraction"]) for table in tables)))
