@@ -11,7 +11,7 @@ VENV4 := .venv-transformers4
 # Where it is set, each of many processes compiles torch and transformers again: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-transformers4 test-slurm check smollm2 tiny bench bench-against reference lock clean
+.PHONY: help setup demo test test-transformers4 test-slurm browser check smollm2 tiny bench bench-against reference lock clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -31,6 +31,12 @@ $(STAMP): pyproject.toml requirements.txt
 # HF_HUB_OFFLINE: a loader that tries the network hangs where there is none. One thread for each of pytest's processes.
 test: setup ## the whole suite
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
+
+browser: ## Chromium for the tests of report.html, which are skipped without (Debian and Ubuntu, as root)
+	@command -v chromium chromium-browser google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  export DEBIAN_FRONTEND=noninteractive && apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
+	  echo "no Chromium can be installed here: the tests of report.html will be skipped"
 
 test-transformers4: $(VENV4)/.installed ## every family of models once more, under transformers 4 (another environment)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV4)/bin/python -m pytest tests/unit/test_families.py tests/unit/test_sites.py

@@ -20,6 +20,8 @@ from ablation_sweeps.transformer import Transformer
 
 log = logging.getLogger(__name__)
 
+MOMENTS_FILE, BOTH = "moments.safetensors", "moments-and-fine-counts.safetensors"
+
 Rows = Float[torch.Tensor, "tokens neurons"]
 Passes = Literal[1, 2]
 Counts = Num[torch.Tensor, "_neurons bins"]
@@ -124,6 +126,19 @@ def collect(
     return collect(model, projections, smaller, cache, *histograms, passes=passes, note=note)
 
 
+def kept(cache: Path, histogram: Histogram) -> Statistics | None:
+    """What jobs have left under `cache`, if the histogram is among it."""
+    both = store.load_tensors(cache / BOTH)
+    if both is not None:
+        moments, fine = _from_tensors(both)
+        return _at_once_in_bins(moments, fine, [histogram])
+    moments = store.load_tensors(cache / MOMENTS_FILE)
+    counts = store.load_tensors(_counts_file(cache, histogram))
+    if moments is None or counts is None:
+        return None
+    return Statistics(_to_moments(moments), {histogram: _in_order(counts)})
+
+
 def _collect(
     model: Transformer,
     projections: list[Projection],
@@ -133,7 +148,7 @@ def _collect(
 ) -> Statistics:
     with store.locked(cache):
         moments = store.cached(
-            cache / "moments.safetensors", _from_moments, _to_moments, lambda: _moments(model, projections, batches)
+            cache / MOMENTS_FILE, _from_moments, _to_moments, lambda: _moments(model, projections, batches)
         )
         statistics = Statistics(moments)
         missing = []
@@ -164,8 +179,13 @@ def _collect_at_once(
                 "statistics.passes=2"
             )
     with store.locked(cache):
-        both = cache / "moments-and-fine-counts.safetensors"
-        moments, fine = store.cached(both, _from_both, _to_both, lambda: _at_once(model, projections, batches))
+        moments, fine = store.cached(
+            cache / BOTH, _to_tensors, _from_tensors, lambda: _at_once(model, projections, batches)
+        )
+    return _at_once_in_bins(moments, fine, histograms)
+
+
+def _at_once_in_bins(moments: list[Moments], fine: list[GrowingCounts], histograms: Sequence[Histogram]) -> Statistics:
     statistics = Statistics(moments)
     for histogram in histograms:
         ranges = (statistics.range(histogram, layer) for layer in range(len(fine)))
@@ -304,7 +324,7 @@ def _to_moments(tensors: dict[str, torch.Tensor]) -> list[Moments]:
 FINE_COUNTS = ("low", "width", "counts")
 
 
-def _from_both(both: Both) -> dict[str, torch.Tensor]:
+def _to_tensors(both: Both) -> dict[str, torch.Tensor]:
     moments, fine = both
     named = _from_moments(moments)
     for what in FINE_COUNTS:
@@ -312,7 +332,7 @@ def _from_both(both: Both) -> dict[str, torch.Tensor]:
     return named
 
 
-def _to_both(tensors: dict[str, torch.Tensor]) -> Both:
+def _from_tensors(tensors: dict[str, torch.Tensor]) -> Both:
     moments = _to_moments(tensors)
     fine = [GrowingCounts(*(tensors[f"{what}.{layer:04d}"] for what in FINE_COUNTS)) for layer in range(len(moments))]
     return moments, fine

@@ -186,6 +186,18 @@ def compare(documents: Mapping[tuple[str, int], DataFrame], metrics: Sequence[st
     return table
 
 
+def shared(tables: Sequence[DataFrame]) -> list[DataFrame]:
+    """Without the documents that one of them lacks, at each fraction."""
+    common: dict[float, set[int]] = {}
+    for table in tables:
+        for fraction, documents in table.groupby("fraction")["document"]:
+            common[fraction] = common.get(fraction, set(documents)) & set(documents)  # type: ignore[index,arg-type]
+    return [
+        table.loc[[d in common[f] for f, d in zip(table["fraction"], table["document"], strict=True)]]
+        for table in tables
+    ]
+
+
 def paired(of_methods: Sequence[Sequence[DataFrame]], metric: str) -> list[Curve]:
     """The curves of some methods, at the fractions and on the documents that all of their runs have."""
     tables = [table for of_seeds in of_methods for table in of_seeds]

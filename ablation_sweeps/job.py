@@ -196,6 +196,7 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     calibration = encode(job, model, "calibration")
     cache = job.results_dir / ".cache" / store.signature(job.data)[:16]
     note = functools.partial(store.note, folder)
+    store.remember(folder, statistics=cache.name, n_heads=model.n_heads)
     statistics = functools.partial(
         activations.collect, model, projections, calibration, cache, passes=job.statistics.passes, note=note
     )

@@ -1,4 +1,4 @@
-"""Rows of a sweep's runs -> tables on the terminal, curves.parquet, summary.csv and figures."""
+"""Rows of a sweep's runs -> tables on the terminal, curves.parquet, summary.csv, figures and report.html."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ablation_sweeps import store
+from ablation_sweeps import neurons, page, store
+from ablation_sweeps.activations import Histogram, kept
+from ablation_sweeps.comparison import shared
 from ablation_sweeps.data import UserError
 from ablation_sweeps.figures import draw, in_order, save
 from ablation_sweeps.metrics import measure
@@ -66,17 +68,12 @@ def _on_the_same_documents(runs: dict[Path, DataFrame]) -> dict[Path, DataFrame]
     sizes = {point for rows in runs.values() for point in zip(rows["metric"], rows["fraction"], rows["n"], strict=True)}
     if len(sizes) == len({(metric, fraction) for metric, fraction, _ in sizes}):
         return runs  # all the same: the usual case, in which documents.parquet need not be read
-    documents = {folder: store.result(folder, "documents.parquet") for folder in runs}
-    tables = {folder: dict(list(table.groupby("fraction"))) for folder, table in documents.items() if table is not None}
+    tables = [table for folder in runs if (table := store.result(folder, "documents.parquet")) is not None]
     if len(tables) < len(runs):
         return runs
-    common: dict[Any, set[int]] = {}
-    for table in tables.values():
-        for fraction, group in table.items():
-            common[fraction] = common.get(fraction, set(group["document"])) & set(group["document"])
     found = {}
-    for folder, rows in runs.items():
-        points = {f: group.loc[group["document"].isin(common[f])] for f, group in tables[folder].items()}
+    for (folder, rows), table in zip(runs.items(), shared(tables), strict=True):
+        points = {fraction: group for fraction, group in table.groupby("fraction")}
         measured = [measure(points[f], metric) for f, metric in zip(rows["fraction"], rows["metric"], strict=True)]
         found[folder] = rows.assign(**{key: [m[key] for m in measured] for key in ("value", "stderr", "n")})
     return found
@@ -152,7 +149,7 @@ def _half_gone_at(mean: dict[Any, float]) -> float:
 
 
 def write(sweep_dir: Path, console: Console | None = None) -> list[Path]:
-    """Write curves.parquet, summary.csv and a figure for each study into the sweep's folder; print the tables."""
+    """Write curves.parquet, summary.csv, report.html and a figure for each study; print the tables."""
     sweep_dir = Path(sweep_dir)
     curves = read_curves(sweep_dir)
     store.write_table(sweep_dir / "curves.parquet", curves)
@@ -166,7 +163,47 @@ def write(sweep_dir: Path, console: Console | None = None) -> list[Path]:
             with store.replacing(written[-1]) as temporary:
                 save(figure, temporary, suffix)
     print_tables(curves, console)
+    written.append(write_page(sweep_dir, curves))
     return written
+
+
+def write_page(sweep_dir: Path, curves: DataFrame) -> Path:
+    """report.html, see `page`."""
+    folders = {path.parent.name.rpartition("-")[2]: path.parent for path in sweep_dir.rglob("documents.parquet")}
+    shown = []
+    for study in studies(curves):
+        of = study.rows.drop_duplicates(["method", "seed"]).to_dict("records")
+        runs = {(row["method"], row["seed"]): folders.get(row["run_id"][:8]) for row in of}
+        found = {key: (run, store.result(run, "documents.parquet")) for key, run in runs.items() if run}
+        whole = {key: (run, table) for key, (run, table) in found.items() if table is not None}
+        if len(whole) < len(runs):
+            continue  # of an earlier version
+        tables = shared([table for _, table in whole.values()])
+        measured = page.measured(study.name, study.title, study.unit, study.rows, dict(zip(whole, tables, strict=True)))
+        of_study = [run for run, _ in whole.values()]
+        shown.append((measured, _neurons(of_study), _setup(of_study[0])))
+    failures = [
+        (run.name, found["state"], str(found.get("reason", "")))
+        for run in store.runs(sweep_dir)
+        if (found := store.status(run))["state"] != "finished"
+    ]
+    store.write_text(sweep_dir / "report.html", page.render(sweep_dir.absolute().name, shown, failures))
+    return sweep_dir / "report.html"
+
+
+def _neurons(runs: list[Path]) -> dict[str, Any] | None:
+    """From the statistics that one of the runs has left in the cache beside its sweep; None where none has."""
+    for run in runs:
+        environment = store.read_json(run / "environment.json") or {}
+        cache = run.parents[1] / ".cache" / environment.get("statistics", "-")
+        if cache.is_dir() and (found := kept(cache, Histogram(neurons.N_BINS))) is not None:
+            return neurons.of(found, environment.get("n_heads"))
+    return None
+
+
+def _setup(run: Path) -> dict[str, Any]:
+    """Of one run, for all that it is compared with: they differ in method and seed."""
+    return {"configuration": store.config(run), "environment": store.read_json(run / "environment.json")}
 
 
 def studies(curves: DataFrame) -> list[Study]:

@@ -280,6 +280,11 @@ def note(folder: Path, text: str) -> None:
     write_json(folder / "environment.json", {**environment, "notes": [*environment.get("notes", []), text]})
 
 
+def remember(folder: Path, **facts: object) -> None:
+    """What was found out while it ran, for who reads the results."""
+    write_json(folder / "environment.json", {**(read_json(folder / "environment.json") or {}), **facts})
+
+
 def fail(folder: Path, error: BaseException) -> None:
     """A signal to stop is no failure: the job can go on where it was."""
     log.debug("the job stopped", exc_info=error)

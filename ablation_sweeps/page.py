@@ -1,0 +1,274 @@
+"""A sweep as one page, report.html, that needs no network: verdict, curves, differences, areas, neurons, failures."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ablation_sweeps.comparison import LESS_IS_BETTER, Curve, Estimate, compare, levels, paired
+from ablation_sweeps.figures import GREY, in_order, looks
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+TEMPLATE = Path(__file__).parent / "assets" / "report.html"
+SYMBOLS = dict(zip("os^DvPX*", ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star"),
+                   strict=True))  # fmt: skip
+LAYOUT = {
+    "template": "none",
+    "margin": {"l": 60, "r": 12, "t": 12, "b": 48},
+    "hovermode": "closest",
+    "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
+    "font": {"family": "system-ui, sans-serif", "size": 13},
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One study: what is shown of it.
+
+    Attributes:
+        curves: for each metric and method, over all seeds, on the same documents.
+    """
+
+    name: str
+    title: str
+    unit: str
+    methods: list[str]
+    curves: dict[str, dict[str, Curve]]
+    comparisons: DataFrame
+    chance: dict[str, float]
+
+
+def measured(
+    name: str, title: str, unit: str, rows: DataFrame, documents: dict[tuple[str, int], DataFrame]
+) -> Measured:
+    """Computes all intervals of a study.
+
+    Args:
+        documents: the sums of each document for every method and seed.
+    """
+    methods = in_order({method for method, _ in documents})
+    known = [metric for metric in dict.fromkeys(rows["metric"]) if metric != "perplexity"]
+    metrics = sorted(known, key=lambda name: ("_skip" in name, *(name != first for first in ("loss", "top1", "kl"))))
+    runs = {method: [table for (of, _), table in documents.items() if of == method] for method in methods}
+    curves = {metric: {method: paired([runs[method]], metric)[0] for method in methods} for metric in metrics}
+    chance = {metric: float(rows.loc[rows["metric"] == metric, "chance"].mean()) for metric in metrics}
+    in_turn = {(method, seed): table for method in methods for (of, seed), table in documents.items() if of == method}
+    return Measured(name, title, unit, methods, curves, compare(in_turn, metrics), chance)
+
+
+# What is said
+
+
+def verdict(study: Measured) -> str:
+    """One sentence: which method does least damage, by the area under its loss, and whether that may be luck."""
+    if len(study.methods) == 1:
+        return f"Only {study.methods[0]} was run: there is nothing to compare it with."
+    areas = study.comparisons.query("metric == 'loss' and fraction != fraction")
+    height = {method: levels(curve, "loss")[1].value for method, curve in study.curves["loss"].items()}
+    best, *others = sorted((m for m in study.methods if not math.isnan(height[m])), key=lambda m: height[m])
+    pairs = {frozenset((row["method"], row["other"])): row for row in areas.to_dict("records")}
+    versus = {other: pairs[frozenset((best, other))] for other in others if frozenset((best, other)) in pairs}
+    if len(versus) < len(others) or not versus:
+        return "The methods were not run on the same seeds, so they are not compared."
+    tied = [other for other, row in versus.items() if row["better"] != best]
+    n_seeds, n_documents = int(areas["n_seeds"].min()), int(areas["n_documents"].min())
+    reach = study.curves["loss"][best].fractions[-1]
+    loss = "the loss" if reach == 1 else f"the loss up to {reach:.0%}"
+    basis = f"{n_seeds} seed{'s' * (n_seeds != 1)}, {n_documents} {'images' if study.unit == 'image' else 'documents'}"
+    alone = "" if n_seeds > 1 else " One seed: nothing is said about other neurons."
+    if tied:
+        row = versus[tied[0]]
+        rest = [other for other in others if other not in tied]
+        ahead = f" {best} does less damage than {_listed(rest)}." if rest else ""
+        return (
+            f"{_listed([best, *tied])} cannot be told apart: the area under {loss} of {best} differs from that of "
+            f"{tied[0]} by {_interval(row, best)} of the clean loss ({_p(row['p_holm'])}; {basis}).{ahead}{alone}"
+        )
+    row = versus[others[0]]
+    return (
+        f"{best} does least damage: the area under {loss} is {height[best]:.3f} of the clean loss, against "
+        f"{height[others[0]]:.3f} of {others[0]}, the next; difference {_interval(row, best)} "
+        f"({_p(row['p_holm'])}; {basis}).{alone}"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _interval(row: dict[Any, Any], first: str) -> str:
+    found = _seen_from(row, first)
+    return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
+def _seen_from(row: dict[Any, Any], method: str) -> Estimate:
+    """Of a row of `compare`: this method minus the other one."""
+    sign = 1 if row["method"] == method else -1
+    low, high = sorted((sign * row["low"], sign * row["high"]))
+    return Estimate(sign * row["difference"], low, high, row["p"])
+
+
+def _p(value: float) -> str:
+    return "p unknown" if math.isnan(value) else "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+# What is drawn
+
+
+def label(metric: str, unit: str) -> str:
+    name, _, skip = metric.partition("_skip")
+    shown = {"loss": f"Loss (nats per {unit})", "kl": f"KL from clean (nats per {unit})"}.get(name)
+    shown = shown or f"Top-{name.removeprefix('top')} accuracy (%)"
+    return f"{shown}, without the {skip} most common tokens" if skip else shown
+
+
+def figures(study: Measured) -> dict[str, Any]:
+    """Plotly's json under `<metric>|`, of the curves, and under `<metric>|<method>`, of the differences to it."""
+    found = {}
+    for metric, curves in study.curves.items():
+        scale, y = 100.0 if metric.startswith("top") else 1.0, label(metric, study.unit)
+        lines = {method: list(zip(c.fractions, levels(c, metric)[0], strict=True)) for method, c in curves.items()}
+        clean = next(iter(lines.values()))[0][1].value
+        marked = {} if metric == "kl" else {"clean": clean, "chance": study.chance.get(metric, math.nan)}
+        found[f"{metric}|"] = _figure(lines, study.methods, scale, y, marked)
+        for reference in study.methods if len(study.methods) > 1 else ():
+            apart = {method: _apart(study.comparisons, metric, method, reference) for method in study.methods}
+            apart = {method: points for method, points in apart.items() if points}
+            found[f"{metric}|{reference}"] = _figure(apart, study.methods, scale, f"{y}, minus {reference}'s", {})
+    return found
+
+
+Line = list[tuple[float, Estimate]]
+
+
+def _apart(comparisons: DataFrame, metric: str, method: str, reference: str) -> Line:
+    if method == reference:
+        return []
+    rows = comparisons.query("metric == @metric and fraction == fraction").to_dict("records")
+    of_both = [row for row in rows if {row["method"], row["other"]} == {method, reference}]
+    points = [(row["fraction"], _seen_from(row, method)) for row in of_both]
+    return [(0.0, Estimate(0.0, 0.0, 0.0, 1.0)), *points] if points else []
+
+
+def _figure(lines: dict[str, Line], methods: list[str], scale: float, y: str, marked: dict[str, float]) -> Any:
+    import plotly.graph_objects as go
+
+    style = looks(methods)
+    figure = go.Figure()
+    for method, points in lines.items():
+        colour, symbol = style[method]["color"], SYMBOLS[style[method]["marker"]]
+        x = [100 * fraction for fraction, _ in points]
+        middle, low, high = ([scale * getattr(e, at) for _, e in points] for at in ("value", "low", "high"))
+        add_line(figure, method, x, middle, low, high, colour, "[%{customdata[0]:.4g}, %{customdata[1]:.4g}]")
+        figure.update_traces(marker={"size": 7, "symbol": symbol}, selector={"name": method})
+        if style[method]["linestyle"] != "-":
+            figure.update_traces(line_dash="dash", selector={"name": method})
+    for name, value in marked.items():
+        if not math.isnan(value):
+            dashes, side = ("dash", "right") if name == "clean" else ("dot", "left")  # where the curves are not
+            figure.add_hline(scale * value, line_color=GREY, line_width=1, line_dash=dashes, annotation_text=name,
+                             annotation_font_color=GREY, annotation_position=f"top {side}")  # fmt: skip
+    figure.update_layout(**LAYOUT, xaxis_title="Neurons ablated (%)", yaxis_title=y)
+    return figure.to_plotly_json()
+
+
+def add_line(
+    figure: Any,
+    name: str,
+    x: Sequence[float],
+    middle: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    colour: str,
+    tail: str,
+) -> None:
+    """A line and its band, which the legend switches on and off together; `tail` ends what hovering shows."""
+    if not any(math.isnan(value) for value in (*low, *high)):
+        red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+        pale = f"rgba({red},{green},{blue},0.18)"
+        figure.add_scatter(x=[*x, *x[::-1]], y=[*high, *low[::-1]], fill="toself", fillcolor=pale, mode="lines",
+                           line_width=0, hoverinfo="skip", legendgroup=name, showlegend=False)  # fmt: skip
+    shown = f"<b>{html.escape(name)}</b> at %{{x:.4g}}: %{{y:.4g}} {tail}<extra></extra>"
+    figure.add_scatter(x=x, y=middle, name=name, legendgroup=name, mode="lines+markers", line_color=colour,
+                       customdata=list(zip(low, high, strict=True)), hovertemplate=shown)  # fmt: skip
+
+
+def areas(study: Measured) -> list[dict[str, Any]]:
+    """A row for each method: the area of each metric with its interval, where half of the accuracy is gone, and how
+    many other methods it beats, and is beaten by, in the area under the loss."""
+    rows = []
+    won = study.comparisons.query("metric == 'loss' and fraction != fraction")
+    for method in study.methods:
+        row: dict[str, Any] = {"method": method, "colour": looks(study.methods)[method]["color"]}
+        row["beats"] = [int((won["better"] == method).sum())]
+        mine = (won["method"] == method) | (won["other"] == method)
+        row["beaten by"] = [int((mine & (won["better"] != "") & (won["better"] != method)).sum())]
+        for metric, curves in study.curves.items():
+            found = levels(curves[method], metric)[1]
+            row[f"area of {metric}"] = [found.value, found.low, found.high]
+            if metric == "top1":
+                row["half gone"] = [_half_gone(curves[method])]
+        rows.append(row)
+    return rows
+
+
+def _half_gone(curve: Curve) -> float:
+    """In % of the neurons, by linear interpolation; NaN if it never is."""
+    (values,) = curve.values(np.ones((1, len(curve.totals))), np.ones((1, curve.totals.shape[-1])))
+    target, x = values[0] / 2, 100 * np.array(curve.fractions)
+    for i in range(1, len(values)):
+        if values[i] <= target < values[i - 1]:
+            return float(x[i - 1] + (x[i] - x[i - 1]) * (values[i - 1] - target) / (values[i - 1] - values[i]))
+    return math.nan
+
+
+# The page
+
+
+Shown = tuple[Measured, dict[str, Any] | None, dict[str, Any]]
+
+
+def render(title: str, studies: list[Shown], failures: list[tuple[str, str, str]]) -> str:
+    """The whole page.
+
+    Args:
+        studies: each with what is known of its neurons, and with its configuration and environment.
+        failures: run, state and reason of all that is not finished.
+    """
+    from plotly.offline import get_plotlyjs
+
+    content = {
+        "studies": [
+            {
+                "name": study.name, "title": study.title, "verdict": verdict(study), "methods": study.methods,
+                "metrics": {metric: label(metric, study.unit) for metric in study.curves},
+                "less": [metric for metric in study.curves if metric.startswith(LESS_IS_BETTER)],
+                "figures": figures(study), "areas": areas(study), "neurons": about, "setup": setup,
+            }
+            for study, about, setup in studies
+        ],
+        "failures": failures,
+    }  # fmt: skip
+    text = json.dumps(_plain(content), ensure_ascii=False).replace("</", "<\\/")
+    return Template(TEMPLATE.read_text()).substitute(title=html.escape(title), plotly=get_plotlyjs(), content=text)
+
+
+def _plain(content: Any) -> Any:
+    """Json has neither arrays nor NaN."""
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple | np.ndarray):
+        return [_plain(value) for value in content]
+    if isinstance(content, np.generic):
+        content = content.item()
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,0 +1,159 @@
+"""What report.html says and holds, of simulated runs; tests/page opens it in a browser."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from test_comparison import runs, table
+
+from ablation_sweeps import neurons, page
+from ablation_sweeps.activations import Histogram, Moments, Statistics, bins
+
+
+def study(documents: dict[tuple[str, int], pd.DataFrame], metrics=("loss", "top1")) -> page.Measured:
+    rows = pd.DataFrame({"metric": [*metrics, "perplexity"], "chance": 0.1})
+    return page.measured("a-name", "A title", "token", rows, documents)
+
+
+def test_the_verdict_names_the_best_and_what_cannot_be_told_from_it():
+    said = page.verdict(study(runs()))
+    assert re.match(r"(mean and same|same and mean) cannot be told apart: the area under the loss of", said)
+    assert "3 seeds, 40 documents" in said and re.search(r"(mean|same) does less damage than zero\.$", said)
+
+
+def test_the_verdict_of_a_clear_winner():
+    two = {key: documents for key, documents in runs().items() if key[0] != "same"}
+    said = page.verdict(study(two))
+    measured = study(two)
+    (row,) = measured.comparisons.query("metric == 'loss' and fraction != fraction").to_dict("records")
+    assert said.startswith("mean does least damage: the area under the loss is ")
+    assert f"difference {-row['difference']:+.4f} [{-row['high']:+.4f}, {-row['low']:+.4f}] (p < 0.001" in said
+
+
+def test_one_seed_one_method_and_half_of_the_fractions_are_said():
+    one = {key: documents for key, documents in runs().items() if key[1] == 0}
+    assert page.verdict(study(one)).endswith("One seed: nothing is said about other neurons.")
+    assert "nothing to compare" in page.verdict(study({("zero", 0): one["zero", 0]}))
+    half = {key: documents[documents["fraction"] < 1] for key, documents in one.items()}
+    assert "the loss up to 50%" in page.verdict(study(half))
+
+
+def test_methods_with_other_seeds_are_not_compared():
+    apart = {("zero", 0): runs()["zero", 0], ("mean", 1): runs()["mean", 1]}
+    assert "not compared" in page.verdict(study(apart))
+
+
+def of(figure: dict, name: str) -> dict:
+    (found,) = [trace for trace in figure["data"] if trace.get("name") == name]
+    return found
+
+
+def test_a_difference_is_that_of_the_curves_whichever_method_it_is_to():
+    figures = page.figures(study(runs()))
+    assert set(figures) == {f"{m}|{r}" for m in ("loss", "top1") for r in ("", "zero", "mean", "same")}
+    for reference, other in (("zero", "mean"), ("mean", "zero")):
+        apart = np.array(of(figures[f"loss|{reference}"], other)["y"])
+        curves = [np.array(of(figures["loss|"], name)["y"]) for name in (other, reference)]
+        np.testing.assert_allclose(apart, curves[0] - curves[1], atol=1e-12)
+        low, high = np.array(of(figures[f"loss|{reference}"], other)["customdata"]).T
+        assert (low <= apart).all() and (apart <= high).all()
+    assert of(figures["top1|"], "mean")["y"][0] == pytest.approx(50)  # in %
+    assert of(figures["loss|"], "mean")["x"] == [0, 50, 100]
+
+
+def test_areas_and_who_beats_whom():
+    rows = {row["method"]: row for row in page.areas(study(runs()))}
+    assert [rows[m]["beats"] for m in ("zero", "mean", "same")] == [[0], [1], [1]]
+    assert [rows[m]["beaten by"] for m in ("zero", "mean", "same")] == [[2], [0], [0]]
+    value, low, high = rows["zero"]["area of loss"]
+    assert low < value < high and value > rows["mean"]["area of loss"][0] > 1
+
+
+def test_half_of_the_accuracy_is_gone_where_the_line_crosses_half():
+    accuracy = np.array([[0.8], [0.6], [0.2]]) + np.zeros(5)
+    rows = page.areas(study({("zero", 0): table(np.full((3, 5), 3.0), accuracy)}))
+    assert rows[0]["half gone"] == [pytest.approx(75)]
+    rows = page.areas(study({("zero", 0): table(np.full((3, 5), 3.0), np.full((3, 5), 0.7))}))
+    assert math.isnan(rows[0]["half gone"][0])
+
+
+def test_the_page_is_one_file_of_valid_json_and_a_name_is_no_code():
+    failures = [("a-run", "failed", "ValueError: </script><script>alert(1)</script>")]
+    text = page.render("<b>sweep</b>", [(study(runs()), None, {"x": math.nan})], failures)
+    assert "<title>&lt;b&gt;sweep&lt;/b&gt;</title>" in text and "alert(1)</script>" not in text
+    (content,) = re.findall(r'<script type="application/json" id="content">(.*?)</script>', text, re.DOTALL)
+    found = json.loads(content)
+    assert found["failures"] == [list(failures[0])] and found["studies"][0]["setup"] == {"x": None}
+    assert not re.findall(r'(?:src|href)="', text.partition("<body>")[2])
+
+
+# Neurons
+
+
+@pytest.fixture
+def activations() -> list[torch.Tensor]:
+    """`[tokens, neurons]` of two layers; the third neuron of the second one is skewed."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.randn(3000, 4, generator=generator), torch.randn(3000, 6, generator=generator) + 2]
+    layers[1][:, 2] = layers[1][:, 2].exp()
+    return layers
+
+
+def statistics(layers: list[torch.Tensor]) -> Statistics:
+    moments = [Moments.of(x) for x in layers]
+    counts = []
+    for x, m in zip(layers, moments, strict=True):
+        index = bins(x.T.contiguous(), m.minimum, m.maximum, 100)
+        counts.append(torch.stack([torch.bincount(row, minlength=100) for row in index]).int())
+    return Statistics(moments, {Histogram(100): counts})
+
+
+def unpacked(text: str, kind: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), kind)
+
+
+def test_each_neuron_has_its_moments_peak_and_histogram(activations):
+    found = neurons.of(statistics(activations), 2)
+    x = [column for layer in activations for column in layer.T.numpy()]
+    assert found["widths"] == [4, 6] and found["heads"] == 2 and found["tokens"] == 3000 and found["all"]
+    np.testing.assert_allclose(unpacked(found["mean"], "<f4"), [v.mean() for v in x], atol=1e-5)
+    np.testing.assert_allclose(unpacked(found["median"], "<f4"), [np.median(v) for v in x], atol=0.5)
+    heights = unpacked(found["heights"], "u1").reshape(10, 100)
+    for i, values in enumerate(x):
+        counts, edges = np.histogram(values, 100)
+        np.testing.assert_allclose(heights[i], np.round(counts / counts.max() * 255), atol=6)
+        width = edges[1] - edges[0]
+        fullest = edges[:-1][counts >= counts.max() - 2] + width / 2  # values within rounding of an edge may change bins
+        assert np.abs(unpacked(found["peak"], "<f4")[i] - fullest).min() < 1e-3 * width + 1e-5
+    layer, index, skew = found["least"][0]
+    assert (layer, index) == (1, 2) and skew == pytest.approx(stats.skew(x[6]), rel=0.05)
+
+
+def test_by_layer_the_peak_is_that_far_from_the_mean(activations):
+    figure = neurons.of(statistics(activations), None)["layers"]
+    spread = of(figure, "spread (standard deviation)")["y"]
+    assert spread == pytest.approx([float(np.median(layer.numpy().std(0))) for layer in activations], rel=1e-3)
+    assert len(of(figure, "|peak - mean|")["y"]) == 2
+
+
+def test_more_calibration_data_find_the_same_peak_more_often(activations):
+    figure = neurons.of(statistics(activations), None)["stability"]
+    same, near = (np.array(of(figure, name)["y"]) for name in ("the same bin", "within one bin"))
+    assert (near >= same).all() and same[-1] > same[0] and (same <= 100).all()
+    assert of(figure, "the same bin")["x"][4] == 3000
+
+
+def test_of_a_large_model_the_least_symmetrical_are_kept(activations, monkeypatch):
+    monkeypatch.setattr(neurons, "ROOM", 300)
+    found = neurons.of(statistics(activations), None)
+    assert not found["all"] and len(found["layer"]) == len(found["index"]) == 3
+    assert (1, 2) in set(zip(found["layer"], found["index"], strict=True))
+    assert len(unpacked(found["heights"], "u1")) == 300
