@@ -49,6 +49,18 @@ def retry(sweep: Sweep) -> None:
     dispatch.retry(sweep.absolute())
 
 
+@app.command()
+def report(
+    sweep: Sweep, more: Annotated[list[Path] | None, typer.Argument(help="sweeps to cover as well")] = None
+) -> None:
+    """Write tables, figures and report.html into the sweep's folder, and print the tables."""
+    from ablation_sweeps.report import write
+
+    for file in write(sweep, *(more or ())):
+        if file.suffix == ".html":
+            print(f"page: {file}")
+
+
 def _runs(sweep: Path) -> list[Path]:
     if runs := store.runs(sweep):
         return runs

@@ -36,6 +36,7 @@ RC: dict[Any, Any] = {
     "grid.linewidth": 0.5,
     "axes.axisbelow": True,
     "svg.fonttype": "path",  # looks the same where our font is missing
+    "pdf.fonttype": 42,  # TrueType, embedded: publishers refuse Type 3
     "svg.hashsalt": "ablation-sweeps",  # the same rows give the same file
 }
 
@@ -104,7 +105,8 @@ def save(figure: Figure, path: Path, suffix: str) -> None:
     import matplotlib
 
     with matplotlib.rc_context(RC):
-        figure.savefig(path, format=suffix, dpi=300, metadata={"Date": None} if suffix == "svg" else None)
+        undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+        figure.savefig(path, format=suffix, dpi=300, metadata=undated.get(suffix))
 
 
 def _spread(rows: DataFrame) -> str:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+KINDS = {".png": "figure", ".html": "page"}
+
+
 def check(configs: Sequence[DictConfig]) -> list[Job]:
     """Builds all jobs of a sweep, so that a mistake in the last one is found before the first one runs."""
     from tqdm import tqdm
@@ -131,8 +134,8 @@ def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
         if failures.reasons and not list(folder.glob("*/rows.parquet")):
             continue
         for file in report.write(folder):
-            if file.suffix == ".png":
-                print(f"figure: {os.path.relpath(file)}")
+            if file.suffix in KINDS:
+                print(f"{KINDS[file.suffix]}: {os.path.relpath(file)}")
     if failures.reasons:
         n = len(failures.reasons)
         others = "" if n == len(jobs) else ", the others are finished and kept"

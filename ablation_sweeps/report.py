@@ -40,8 +40,8 @@ class Study:
     rows: DataFrame
 
 
-def read_curves(sweep_dir: Path) -> DataFrame:
-    """Rows of all finished runs below a folder, one for each study, method, seed, fraction and metric.
+def read_curves(*sweeps: Path) -> DataFrame:
+    """Rows of all finished runs below some folders, one for each study, method, seed, fraction and metric.
 
     Runs of one study are compared on the same documents: where a run has more of them at a fraction than another one
     (see eval.target_stderr), its rows are those of the documents that all have.
@@ -51,10 +51,11 @@ def read_curves(sweep_dir: Path) -> DataFrame:
     """
     import pandas as pd
 
-    paths = sorted(Path(sweep_dir).rglob("rows.parquet"))
+    paths = sorted(path for sweep in sweeps for path in Path(sweep).rglob("rows.parquet"))
     whole = {path.parent: rows for path in paths if (rows := store.result(path.parent, path.name)) is not None}
     if not whole:
-        raise UserError(f"no finished run below {sweep_dir}: name the folder of a sweep (results/<sweep>) that has run")
+        where = ", ".join(map(str, sweeps))
+        raise UserError(f"no finished run below {where}: name the folder of a sweep (results/<sweep>) that has run")
     by_study: dict[str, list[Path]] = {}
     for folder, rows in whole.items():
         by_study.setdefault(rows["study"].iloc[0], []).append(folder)
@@ -148,47 +149,71 @@ def _half_gone_at(mean: dict[Any, float]) -> float:
     return math.nan
 
 
-def write(sweep_dir: Path, console: Console | None = None) -> list[Path]:
-    """Write curves.parquet, summary.csv, report.html and a figure for each study; print the tables."""
+def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[Path]:
+    """Write curves.parquet, summary.csv, comparisons.csv, report.html and a figure for each study; print the tables.
+
+    Args:
+        sweep_dir: where all of it goes.
+        more: other sweeps that it shall cover as well.
+    """
+    import pandas as pd
+    from rich.console import Console
+    from rich.text import Text
+
     sweep_dir = Path(sweep_dir)
-    curves = read_curves(sweep_dir)
+    curves = read_curves(sweep_dir, *more)
     store.write_table(sweep_dir / "curves.parquet", curves)
-    with store.replacing(sweep_dir / "summary.csv") as temporary:
-        summarise(curves).to_csv(temporary, index=False)
+    _write_csv(summarise(curves), sweep_dir / "summary.csv")
     written = [sweep_dir / "curves.parquet", sweep_dir / "summary.csv"]
     for study in studies(curves):
         figure = draw(study.rows, study.title, study.unit)
-        for suffix in ("png", "svg"):
+        for suffix in ("png", "svg", "pdf"):
             written.append(sweep_dir / "figures" / f"{study.name}.{suffix}")
             with store.replacing(written[-1]) as temporary:
                 save(figure, temporary, suffix)
+    console = console or Console()
     print_tables(curves, console)
-    written.append(write_page(sweep_dir, curves))
-    return written
-
-
-def write_page(sweep_dir: Path, curves: DataFrame) -> Path:
-    """report.html, see `page`."""
-    folders = {path.parent.name.rpartition("-")[2]: path.parent for path in sweep_dir.rglob("documents.parquet")}
-    shown = []
-    for study in studies(curves):
-        of = study.rows.drop_duplicates(["method", "seed"]).to_dict("records")
-        runs = {(row["method"], row["seed"]): folders.get(row["run_id"][:8]) for row in of}
-        found = {key: (run, store.result(run, "documents.parquet")) for key, run in runs.items() if run}
-        whole = {key: (run, table) for key, (run, table) in found.items() if table is not None}
-        if len(whole) < len(runs):
-            continue  # of an earlier version
-        tables = shared([table for _, table in whole.values()])
-        measured = page.measured(study.name, study.title, study.unit, study.rows, dict(zip(whole, tables, strict=True)))
-        of_study = [run for run, _ in whole.values()]
-        shown.append((measured, _neurons(of_study), _setup(of_study[0])))
+    shown = [found for study in studies(curves) if (found := _shown(study, [sweep_dir, *more]))]
+    if not shown:
+        return written
+    for measured, _, _ in shown:
+        said = page.verdict(measured)
+        said = f"{measured.name}: {said}" if len(shown) > 1 else said
+        console.print(Text(_encodable(said, console)), soft_wrap=True)
+    table = pd.concat([measured.comparisons.assign(study=measured.name) for measured, _, _ in shown])
+    _write_csv(table.set_index("study").reset_index(), sweep_dir / "comparisons.csv")
     failures = [
         (run.name, found["state"], str(found.get("reason", "")))
-        for run in store.runs(sweep_dir)
+        for sweep in (sweep_dir, *more)
+        for run in store.runs(sweep)
         if (found := store.status(run))["state"] != "finished"
     ]
     store.write_text(sweep_dir / "report.html", page.render(sweep_dir.absolute().name, shown, failures))
-    return sweep_dir / "report.html"
+    return [*written, sweep_dir / "comparisons.csv", sweep_dir / "report.html"]
+
+
+def _write_csv(table: DataFrame, path: Path) -> None:
+    with store.replacing(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def _shown(study: Study, sweeps: list[Path]) -> page.Shown | None:
+    """What the page shows of a study; None where a run has left no sums of documents, as earlier versions did."""
+    of = study.rows.drop_duplicates(["method", "seed"]).to_dict("records")
+    runs = {(row["method"], row["seed"]): _folder(row["run_id"], sweeps) for row in of}
+    tables = {key: run and store.result(run, "documents.parquet") for key, run in runs.items()}
+    whole = {key: table for key, table in tables.items() if table is not None}
+    if len(whole) < len(runs):
+        return None
+    documents = dict(zip(whole, shared(list(whole.values())), strict=True))
+    measured = page.measured(study.name, study.title, study.unit, study.rows, documents)
+    folders = [run for run in runs.values() if run]
+    return measured, _neurons(folders), _setup(folders[0])
+
+
+def _folder(run_id: str, sweeps: list[Path]) -> Path | None:
+    found = (path.parent for sweep in sweeps for path in sweep.rglob(f"*-{run_id[:8]}/documents.parquet"))
+    return next(found, None)
 
 
 def _neurons(runs: list[Path]) -> dict[str, Any] | None:

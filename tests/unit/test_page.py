@@ -131,7 +131,9 @@ def test_each_neuron_has_its_moments_peak_and_histogram(activations):
         counts, edges = np.histogram(values, 100)
         np.testing.assert_allclose(heights[i], np.round(counts / counts.max() * 255), atol=6)
         width = edges[1] - edges[0]
-        fullest = edges[:-1][counts >= counts.max() - 2] + width / 2  # values within rounding of an edge may change bins
+        fullest = (
+            edges[:-1][counts >= counts.max() - 2] + width / 2
+        )  # values within rounding of an edge may change bins
         assert np.abs(unpacked(found["peak"], "<f4")[i] - fullest).min() < 1e-3 * width + 1e-5
     layer, index, skew = found["least"][0]
     assert (layer, index) == (1, 2) and skew == pytest.approx(stats.skew(x[6]), rel=0.05)

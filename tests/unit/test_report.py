@@ -19,6 +19,7 @@ from scipy import integrate, stats
 from ablation_sweeps import figures, report, store
 from ablation_sweeps.data import UserError
 
+KINDS = ("png", "svg", "pdf")
 TENTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 TWENTIETHS = tuple(i / 20 for i in range(21))
 
@@ -207,10 +208,12 @@ def test_a_log_in_ascii_is_no_crash():
 def test_write_everything(tmp_path: Path):
     save_run(tmp_path / "a", two_methods())
     file = io.StringIO()
-    written = report.write(tmp_path, Console(file=file))
-    names = ["curves.parquet", "summary.csv", "figures/opt-pile-attn_pre_out.png", "figures/opt-pile-attn_pre_out.svg"]
+    written = report.write(tmp_path, console=Console(file=file))
+    names = ["curves.parquet", "summary.csv", *(f"figures/opt-pile-attn_pre_out.{kind}" for kind in KINDS)]
     assert written == [tmp_path / name for name in names]
-    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [Path(name).name for name in names[2:]]
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {Path(name).name for name in names[2:]}
+    pdf = written[4].read_bytes()
+    assert pdf.startswith(b"%PDF") and b"/FontFile2" in pdf and b"/Type3" not in pdf, "a font is not embedded"
     assert len(pd.read_parquet(written[0])) == len(two_methods())
     assert set(pd.read_csv(written[1])["method"]) == {"zero", "mean"}
     image = imread(written[2])
@@ -220,14 +223,14 @@ def test_write_everything(tmp_path: Path):
     assert "opt on pile" in file.getvalue()
 
     before = [path.read_bytes() for path in written]
-    report.write(tmp_path, Console(file=io.StringIO()))
+    report.write(tmp_path, console=Console(file=io.StringIO()))
     assert [path.read_bytes() for path in written] == before, "the same rows must give the same files"
 
 
 def test_two_studies_of_one_name_are_kept_apart(tmp_path: Path):
     save_run(tmp_path / "a", curve("zero", model="org/opt"))
     save_run(tmp_path / "b", curve("zero", model="org/opt", study="b" * 8))
-    written = report.write(tmp_path, Console(file=io.StringIO()))
+    written = report.write(tmp_path, console=Console(file=io.StringIO()))
     assert {path.name for path in written if path.suffix == ".png"} == {
         "org_opt-pile-attn_pre_out-aaaaaaaa.png",
         "org_opt-pile-attn_pre_out-bbbbbbbb.png",

@@ -1,0 +1,36 @@
+"""python -m ablation_sweeps report: of one sweep or more, from the files alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from command import Launch
+
+
+def test_two_sweeps_are_compared_on_one_page(launch: Launch, on_text, tmp_path):
+    for method in ("zero", "mean"):
+        assert launch(*on_text, f"method={method}", f"sweep={method}", "seed=3").code == 0
+        alone = pd.read_csv(tmp_path / "results" / method / "comparisons.csv")
+        assert not len(alone) and "nothing to compare" in (tmp_path / "results" / method / "report.html").read_text()
+    command = [sys.executable, "-m", "ablation_sweeps", "report", "results/zero", "results/mean"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "page: results/zero/report.html" in done.stdout
+    assert "does least damage" in done.stdout or "cannot be told apart" in done.stdout
+    found = pd.read_csv(tmp_path / "results" / "zero" / "comparisons.csv")
+    assert set(zip(found["method"], found["other"], strict=True)) in ({("zero", "mean")}, {("mean", "zero")})
+    (area,) = found.query("metric == 'loss' and fraction != fraction").to_dict("records")
+    curves = pd.read_parquet(tmp_path / "results" / "zero" / "curves.parquet").query("metric == 'loss'")
+    means = curves.pivot(index="fraction", columns="method", values="value")
+    shares = (means / means.loc[0.0]).mean()  # of two points, the trapezoid is their mean
+    assert area["difference"] == pytest.approx(shares[area["method"]] - shares[area["other"]])
+    assert (tmp_path / "results" / "mean" / "curves.parquet").exists()
+
+
+def test_a_folder_without_results_is_said(tmp_path):
+    command = [sys.executable, "-m", "ablation_sweeps", "report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "no finished run below" in done.stderr and "Traceback" not in done.stderr
