@@ -61,6 +61,21 @@ def report(
             print(f"page: {file}")
 
 
+@app.command("wandb")
+def send(
+    sweep: Sweep,
+    project: Annotated[str | None, typer.Option(help="instead of the one of the runs")] = None,
+    entity: Annotated[str | None, typer.Option(help="user or team")] = None,
+    again: Annotated[bool, typer.Option("--again", help="also what W&B has already")] = False,
+) -> None:
+    """Send the finished runs of a sweep to Weights & Biases, those that it does not have yet."""
+    from ablation_sweeps.launching import counted
+    from ablation_sweeps.publishing import publish
+
+    _runs(sweep)
+    print(f"{counted(publish(sweep, project, entity, again), 'run')} sent")
+
+
 def _runs(sweep: Path) -> list[Path]:
     if runs := store.runs(sweep):
         return runs

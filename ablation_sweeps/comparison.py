@@ -42,7 +42,7 @@ class Curve:
         total, count = (
             np.einsum("sfr,rs->rf", sums @ documents.T, seeds, optimize=True) for sums in (self.totals, self.counts)
         )
-        return total / count
+        return _over(total, count)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,12 @@ def area(fractions: Sequence[float], values: Values, metric: str) -> Float[np.nd
     """Mean height of each curve over the fractions, by the trapezoid rule, as a share of its clean value; KL, whose
     clean value is 0, as it is."""
     height = np.trapezoid(values, fractions, axis=-1) / (fractions[-1] - fractions[0])
-    return height if metric == "kl" else height / values[:, 0]
+    return height if metric == "kl" else _over(height, values[:, 0])
+
+
+def _over(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """NaN where there is nothing to divide by: no scored position, or nothing right before anything is ablated."""
+    return np.divide(a, b, out=np.full_like(a, math.nan), where=b > 0)
 
 
 def _variance(n: int, rng: np.random.Generator, statistic: Callable[..., Values]) -> Float[np.ndarray, " points"]:

@@ -286,7 +286,8 @@ def track(job: Job, folder: Path, rows: pd.DataFrame) -> None:
         rows=rows,
         folder=folder.parent,
     )
-    job.tracking.log_run(record)
+    if job.tracking.log_run(record):
+        store.mark_published(folder)
 
 
 _loaded: dict[Any, Transformer] = {}

@@ -16,6 +16,7 @@ from ablation_sweeps.config import to_job
 from ablation_sweeps.data import Split, UserError
 from ablation_sweeps.messages import plain
 from ablation_sweeps.packs import packed
+from ablation_sweeps.publishing import publish
 
 if TYPE_CHECKING:
     from ablation_sweeps.job import Job
@@ -136,6 +137,8 @@ def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
         for file in report.write(folder):
             if file.suffix in KINDS:
                 print(f"{KINDS[file.suffix]}: {os.path.relpath(file)}")
+        if jobs[0].tracking.sync:
+            log.info("%s sent to W&B", counted(publish(folder), "run"))
     if failures.reasons:
         n = len(failures.reasons)
         others = "" if n == len(jobs) else ", the others are finished and kept"

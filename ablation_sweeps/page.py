@@ -19,7 +19,7 @@ from ablation_sweeps.figures import GREY, in_order, looks
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-TEMPLATE = Path(__file__).parent / "assets" / "report.html"
+TEMPLATE = Path(__file__).with_suffix(".html")
 SYMBOLS = dict(zip("os^DvPX*", ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star"),
                    strict=True))  # fmt: skip
 LAYOUT = {

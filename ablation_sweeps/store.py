@@ -307,6 +307,16 @@ def batches_done(folder: Path) -> int:
     return len(_progress_files(folder))
 
 
+def mark_published(folder: Path) -> None:
+    """W&B has these rows."""
+    write_json(folder / "wandb.json", {"rows": status(folder).get("sha256", {}).get("rows.parquet"), "time": _now()})
+
+
+def published(folder: Path) -> bool:
+    marked = (read_json(folder / "wandb.json") or {}).get("rows")
+    return marked is not None and marked == status(folder).get("sha256", {}).get("rows.parquet")
+
+
 def status(folder: Path) -> dict:
     return read_json(folder / "status.json") or {"state": "new"}
 

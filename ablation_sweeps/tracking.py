@@ -11,10 +11,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
+
+from ablation_sweeps.data import UserError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -54,8 +56,10 @@ class RunRecord:
 class NoTracking:
     """Logs nothing."""
 
-    def log_run(self, run: RunRecord) -> None:
-        pass
+    sync: ClassVar[bool] = False
+
+    def log_run(self, run: RunRecord) -> bool:
+        return False
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -66,29 +70,55 @@ class Wandb:
         entity: user or team; None is the default one of the key.
         mode: auto is online where there is a key and offline elsewhere. The environment's WANDB_MODE wins.
         tags: added to the model, the method and the site.
+        sync: at the end of a sweep, send all that W&B does not have yet.
     """
 
     project: str
     entity: str | None
     mode: Literal["auto", "online", "offline"]
     tags: tuple[str, ...]
+    sync: bool = False
 
-    def log_run(self, run: RunRecord) -> None:
-        """Log the whole curve at once: an offline run that is opened a second time is uploaded twice."""
-        os.environ.pop("WANDB_SERVICE", None)  # inherited from a parent process, whose service may be gone
-        os.environ["WANDB_SILENT"] = "true"  # `silent` of the run's settings leaves the chatter of the log-in
-        # W&B's telemetry calls home in offline mode too, and on a node without internet it retries and warns for 10 s.
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    def log_run(self, run: RunRecord) -> bool:
+        """Log the whole curve at once: an offline run that is opened a second time is uploaded twice.
+
+        Returns:
+            whether W&B has it now.
+        """
+        _quiet()
         mode = os.environ.get("WANDB_MODE") or self.mode
-        if mode == "disabled" or (mode not in ("offline", "dryrun") and self._online(run)):
-            return
+        if mode == "disabled":
+            return False
+        if mode not in ("offline", "dryrun") and self._online(run):
+            return True
         # A retried job logs the same curve under the same id: uploading both would show each point twice.
-        for stale in (run.folder / "wandb").glob(f"*run-*-{run.run_id}"):
-            shutil.rmtree(stale, ignore_errors=True)
+        _forget(run)
         try:
             self._write(run, "offline")
         except Exception as error:
             log.error("W&B: nothing logged for %s (%s); its rows are in rows.parquet", run.name, _line(error))
+        return False
+
+    def send(self, run: RunRecord) -> None:
+        """Online, now. What W&B has under this id already is replaced.
+
+        Raises:
+            UserError: there is no key, or W&B does not take it.
+        """
+        import wandb
+
+        _quiet()
+        try:
+            if not wandb.login(prompt=False, verify=False):
+                raise UserError("W&B: no API key found; type wandb login, or set WANDB_API_KEY")
+            self._write(run, "online")
+        except UserError:
+            raise
+        except Exception as error:
+            with contextlib.suppress(Exception, SystemExit):
+                wandb.teardown()
+            raise UserError(f"W&B: {_line(error)}") from error
+        _forget(run)  # or `wandb sync` would send its points a second time
 
     def _online(self, run: RunRecord) -> bool:
         """Whether the curve is now W&B's business; where not, the caller writes it offline."""
@@ -139,6 +169,19 @@ class Wandb:
             for point in points(run.rows):
                 logged.log(point)
             logged.summary.update(summary(run.rows))
+
+
+def _quiet() -> None:
+    os.environ.pop("WANDB_SERVICE", None)  # inherited from a parent process, whose service may be gone
+    os.environ["WANDB_SILENT"] = "true"  # `silent` of the run's settings leaves the chatter of the log-in
+    # W&B's telemetry calls home in offline mode too, and on a node without internet it retries and warns for 10 s.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+
+
+def _forget(run: RunRecord) -> None:
+    """What was written for it below the sweep's folder."""
+    for stale in (run.folder / "wandb").glob(f"*run-*-{run.run_id}"):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def points(rows: Rows) -> list[dict[str, float]]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,3 +274,76 @@ def test_a_server_that_talks_nonsense_costs_no_curve(tmp_path: Path, server: Ser
     assert "logging offline" in stderr
     (path,) = offline_files(tmp_path / "sweep")
     assert history_of(path) == expected_history()
+
+
+# python -m ablation_sweeps wandb
+
+
+def in_a_sweep(launch_options: tuple[str, ...], folder: Path, env: dict[str, str]) -> None:
+    command = [sys.executable, str(ROOT / "launch.py"), *launch_options]
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def publish(folder: Path, env: dict[str, str], *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "ablation_sweeps", "wandb", "results/default", *options]
+    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "home").mkdir()
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "NETRC"))}
+    return {**clean, "HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+
+
+def test_a_sweep_is_sent_from_its_files_once(on_text, tmp_path: Path, environment, server: Server):
+    """One run was tracked nowhere, one offline; the second sending stops after the first run, as when it is killed."""
+    options = tuple(option for option in on_text if not option.startswith("tracking"))
+    in_a_sweep((*options, "method=zero", "tracking=none"), tmp_path, environment)
+    in_a_sweep((*options, "method=mean", "tracking.mode=offline", "tracking.tags=[mine]"), tmp_path, environment)
+    sweep = tmp_path / "results" / "default"
+    assert len(offline_files(sweep)) == 1
+
+    refused = publish(tmp_path, environment)
+    assert refused.returncode == 1 and "no API key found" in refused.stderr and "WANDB_API_KEY" in refused.stderr
+    unreachable = publish(tmp_path, environment | key_for("http://127.0.0.1:9"))
+    assert unreachable.returncode == 1 and "0 of 2 runs were sent, the same command goes on" in unreachable.stderr
+    assert len(offline_files(sweep)) == 1
+
+    online = environment | key_for(server.url)
+    sent = publish(tmp_path, online, "--project", "elsewhere")
+    assert sent.returncode == 0 and sent.stdout == "2 runs sent\n", sent.stderr
+    started = server.variables("upsertBucket")
+    ids = {variables["name"] for variables in started}
+    first = {variables["name"]: variables["project"] for variables in reversed(started)}
+    assert set(first.values()) == {"elsewhere"}  # later ones go to what the server calls it
+    rows = [pd.read_parquet(path) for path in sweep.glob("*/rows.parquet")]
+    assert ids == {table["run_id"].iloc[0] for table in rows} and len(ids) == 2
+    assert [tuple(sorted(variables["tags"])) for variables in started if "mine" in variables["tags"]] == [
+        ("attn_pre_out", "mean", "mine", "tiny")
+    ]
+    history = [own(line) for line in server.streamed("wandb-history.jsonl")]
+    losses = sorted(row["value"] for table in rows for row in table.to_dict("records") if row["metric"] == "loss")
+    assert sorted(point["eval/loss"] for point in history) == pytest.approx(losses)
+    assert offline_files(sweep) == []  # or `wandb sync` would send it a second time
+
+    before = len(server.requests)
+    assert publish(tmp_path, online).stdout == "0 runs sent\n" and len(server.requests) == before
+    (next(sweep.glob("*-zero-*")) / "wandb.json").unlink()  # killed before it was written down
+    assert publish(tmp_path, online).stdout == "1 run sent\n"
+    assert publish(tmp_path, online, "--again").stdout == "2 runs sent\n"
+    assert {variables["name"] for variables in server.variables("upsertBucket")} == ids
+
+
+def test_what_was_sent_by_the_job_is_not_sent_again_and_sync_sends_the_rest(
+    on_text, tmp_path: Path, environment, server: Server
+):
+    options = tuple(option for option in on_text if not option.startswith("tracking"))
+    in_a_sweep((*options, "method=zero", "tracking=none"), tmp_path, environment)
+    online = environment | key_for(server.url)
+    in_a_sweep((*options, "method=mean", "tracking.sync=true"), tmp_path, online)
+    assert len({variables["name"] for variables in server.variables("upsertBucket")}) == 2
+    history = [own(line) for line in server.streamed("wandb-history.jsonl")]
+    assert len(history) == 4  # two points each, once
+    assert publish(tmp_path, online).stdout == "0 runs sent\n"

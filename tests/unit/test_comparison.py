@@ -88,6 +88,15 @@ def test_one_document_tells_nothing_about_luck():
     assert half.value != 0 and math.isnan(half.low) and math.isnan(half.p)
 
 
+def test_a_model_that_is_never_right_has_no_share_of_its_accuracy(recwarn):
+    nothing = np.zeros((1, 3, 5))
+    curve = Curve(FRACTIONS, nothing, nothing + 10)
+    at_fractions, in_area = comparison.levels(curve, "top1")
+    assert [e.value for e in at_fractions] == [0, 0, 0] and math.isnan(in_area.value)
+    unscored = Curve(FRACTIONS, nothing, nothing)
+    assert math.isnan(comparison.levels(unscored, "loss")[0][0].value) and not recwarn.list
+
+
 @pytest.mark.parametrize("metric", ["loss", "kl"])
 def test_the_area_is_the_mean_height(metric):
     values = np.array([[2.0, 4.0, 8.0], [1.0, 1.0, 1.0]])
