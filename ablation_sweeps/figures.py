@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import textwrap
 from collections.abc import Iterable
@@ -104,6 +105,7 @@ def save(figure: Figure, path: Path, suffix: str) -> None:
     """Without a date: the same rows give the same file."""
     import matplotlib
 
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of every table of a font that it embeds
     with matplotlib.rc_context(RC):
         undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
         figure.savefig(path, format=suffix, dpi=300, metadata=undated.get(suffix))

@@ -60,8 +60,8 @@ def test_a_sweep_leaves_the_folders_that_were_promised(launch: Launch, on_text, 
         assert {"git_commit", "git_changed", "packages", "device", "seconds", "peak_memory_mb"} <= set(environment)
         config = yaml.safe_load((run / "config.yaml").read_text())
         assert config["method"]["label"] in run.name and "hydra" not in config
-    assert {"curves.parquet", "summary.csv", "figures"} <= visible(sweep)
-    assert visible(sweep / "figures") == {"tiny-texts-attn_pre_out.png", "tiny-texts-attn_pre_out.svg"}
+    assert {"curves.parquet", "summary.csv", "comparisons.csv", "report.html", "figures"} <= visible(sweep)
+    assert visible(sweep / "figures") == {f"tiny-texts-attn_pre_out.{kind}" for kind in ("png", "svg", "pdf")}
     assert visible(tmp_path) == {"results"}, "nothing is left where the command was typed"
 
     for method in ("zero", "mean"):

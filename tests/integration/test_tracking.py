@@ -320,7 +320,7 @@ def test_a_sweep_is_sent_from_its_files_once(on_text, tmp_path: Path, environmen
     assert set(first.values()) == {"elsewhere"}  # later ones go to what the server calls it
     rows = [pd.read_parquet(path) for path in sweep.glob("*/rows.parquet")]
     assert ids == {table["run_id"].iloc[0] for table in rows} and len(ids) == 2
-    assert [tuple(sorted(variables["tags"])) for variables in started if "mine" in variables["tags"]] == [
+    assert [tuple(sorted(variables["tags"])) for variables in started if "mine" in (variables["tags"] or ())] == [
         ("attn_pre_out", "mean", "mine", "tiny")
     ]
     history = [own(line) for line in server.streamed("wandb-history.jsonl")]
