@@ -61,6 +61,17 @@ def report(
             print(f"page: {file}")
 
 
+@app.command()
+def export(
+    sweep: Sweep, to: Annotated[Path, typer.Option(help="folder that the files are written to")] = Path(".")
+) -> None:
+    """Write a sweep's points as csv and parquet, and its areas as a table in LaTeX."""
+    from ablation_sweeps import export as exporting
+
+    for file in exporting.export(sweep, to):
+        print(file)
+
+
 @app.command("wandb")
 def send(
     sweep: Sweep,

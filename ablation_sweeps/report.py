@@ -163,7 +163,7 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
     sweep_dir = Path(sweep_dir)
     curves = read_curves(sweep_dir, *more)
     store.write_table(sweep_dir / "curves.parquet", curves)
-    _write_csv(summarise(curves), sweep_dir / "summary.csv")
+    write_csv(summarise(curves), sweep_dir / "summary.csv")
     written = [sweep_dir / "curves.parquet", sweep_dir / "summary.csv"]
     for study in studies(curves):
         figure = draw(study.rows, study.title, study.unit)
@@ -176,12 +176,12 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
     shown = [found for study in studies(curves) if (found := _shown(study, [sweep_dir, *more]))]
     if not shown:
         return written
-    for measured, _, _ in shown:
-        said = page.verdict(measured)
-        said = f"{measured.name}: {said}" if len(shown) > 1 else said
+    for found, _, _ in shown:
+        said = page.verdict(found)
+        said = f"{found.name}: {said}" if len(shown) > 1 else said
         console.print(Text(_encodable(said, console)), soft_wrap=True)
-    table = pd.concat([measured.comparisons.assign(study=measured.name) for measured, _, _ in shown])
-    _write_csv(table.set_index("study").reset_index(), sweep_dir / "comparisons.csv")
+    table = pd.concat([found.comparisons.assign(study=found.name) for found, _, _ in shown])
+    write_csv(table.set_index("study").reset_index(), sweep_dir / "comparisons.csv")
     failures = [
         (run.name, found["state"], str(found.get("reason", "")))
         for sweep in (sweep_dir, *more)
@@ -192,23 +192,31 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
     return [*written, sweep_dir / "comparisons.csv", sweep_dir / "report.html"]
 
 
-def _write_csv(table: DataFrame, path: Path) -> None:
+def write_csv(table: DataFrame, path: Path) -> None:
     with store.replacing(path) as temporary:
         table.to_csv(temporary, index=False)
 
 
-def _shown(study: Study, sweeps: list[Path]) -> page.Shown | None:
-    """What the page shows of a study; None where a run has left no sums of documents, as earlier versions did."""
-    of = study.rows.drop_duplicates(["method", "seed"]).to_dict("records")
-    runs = {(row["method"], row["seed"]): _folder(row["run_id"], sweeps) for row in of}
-    tables = {key: run and store.result(run, "documents.parquet") for key, run in runs.items()}
+def measured(study: Study, sweeps: list[Path]) -> page.Measured | None:
+    """With all intervals; None where a run has left no sums of documents, as earlier versions did."""
+    runs = _folders(study, sweeps)
+    tables = {key: folder and store.result(folder, "documents.parquet") for key, folder in runs.items()}
     whole = {key: table for key, table in tables.items() if table is not None}
     if len(whole) < len(runs):
         return None
     documents = dict(zip(whole, shared(list(whole.values())), strict=True))
-    measured = page.measured(study.name, study.title, study.unit, study.rows, documents)
-    folders = [run for run in runs.values() if run]
-    return measured, _neurons(folders), _setup(folders[0])
+    return page.measured(study.name, study.title, study.unit, study.rows, documents)
+
+
+def _shown(study: Study, sweeps: list[Path]) -> page.Shown | None:
+    found = measured(study, sweeps)
+    folders = [folder for folder in _folders(study, sweeps).values() if folder]
+    return found and (found, _neurons(folders), _setup(folders[0]))
+
+
+def _folders(study: Study, sweeps: list[Path]) -> dict[tuple[str, int], Path | None]:
+    of = study.rows.drop_duplicates(["method", "seed"]).to_dict("records")
+    return {(row["method"], row["seed"]): _folder(row["run_id"], sweeps) for row in of}
 
 
 def _folder(run_id: str, sweeps: list[Path]) -> Path | None:

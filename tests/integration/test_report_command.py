@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -28,6 +29,24 @@ def test_two_sweeps_are_compared_on_one_page(launch: Launch, on_text, tmp_path):
     shares = (means / means.loc[0.0]).mean()  # of two points, the trapezoid is their mean
     assert area["difference"] == pytest.approx(shares[area["method"]] - shares[area["other"]])
     assert (tmp_path / "results" / "mean" / "curves.parquet").exists()
+
+
+def test_export_for_other_programs_and_for_a_paper(launch: Launch, on_text, tmp_path):
+    assert launch(*on_text, "-m", "method=zero,peak", "seed=0,1").code == 0
+    command = [sys.executable, "-m", "ablation_sweeps", "export", "results/default", "--to", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["out/curves.csv", "out/curves.parquet", "out/areas.tex"]
+    curves = pd.read_parquet(tmp_path / "results" / "default" / "curves.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / "curves.parquet"), curves)
+    text = pd.read_csv(tmp_path / "out" / "curves.csv", dtype={"run_id": str})
+    assert len(text) == len(curves) and text["value"].sum() == pytest.approx(curves["value"].sum())
+    table = (tmp_path / "out" / "areas.tex").read_text()
+    assert table.count(r"\begin{table}") == table.count(r"\end{table}") == 1 and r"\toprule" in table
+    assert re.search(r"^zero & \d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\] & ", table, re.MULTILINE)
+    assert r"attn\_pre\_out" in table and not re.search(
+        r"(?<!\\)[_%#]", table.replace("tab:tiny-texts-attn_pre_out", "")
+    )
 
 
 def test_a_folder_without_results_is_said(tmp_path):
