@@ -111,6 +111,19 @@ def area(fractions: Sequence[float], values: Values, metric: str) -> Float[np.nd
     return height if metric == "kl" else _over(height, values[:, 0])
 
 
+def half_gone_at(fractions: Sequence[float], values: Sequence[float]) -> float:
+    """The fraction at which a curve that begins at fraction 0 first falls to half of its first value, by linear
+    interpolation; NaN if it never does, or does not begin there."""
+    if fractions[0] != 0:
+        return math.nan
+    target = values[0] / 2
+    points = zip(fractions, values, strict=True)
+    for (left, above), (right, below) in itertools.pairwise(points):
+        if below <= target < above:
+            return left + (right - left) * (above - target) / (above - below)
+    return math.nan
+
+
 def _over(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """NaN where there is nothing to divide by: no scored position, or nothing right before anything is ablated."""
     return np.divide(a, b, out=np.full_like(a, math.nan), where=b > 0)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ablation_sweeps.comparison import LESS_IS_BETTER, Curve, Estimate, compare, levels, paired
+from ablation_sweeps.comparison import LESS_IS_BETTER, Curve, Estimate, compare, half_gone_at, levels, paired
 from ablation_sweeps.figures import GREY, in_order, looks
 
 if TYPE_CHECKING:
@@ -223,13 +223,9 @@ def areas(study: Measured) -> list[dict[str, Any]]:
 
 
 def _half_gone(curve: Curve) -> float:
-    """In % of the neurons, by linear interpolation; NaN if it never is."""
+    """In % of the neurons."""
     (values,) = curve.values(np.ones((1, len(curve.totals))), np.ones((1, curve.totals.shape[-1])))
-    target, x = values[0] / 2, 100 * np.array(curve.fractions)
-    for i in range(1, len(values)):
-        if values[i] <= target < values[i - 1]:
-            return float(x[i - 1] + (x[i] - x[i - 1]) * (values[i - 1] - target) / (values[i - 1] - values[i]))
-    return math.nan
+    return 100 * half_gone_at(curve.fractions, values.tolist())
 
 
 # The page

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ablation_sweeps import neurons, page, store
 from ablation_sweeps.activations import Histogram, kept
-from ablation_sweeps.comparison import shared
+from ablation_sweeps.comparison import half_gone_at, shared
 from ablation_sweeps.data import UserError
 from ablation_sweeps.figures import draw, in_order, save
 from ablation_sweeps.metrics import measure
@@ -136,17 +135,10 @@ def summarise(curves: DataFrame) -> DataFrame:
         mean = {at: float(points["value"].mean()) for at, points in curve.groupby("fraction")}
         row = {"n_seeds": curve["seed"].nunique(), "clean": mean.get(0.0, math.nan), "at_50": mean.get(0.5, math.nan)}
         row |= {"auc": statistics.fmean(auc) if auc else math.nan, "auc_low": low, "auc_high": high}
-        half_gone = _half_gone_at(mean) if key["metric"].startswith("top") else math.nan
+        points = sorted(mean.items())
+        half_gone = half_gone_at(*zip(*points, strict=True)) if key["metric"].startswith("top") else math.nan
         found.append({**key, **row, "half_gone_at": half_gone})
     return pd.DataFrame(found)
-
-
-def _half_gone_at(mean: dict[Any, float]) -> float:
-    target = mean.get(0.0, math.nan) / 2
-    for (left, above), (right, below) in itertools.pairwise(sorted(mean.items())):
-        if below <= target < above:
-            return left + (right - left) * (above - target) / (above - below)
-    return math.nan
 
 
 def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[Path]:
