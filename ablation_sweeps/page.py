@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ablation_sweeps.comparison import LESS_IS_BETTER, Curve, Estimate, compare, half_gone_at, levels, paired
+from ablation_sweeps.comparison import Curve, Estimate, compare, half_gone_at, levels, paired
 from ablation_sweeps.figures import GREY, in_order, looks
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Measured:
 
     Attributes:
         curves: for each metric and method, over all seeds, on the same documents.
+        levels: their points and their area, with intervals.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Measured:
     unit: str
     methods: list[str]
     curves: dict[str, dict[str, Curve]]
+    levels: dict[str, dict[str, tuple[list[Estimate], Estimate]]]
     comparisons: DataFrame
     chance: dict[str, float]
 
@@ -63,7 +65,8 @@ def measured(
     curves = {metric: {method: paired([runs[method]], metric)[0] for method in methods} for metric in metrics}
     chance = {metric: float(rows.loc[rows["metric"] == metric, "chance"].mean()) for metric in metrics}
     in_turn = {(method, seed): table for method in methods for (of, seed), table in documents.items() if of == method}
-    return Measured(name, title, unit, methods, curves, compare(in_turn, metrics), chance)
+    found = {metric: {method: levels(curve, metric) for method, curve in of.items()} for metric, of in curves.items()}
+    return Measured(name, title, unit, methods, curves, found, compare(in_turn, metrics), chance)
 
 
 # What is said
@@ -74,7 +77,7 @@ def verdict(study: Measured) -> str:
     if len(study.methods) == 1:
         return f"Only {study.methods[0]} was run: there is nothing to compare it with."
     areas = study.comparisons.query("metric == 'loss' and fraction != fraction")
-    height = {method: levels(curve, "loss")[1].value for method, curve in study.curves["loss"].items()}
+    height = {method: area.value for method, (_, area) in study.levels["loss"].items()}
     best, *others = sorted((m for m in study.methods if not math.isnan(height[m])), key=lambda m: height[m])
     pairs = {frozenset((row["method"], row["other"])): row for row in areas.to_dict("records")}
     versus = {other: pairs[frozenset((best, other))] for other in others if frozenset((best, other)) in pairs}
@@ -137,7 +140,8 @@ def figures(study: Measured) -> dict[str, Any]:
     found = {}
     for metric, curves in study.curves.items():
         scale, y = 100.0 if metric.startswith("top") else 1.0, label(metric, study.unit)
-        lines = {method: list(zip(c.fractions, levels(c, metric)[0], strict=True)) for method, c in curves.items()}
+        points = {method: found for method, (found, _) in study.levels[metric].items()}
+        lines = {method: list(zip(c.fractions, points[method], strict=True)) for method, c in curves.items()}
         clean = next(iter(lines.values()))[0][1].value
         marked = {} if metric == "kl" else {"clean": clean, "chance": study.chance.get(metric, math.nan)}
         found[f"{metric}|"] = _figure(lines, study.methods, scale, y, marked)
@@ -214,7 +218,7 @@ def areas(study: Measured) -> list[dict[str, Any]]:
         mine = (won["method"] == method) | (won["other"] == method)
         row["beaten by"] = [int((mine & (won["better"] != "") & (won["better"] != method)).sum())]
         for metric, curves in study.curves.items():
-            found = levels(curves[method], metric)[1]
+            _, found = study.levels[metric][method]
             row[f"area of {metric}"] = [found.value, found.low, found.high]
             if metric == "top1":
                 row["half gone"] = [_half_gone(curves[method])]
@@ -248,7 +252,6 @@ def render(title: str, studies: list[Shown], failures: list[tuple[str, str, str]
             {
                 "name": study.name, "title": study.title, "verdict": verdict(study), "methods": study.methods,
                 "metrics": {metric: label(metric, study.unit) for metric in study.curves},
-                "less": [metric for metric in study.curves if metric.startswith(LESS_IS_BETTER)],
                 "figures": figures(study), "areas": areas(study), "neurons": about, "setup": setup,
             }
             for study, about, setup in studies
