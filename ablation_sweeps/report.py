@@ -207,13 +207,10 @@ def _shown(study: Study, sweeps: list[Path]) -> page.Shown | None:
 
 
 def _folders(study: Study, sweeps: list[Path]) -> dict[tuple[str, int], Path | None]:
+    """Of each method and seed; their names end with the run's id."""
+    by_id = {path.parent.name[-8:]: path.parent for sweep in sweeps for path in sweep.rglob("documents.parquet")}
     of = study.rows.drop_duplicates(["method", "seed"]).to_dict("records")
-    return {(row["method"], row["seed"]): _folder(row["run_id"], sweeps) for row in of}
-
-
-def _folder(run_id: str, sweeps: list[Path]) -> Path | None:
-    found = (path.parent for sweep in sweeps for path in sweep.rglob(f"*-{run_id[:8]}/documents.parquet"))
-    return next(found, None)
+    return {(row["method"], row["seed"]): by_id.get(row["run_id"][:8]) for row in of}
 
 
 def _neurons(runs: list[Path]) -> dict[str, Any] | None:
