@@ -49,6 +49,7 @@ def _tracking(run: Path, project: str | None, entity: str | None) -> Wandb:
         entity=entity or own.get("entity"),
         mode="online",
         tags=tuple(tags),
+        sync=False,
     )
 
 

@@ -77,7 +77,7 @@ class Wandb:
     entity: str | None
     mode: Literal["auto", "online", "offline"]
     tags: tuple[str, ...]
-    sync: bool = False
+    sync: bool
 
     def log_run(self, run: RunRecord) -> bool:
         """Log the whole curve at once: an offline run that is opened a second time is uploaded twice.

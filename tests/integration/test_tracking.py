@@ -31,7 +31,7 @@ tracking.INIT_SECONDS = 8
 folder, mode, rows, config, times = json.loads(sys.argv[1])
 for turn in range(times):
     run = RunRecord(f"id{turn}", "my-sweep", "opt", "pile", "attn_pre_out", "peak", 7, config, rows, Path(folder))
-    Wandb(project="proj", entity=None, mode=mode, tags=("mine",)).log_run(run)
+    Wandb(project="proj", entity=None, mode=mode, tags=("mine",), sync=False).log_run(run)
 print("the job goes on")
 """
 
