@@ -138,12 +138,11 @@ def _log_to_stderr() -> None:
 def _end_with_the_launcher() -> None:
     """The launcher holds the other end of stdin for as long as it lives."""
     os.read(sys.stdin.fileno(), 1)
-    while True:  # the first one is lost where it comes inside of C code that clears errors
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(10)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 if __name__ == "__main__":  # the local launcher's: the pack comes on stdin, in one line
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell script starts with `&`
     pack = Pack(json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with_the_launcher, daemon=True).start()
     pack()
