@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ablation_sweeps import page, store
-from ablation_sweeps.report import measured, read_curves, studies, write_csv
+from ablation_sweeps.report import folders_by_id, measured, read_curves, studies, write_csv
 
 
 def export(sweep: Path, to: Path) -> list[Path]:
@@ -16,7 +16,8 @@ def export(sweep: Path, to: Path) -> list[Path]:
     files = [to / name for name in ("curves.csv", "curves.parquet", "areas.tex")]
     write_csv(curves, files[0])
     store.write_table(files[1], curves)
-    found = [of_study for study in studies(curves) if (of_study := measured(study, [sweep]))]
+    folders = folders_by_id(sweep)
+    found = [of_study for study in studies(curves) if (of_study := measured(study, folders))]
     store.write_text(files[2], "\n".join(map(_table, found)))
     return files
 

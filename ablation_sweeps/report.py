@@ -157,7 +157,8 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
     store.write_table(sweep_dir / "curves.parquet", curves)
     write_csv(summarise(curves), sweep_dir / "summary.csv")
     written = [sweep_dir / "curves.parquet", sweep_dir / "summary.csv"]
-    for study in studies(curves):
+    of_sweep = studies(curves)
+    for study in of_sweep:
         figure = draw(study.rows, study.title, study.unit)
         for suffix in ("png", "svg", "pdf"):
             written.append(sweep_dir / "figures" / f"{study.name}.{suffix}")
@@ -165,7 +166,8 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
                 save(figure, temporary, suffix)
     console = console or Console()
     print_tables(curves, console)
-    shown = [found for study in studies(curves) if (found := _shown(study, [sweep_dir, *more]))]
+    folders = folders_by_id(sweep_dir, *more)
+    shown = [found for study in of_sweep if (found := _shown(study, folders))]
     if not shown:
         return written
     for found, _, _ in shown:
@@ -189,28 +191,32 @@ def write_csv(table: DataFrame, path: Path) -> None:
         table.to_csv(temporary, index=False)
 
 
-def measured(study: Study, sweeps: list[Path]) -> page.Measured | None:
+def measured(study: Study, folders: dict[str, Path]) -> page.Measured | None:
     """With all intervals; None where a run has left no sums of documents, as earlier versions did."""
-    runs = _folders(study, sweeps)
-    tables = {key: folder and store.result(folder, "documents.parquet") for key, folder in runs.items()}
-    whole = {key: table for key, table in tables.items() if table is not None}
-    if len(whole) < len(runs):
-        return None
-    documents = dict(zip(whole, shared(list(whole.values())), strict=True))
+    import pandas as pd
+
+    parts: dict[tuple[str, int], list[DataFrame]] = {}
+    for run in study.rows.drop_duplicates(["method", "seed", "run_id"]).to_dict("records"):
+        folder = folders.get(run["run_id"][:8])
+        table = folder and store.result(folder, "documents.parquet")
+        if table is None:
+            return None
+        parts.setdefault((run["method"], run["seed"]), []).append(table)
+    # A curve may be that of several runs, one for each fraction; each of them has a clean pass.
+    whole = [pd.concat(tables).drop_duplicates(["fraction", "document"]) for tables in parts.values()]
+    documents = dict(zip(parts, shared(whole), strict=True))
     return page.measured(study.name, study.title, study.unit, study.rows, documents)
 
 
-def _shown(study: Study, sweeps: list[Path]) -> page.Shown | None:
-    found = measured(study, sweeps)
-    folders = [folder for folder in _folders(study, sweeps).values() if folder]
-    return found and (found, _neurons(folders), _setup(folders[0]))
+def folders_by_id(*sweeps: Path) -> dict[str, Path]:
+    """Of all runs, by the beginning of their id, with which their names end."""
+    return {path.parent.name[-8:]: path.parent for sweep in sweeps for path in sweep.rglob("documents.parquet")}
 
 
-def _folders(study: Study, sweeps: list[Path]) -> dict[tuple[str, int], Path | None]:
-    """Of each method and seed; their names end with the run's id."""
-    by_id = {path.parent.name[-8:]: path.parent for sweep in sweeps for path in sweep.rglob("documents.parquet")}
-    of = study.rows.drop_duplicates(["method", "seed"]).to_dict("records")
-    return {(row["method"], row["seed"]): by_id.get(row["run_id"][:8]) for row in of}
+def _shown(study: Study, folders: dict[str, Path]) -> page.Shown | None:
+    found = measured(study, folders)
+    runs = [folders[run_id[:8]] for run_id in study.rows["run_id"].unique()] if found else []
+    return found and (found, _neurons(runs), _setup(runs[0]))
 
 
 def _neurons(runs: list[Path]) -> dict[str, Any] | None:

@@ -31,6 +31,17 @@ def test_two_sweeps_are_compared_on_one_page(launch: Launch, on_text, tmp_path):
     assert (tmp_path / "results" / "mean" / "curves.parquet").exists()
 
 
+def test_a_curve_of_several_runs_is_compared_at_all_their_fractions(launch: Launch, on_text, tmp_path):
+    """fraction=0.5,1 is a job for each."""
+    assert launch(*on_text, "-m", "method=zero,mean", "fraction=0.5,1").code == 0
+    found = pd.read_csv(tmp_path / "results" / "default" / "comparisons.csv").query("metric == 'loss'")
+    assert found["fraction"].dropna().tolist() == [0.5, 1.0]
+    assert launch(*on_text, "-m", "method=zero,mean", "fraction.values=[0.5,1]", "sweep=whole").code == 0
+    whole = pd.read_csv(tmp_path / "results" / "whole" / "comparisons.csv").query("metric == 'loss'")
+    columns = ["fraction", "difference", "low", "high", "p"]
+    pd.testing.assert_frame_equal(found[columns], whole[columns], check_exact=False, rtol=1e-5)
+
+
 def test_export_for_other_programs_and_for_a_paper(launch: Launch, on_text, tmp_path):
     assert launch(*on_text, "-m", "method=zero,peak", "seed=0,1").code == 0
     command = [sys.executable, "-m", "ablation_sweeps", "export", "results/default", "--to", "out"]
