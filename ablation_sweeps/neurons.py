@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 
 from ablation_sweeps.activations import Histogram, Statistics
+from ablation_sweeps.figures import looks
 from ablation_sweeps.methods.median import median
+from ablation_sweeps.methods.peak import centre_of_fullest
 from ablation_sweeps.page import LAYOUT, add_line
 
+COLOURS = {method: look["color"] for method, look in looks(("zero", "mean", "median", "peak")).items()}
 N_BINS = 100  # of the histograms that the peak method has left
 ROOM = 16_000_000  # bytes of histograms in a page; of a larger model, it holds the least symmetrical neurons
 SIZES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4)  # of calibration data, for which the peak's stability is estimated
@@ -26,8 +29,10 @@ def of(statistics: Statistics, n_heads: int | None) -> dict[str, Any]:
     all_counts = np.concatenate(counts)
     mean = np.concatenate([m.mean.numpy() for m in moments])
     spread = np.sqrt(np.concatenate([m.variance.numpy() for m in moments]))
-    peak = low + (all_counts.argmax(1) + 0.5) * (high - low) / N_BINS
-    medians = np.concatenate([median(c, *e).numpy() for c, e in zip(statistics.counts[histogram], ends, strict=True)])
+    medians, peak = (
+        np.concatenate([of(c, *e).numpy() for c, e in zip(statistics.counts[histogram], ends, strict=True)])
+        for of in (median, centre_of_fullest)
+    )
     widths = [len(m.total) for m in moments]
     layer = np.repeat(np.arange(len(widths)), widths)
     index = np.concatenate([np.arange(width) for width in widths])
@@ -41,6 +46,7 @@ def of(statistics: Statistics, n_heads: int | None) -> dict[str, Any]:
         "widths": widths, "heads": n_heads, "tokens": moments[0].n, "bins": N_BINS, "all": len(shown) == len(mean),
         "layer": layer[shown].tolist() if len(shown) < len(mean) else None,
         "index": index[shown].tolist() if len(shown) < len(mean) else None,
+        "colours": COLOURS,
         "least": [[int(layer[i]), int(index[i]), round(float(skew[i]), 2)] for i in order[:100]],
         **{name: _packed(values[shown].astype("<f4")) for name, values in
            (("low", low), ("high", high), ("mean", mean), ("median", medians), ("peak", peak))},
@@ -61,8 +67,8 @@ def _per_layer(layer: np.ndarray, apart: np.ndarray, spread: np.ndarray) -> Any:
     figure = go.Figure()
     x = [float(i) for i in range(int(layer[-1]) + 1)]
     for name, values, colour in (
-        ("|peak - mean|", apart, "#D55E00"),
-        ("spread (standard deviation)", spread, "#0072B2"),
+        ("|peak - mean|", apart, COLOURS["peak"]),
+        ("spread (standard deviation)", spread, COLOURS["zero"]),
     ):
         low, middle, high = ([float(np.quantile(values[layer == i], share)) for i in x] for share in (0.25, 0.5, 0.75))
         add_line(figure, name, x, middle, low, high, colour, "")
@@ -82,7 +88,7 @@ def _stability(counts: np.ndarray, n: int) -> Any:
     sizes = [max(1, round(n * size)) for size in SIZES]
     again = [rng.multinomial(size, share).argmax(1) for size in sizes]
     figure = go.Figure()
-    for name, within, colour in (("the same bin", 0, "#D55E00"), ("within one bin", 1, "#0072B2")):
+    for name, within, colour in (("the same bin", 0, COLOURS["peak"]), ("within one bin", 1, COLOURS["zero"])):
         y = [100 * float((np.abs(peak - fullest) <= within).mean()) for peak in again]
         figure.add_scatter(x=sizes, y=y, name=name, mode="lines+markers", line={"color": colour},
                            hovertemplate=f"%{{x:,}} positions: %{{y:.0f}} %<extra>{name}</extra>")  # fmt: skip

@@ -34,7 +34,7 @@ def publish(sweep: Path, project: str | None = None, entity: str | None = None, 
     missing = [run for run in runs if again or not store.published(run)]
     for number, run in enumerate(tqdm(missing, desc="sending", disable=None)):
         try:
-            _tracking(run, project, entity).send(record_of(run))
+            _tracking(run, project, entity).send(RunRecord.of(run))
         except UserError as error:
             raise UserError(f"{error}; {number} of {len(missing)} runs were sent, the same command goes on") from error
         store.mark_published(run)
@@ -50,24 +50,4 @@ def _tracking(run: Path, project: str | None, entity: str | None) -> Wandb:
         mode="online",
         tags=tuple(tags),
         sync=False,
-    )
-
-
-def record_of(run: Path) -> RunRecord:
-    """Of a finished run, as it would have logged itself."""
-    rows = store.result(run, "rows.parquet")
-    assert rows is not None
-    config = store.config(run)
-    first = rows.iloc[0]
-    return RunRecord(
-        run_id=str(first["run_id"]),
-        sweep=config["sweep"],
-        model=str(first["model"]),
-        dataset=str(first["dataset"]),
-        site=str(first["site"]),
-        method=str(first["method"]),
-        seed=int(first["seed"]),
-        config=config,
-        rows=rows,
-        folder=run.parent,
     )

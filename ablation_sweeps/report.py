@@ -16,8 +16,7 @@ from ablation_sweeps.activations import Histogram, kept
 from ablation_sweeps.comparison import half_gone_at, shared
 from ablation_sweeps.data import UserError
 from ablation_sweeps.figures import draw, in_order, save
-from ablation_sweeps.metrics import measure
-from ablation_sweeps.tracking import area
+from ablation_sweeps.metrics import auc, measure
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -97,13 +96,13 @@ def _groups(rows: DataFrame, keys: list[str]) -> Iterator[tuple[dict[str, Any], 
 
 
 def areas(curves: DataFrame) -> DataFrame:
-    """Column `auc` (see `tracking.area`) for each curve and metric; NaN where the fractions do not span 0 to 1."""
+    """Column `auc` (see `metrics.auc`) for each curve and metric; NaN where the fractions do not span 0 to 1."""
     import pandas as pd
 
     found = []
     for key, curve in _groups(curves, [*STUDY, "method", "seed", "metric"]):
         curve = curve.sort_values("fraction")
-        found.append({**key, "auc": area(curve["fraction"].tolist(), curve["value"].tolist(), key["metric"])})
+        found.append({**key, "auc": auc(curve["fraction"].tolist(), curve["value"].tolist(), key["metric"])})
     return pd.DataFrame(found)
 
 

@@ -276,8 +276,8 @@ def begin(folder: Path, config: dict) -> None:
 def note(folder: Path, text: str) -> None:
     """What a reader of the numbers should know."""
     log.warning(text)
-    environment = read_json(folder / "environment.json") or {}
-    write_json(folder / "environment.json", {**environment, "notes": [*environment.get("notes", []), text]})
+    notes = (read_json(folder / "environment.json") or {}).get("notes", [])
+    remember(folder, notes=[*notes, text])
 
 
 def remember(folder: Path, **facts: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import os
@@ -11,12 +10,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
+from ablation_sweeps import store
 from ablation_sweeps.data import UserError
+from ablation_sweeps.metrics import auc
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -47,6 +48,14 @@ class RunRecord:
     rows: Rows  # as they lie in rows.parquet, in any order
     folder: Path  # of the sweep; W&B writes into `wandb/` below it
 
+    @classmethod
+    def of(cls, run: Path) -> RunRecord:
+        """From the folder of a finished run."""
+        rows, config = store.result(run, "rows.parquet"), store.config(run)
+        assert rows is not None
+        labels = rows.iloc[0][["run_id", "model", "dataset", "site", "method", "seed"]].to_dict()
+        return cls(**labels, sweep=config["sweep"], config=config, rows=rows, folder=run.parent)
+
     @property
     def name(self) -> str:
         return f"{self.model}-{self.site}-{self.method}-s{self.seed}"
@@ -55,8 +64,6 @@ class RunRecord:
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class NoTracking:
     """Logs nothing."""
-
-    sync: ClassVar[bool] = False
 
     def log_run(self, run: RunRecord) -> bool:
         return False
@@ -195,28 +202,14 @@ def points(rows: Rows) -> list[dict[str, float]]:
 
 
 def summary(rows: Rows) -> dict[str, float]:
-    """One number a curve: `auc/<metric>` (see `area`), `at_50/<metric>`, `clean/<metric>`; left out where unknown."""
+    """One number a curve: `auc/<metric>` (see `metrics.auc`), `at_50/...`, `clean/...`; left out where unknown."""
     found, logged = {}, points(rows)
     for metric in SUMMARY_METRICS:
         curve = {point["fraction"]: point[f"eval/{metric}"] for point in logged if f"eval/{metric}" in point}
         found[f"clean/{metric}"] = curve.get(0.0, math.nan)
         found[f"at_50/{metric}"] = curve.get(0.5, math.nan)
-        found[f"auc/{metric}"] = area(list(curve), list(curve.values()), metric)
+        found[f"auc/{metric}"] = auc(list(curve), list(curve.values()), metric)
     return {key: value for key, value in found.items() if not math.isnan(value)}
-
-
-def area(fractions: Sequence[float], values: Sequence[float], metric: str) -> float:
-    """Mean height of a curve over fractions 0 to 1 by the trapezoid rule, as a share of its clean value.
-
-    1.0 is a curve that never leaves the clean value. KL is not divided: its clean value is 0. NaN where the fractions
-    (in increasing order) do not reach from 0 to 1, or the clean value is 0.
-    """
-    if len(fractions) < 2 or fractions[0] != 0.0 or fractions[-1] != 1.0:
-        return math.nan
-    steps = itertools.pairwise(zip(fractions, values, strict=True))
-    height = sum((right - left) * (u + v) / 2 for (left, u), (right, v) in steps)
-    clean = 1.0 if metric == "kl" else values[0]
-    return float(height / clean) if clean else math.nan
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

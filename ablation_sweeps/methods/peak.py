@@ -88,6 +88,13 @@ def _value(
     return (low.double() + place.double() * (high.double() - low.double())).float()
 
 
+def centre_of_fullest(
+    counts: Counts, low: Float[Tensor, " neurons"], high: Float[Tensor, " neurons"]
+) -> Float[Tensor, " neurons"]:
+    """What `Peak` writes by default."""
+    return _value(_place(counts), low, high)
+
+
 def _place(density: Counts) -> Float[Tensor, " neurons"]:
     """Centre of the first fullest bin, as a share of the range."""
     n_bins = density.shape[-1]

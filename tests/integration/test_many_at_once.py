@@ -20,13 +20,13 @@ from ablation_sweeps.config import from_dict
 import yaml
 
 config, results, n = yaml.safe_load(open(sys.argv[1])), sys.argv[2], int(sys.argv[3])
-computed = activations._pass
+computed = activations.CalibrationData.run
 def counted(*arguments):
     with open(os.path.join(results, "passes"), "a") as file:
         file.write(f"{os.getpid()} {arguments[-1]}\\n")
     time.sleep(1)  # long enough for all of the others to come
     computed(*arguments)
-activations._pass = counted
+activations.CalibrationData.run = counted
 job.load(from_dict(config).model)
 start, children = time.time() + 3, []
 for seed in range(n):

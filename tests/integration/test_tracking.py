@@ -347,3 +347,13 @@ def test_what_was_sent_by_the_job_is_not_sent_again_and_sync_sends_the_rest(
     history = [own(line) for line in server.streamed("wandb-history.jsonl")]
     assert len(history) == 4  # two points each, once
     assert publish(tmp_path, online).stdout == "0 runs sent\n"
+
+
+def test_what_failed_is_said_though_nothing_can_be_sent(on_text, tmp_path: Path, environment, broken: Path):
+    options = tuple(option for option in on_text if not option.startswith(("tracking", "model.path")))
+    paths = f"model.path={next(o for o in on_text if o.startswith('model.path')).partition('=')[2]},{broken}"
+    command = [sys.executable, str(ROOT / "launch.py"), "-m", *options, paths, "method=mean", "tracking.sync=true"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "tracking.sync: W&B: no API key found" in done.stderr
+    assert "1 of 2 jobs failed, the others are finished and kept" in done.stderr.splitlines()[-1]

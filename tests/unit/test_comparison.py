@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from ablation_sweeps import comparison
-from ablation_sweeps.comparison import Curve, area, compare, differences, holm
-from ablation_sweeps.metrics import SUMS, ratio
+from ablation_sweeps.comparison import Curve, compare, differences, holm
+from ablation_sweeps.metrics import SUMS, area, ratio
 
 FRACTIONS = (0.0, 0.5, 1.0)
 KNOWN = 0.1  # nats by which b is better than a, where anything is ablated

@@ -111,7 +111,7 @@ def test_random_pixels_go_through_the_models_transform():
 @pytest.mark.parametrize(("family", "n_tokens"), [("vit", 4 + 1), ("timm_vit", 4 + 1)])
 def test_cls_can_be_left_out_of_the_statistics(fresh, site, family, n_tokens):
     from ablation_sweeps import sites
-    from ablation_sweeps.activations import _moments
+    from ablation_sweeps.activations import CalibrationData, moments_of
 
     model = fresh(family, tokens="no_special")
     batches = model.encode(pictures(3), "calibration", NO_LIMIT, 1000, 0)
@@ -119,7 +119,8 @@ def test_cls_can_be_left_out_of_the_statistics(fresh, site, family, n_tokens):
     assert all(batch.keep is None for batch in encoded(model, pictures(3)))
     projections = sites.find(model, site("attn_pre_out"), None)
     every = model.encode(pictures(3), "evaluation", NO_LIMIT, 1000, 0)
-    for some, all_ in zip(_moments(model, projections, batches), _moments(model, projections, every), strict=True):
+    found = [moments_of(CalibrationData(model, projections, of), "") for of in (batches, every)]
+    for some, all_ in zip(*found, strict=True):
         assert (some.n, all_.n) == (3 * (n_tokens - 1), 3 * n_tokens)
         assert not torch.equal(some.total, all_.total)
 

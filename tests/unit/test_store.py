@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 
 from ablation_sweeps import job as job_module
 from ablation_sweeps import store
+from ablation_sweeps.activations import CalibrationData
 from ablation_sweeps.config import to_job
 from ablation_sweeps.job import Job, run_job
 
@@ -321,8 +322,8 @@ def test_what_was_continued_in_another_environment_says_so(tmp_path, monkeypatch
 
 def test_statistics_are_computed_once_for_all_jobs_that_share_them(make, monkeypatch):
     passes = []
-    real = job_module.activations._pass
-    monkeypatch.setattr(job_module.activations, "_pass", lambda *args: passes.append(args[-1]) or real(*args))
+    real = CalibrationData.run
+    monkeypatch.setattr(CalibrationData, "run", lambda *args: passes.append(args[-1]) or real(*args))
     for options in ("method=peak", "method=peak seed=1", "method=mean", "method=peak method.estimator=smoothed"):
         run_job(make(*options.split()))
     assert len(passes) == 2  # moments, then counts
