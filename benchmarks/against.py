@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,16 +24,13 @@ import numpy as np
 import torch
 import transformers
 import typer
-from bench import GPU, ROOT, Case, composed
+from bench import GPU, ROOT, Case, collect, composed, evaluate, masks_of, near, peaks, seconds
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from ablation_sweeps import activations, evaluation
-from ablation_sweeps.ablation import Constant, Fitting
+from ablation_sweeps import activations
 from ablation_sweeps.hub import load_tokenizer
 from ablation_sweeps.job import encode, load
-from ablation_sweeps.selection import masks
 
 HERE = ROOT / "benchmarks"
 FRACTIONS = (0.2, 0.5)
@@ -66,38 +62,23 @@ class Ours:
         transformer = load(job.model)
         batches = [b for b in encode(job, transformer, "calibration") if b.labels.shape == (BATCH, length)]
         self.case = Case(job, transformer, batches)
-        widths = [projection.width for projection in self.case.projections]
-        self.masks = {f: masks(job.selection.orders(widths, 0), f) for f in FRACTIONS}
-        self.statistics = self._statistics()
+        self.masks = masks_of(self.case, FRACTIONS)
+        self.statistics = collect(self.case, passes)
         self.values = [moments.mean.float() for moments in self.statistics.moments]
-
-    def _statistics(self) -> activations.Statistics:
-        with tempfile.TemporaryDirectory() as cache:
-            return activations.collect(
-                self.case.model, self.case.projections, self.case.batches, Path(cache), activations.Histogram(100),
-                passes=self.passes,
-            )  # fmt: skip
 
     def collect(self) -> Answer:
         def run() -> dict[str, Any]:
-            found = self._statistics()
-            fitting = Fitting(self.case.model, self.case.projections, lambda *_: found, 0, 0)
-            peaks = self.case.job.method.fit(fitting).values  # type: ignore[attr-defined]
+            found = collect(self.case, self.passes)
             means = torch.stack([m.mean for m in found.moments])
-            return {"mean": means.cpu(), "peak": torch.stack(peaks).cpu()}
+            return {"mean": means.cpu(), "peak": torch.stack(peaks(self.case, found)).cpu()}
 
         return timed(run)
 
     def points(self) -> Answer:
-        seconds, documents = timed(
-            lambda: evaluation.evaluate(
-                self.case.model, self.case.projections, self.case.batches, self.masks, Constant(self.values),
-                torch.arange(50), 10, [], lambda *_: None,
-            )
-        )  # fmt: skip
+        took, documents = timed(lambda: evaluate(self.case, FRACTIONS, self.values))
         sums = documents.groupby("fraction")[["n", "loss", "top1", "topk", "kl"]].sum()
         columns = zip(METRICS, ("loss", "top1", "topk", "kl"), strict=True)
-        return seconds, {name: (sums[column] / sums["n"]).tolist() for name, column in columns}
+        return took, {name: (sums[column] / sums["n"]).tolist() for name, column in columns}
 
     def export(self, folder: Path) -> None:
         """The model in float32, its tokenizer, and the work, for the others."""
@@ -142,9 +123,9 @@ class Other:
         self.process.wait()
 
     def collect(self) -> Answer:
-        seconds = self._ask(f"collect {self.found}")["seconds"]
+        took = self._ask(f"collect {self.found}")["seconds"]
         with np.load(self.found) as arrays:
-            return seconds, {name: torch.from_numpy(arrays[name]) for name in arrays}
+            return took, {name: torch.from_numpy(arrays[name]) for name in arrays}
 
     def points(self) -> Answer:
         found = self._ask("points")
@@ -188,14 +169,8 @@ def last_line(text: str) -> str:
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    def now() -> float:
-        if GPU:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    start = now()
-    found = run()
-    return now() - start, found
+    found: list[Any] = []
+    return seconds(lambda: found.append(run())), found[0]
 
 
 # What is compared
@@ -203,9 +178,8 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 def agreement(ours: Ours, mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     """Share of neurons whose peaks are within one bin, and the largest difference of each metric over all fractions."""
-    bin_width = torch.stack([(m.maximum - m.minimum) / 100 for m in ours.statistics.moments]).cpu()
-    near: Tensor = (mine["peak"] - theirs["peak"]).abs() <= bin_width + 1e-6
-    found = {"peaks": near.float().mean().item(), "mean": (mine["mean"] - theirs["mean"]).abs().max().item()}
+    peaks_agree = near(mine["peak"], theirs["peak"], ours.statistics)
+    found = {"peaks": peaks_agree, "mean": (mine["mean"] - theirs["mean"]).abs().max().item()}
     for metric in METRICS:
         found[metric] = max(abs(a - b) for a, b in zip(mine[metric], theirs[metric], strict=True))
     return found
@@ -263,19 +237,19 @@ def main(
         command: {name: summary([a / b for a, b in zip(by[name], by["ours"], strict=True)]) for name in others}
         for command, by in times.items()
     }
-    seconds = {command: {name: summary(values) for name, values in by.items()} for command, by in times.items()}
+    took = {command: {name: summary(values) for name, values in by.items()} for command, by in times.items()}
     device = torch.cuda.get_device_name() if GPU else "cpu"
     size = {"tokens": ours.case.n, "length": length, "batch": BATCH, "fractions": FRACTIONS, "rounds": rounds}
     found = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "model": model, **size,
              "versions": {name: one.versions for name, one in others.items() if isinstance(one, Other)},
              "skipped": skipped,
-             "agreement": agree, "ratios": ratios, "seconds": seconds}  # fmt: skip
+             "agreement": agree, "ratios": ratios, "seconds": took}  # fmt: skip
     out.write_text(json.dumps(found, indent=2) + "\n")
     title = (
         f"time / ours: {model}, {ours.case.n} tokens, {len(FRACTIONS)} fractions, {device}, {found['threads']} threads"
     )
     table = Table("", "collect", "points", "peaks", "difference of losses", "of KLs", title=title)
-    table.add_row("ours", *(shown(seconds[command]["ours"], " s") for command in times))
+    table.add_row("ours", *(shown(took[command]["ours"], " s") for command in times))
     for name in others:
         compared = agree[name]
         table.add_row(name, *(shown(ratios[command][name]) for command in times), f"{compared['peaks']:.4f}",

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import psutil
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ablation_sweeps import activations, evaluation, sites
-from ablation_sweeps.ablation import Constant, Fitting
+from ablation_sweeps.ablation import Constant, Fitting, Masks
 from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.config import to_job
 from ablation_sweeps.data import NOT_SCORED, Batch, Picture, Split
@@ -121,17 +122,33 @@ def collect(case: Case, passes: activations.Passes = 2) -> activations.Statistic
         return activations.collect(case.model, case.projections, case.batches, Path(cache), histogram, passes=passes)
 
 
+def masks_of(case: Case, fractions: Sequence[float]) -> dict[float, Masks]:
+    orders = case.job.selection.orders([projection.width for projection in case.projections], 0)
+    return {fraction: masks(orders, fraction) for fraction in fractions}
+
+
 def evaluate(
     case: Case, fractions: Sequence[float], values: list[Tensor] | None = None, passes: CleanPasses | None = None
-) -> None:
+) -> pd.DataFrame:
     """The clean pass and one for each fraction, with all metrics."""
-    widths = [projection.width for projection in case.projections]
-    orders = case.job.selection.orders(widths, 0)
-    constant = Constant(values or [torch.zeros(width) for width in widths])
-    evaluation.evaluate(
-        case.model, case.projections, case.batches, {f: masks(orders, f) for f in fractions},
-        constant, torch.arange(50), 10, [], lambda *_: None, clean=passes,
+    constant = Constant(values or [torch.zeros(projection.width) for projection in case.projections])
+    return evaluation.evaluate(
+        case.model, case.projections, case.batches, masks_of(case, fractions), constant, torch.arange(50), 10, [],
+        lambda *_: None, clean=passes,
     )  # fmt: skip
+
+
+def peaks(case: Case, found: activations.Statistics) -> list[Tensor]:
+    return composed("method=peak").method.fit(Fitting(case.model, case.projections, lambda *_: found, 0, 0)).values  # type: ignore[attr-defined]
+
+
+def near(ours: Sequence[Tensor], theirs: Sequence[Tensor], found: activations.Statistics) -> float:
+    """Share of neurons whose peaks are within one bin: documents one by one round otherwise than batches."""
+    within = [
+        ((a - b).abs() <= (m.maximum - m.minimum).cpu() / 100 + 1e-6).float()
+        for a, b, m in zip(ours, theirs, found.moments, strict=True)
+    ]
+    return torch.cat(within).mean().item()
 
 
 def sweep(case: Case, methods: Sequence[Any]) -> None:
@@ -152,14 +169,14 @@ def sweep_of_the_paper(case: Case) -> list[Tensor]:
     texts = documents(case.batches, case.model.device)
     modules = [projection.module for projection in case.projections]
     kept = keep_all(case.model.module, modules, texts)
-    peaks = peaks_one_by_one(kept, 100)
-    orders = case.job.selection.orders([projection.width for projection in case.projections], 0)
+    found = peaks_one_by_one(kept, 100)
+    at = masks_of(case, TENTHS)
     scores_one_by_one(case.model.module, texts)
-    for values in ([torch.zeros(x.shape[1]) for x in kept], [x.float().mean(0) for x in kept], peaks):
+    for values in ([torch.zeros(x.shape[1]) for x in kept], [x.float().mean(0) for x in kept], found):
         for fraction in TENTHS:
-            with replaced(modules, masks(orders, fraction), values):
+            with replaced(modules, at[fraction], values):
                 scores_one_by_one(case.model.module, texts)
-    return peaks
+    return found
 
 
 # How
@@ -324,22 +341,12 @@ def sweeps() -> dict[str, dict[str, Any]]:
         found[f"the paper's way / ours, 3 x 10 points, 2k tokens: {name}"] = ratio(
             lambda case=case: sweep_of_the_paper(case), lambda case=case: sweep(case, three), rounds=1
         )
-        found[f"the same, peaks that agree: {name}"] = {"value": agreement(theirs, case, ours)}
+        found[f"the same, peaks that agree: {name}"] = {"value": near(peaks(case, ours), theirs, ours)}
     brief = text("smollm2_135m", 2_000, 256, "model.dtype=bfloat16")
     found["the paper's way in float32 / ours in bfloat16: SmolLM2-135M"] = ratio(
         lambda: sweep_of_the_paper(case), lambda: sweep(brief, three), rounds=1
     )
     return found
-
-
-def agreement(theirs: list[Tensor], case: Case, ours: activations.Statistics) -> float:
-    """Share of neurons whose peaks are within one bin: documents one by one round otherwise than batches."""
-    mine = composed("method=peak").method.fit(Fitting(case.model, case.projections, lambda *_: ours, 0, 0)).values
-    near = [
-        ((a - b).abs() <= (m.maximum - m.minimum) / 100 + 1e-6).float()
-        for a, b, m in zip(theirs, mine, ours.moments, strict=True)
-    ]
-    return torch.cat(near).mean().item()
 
 
 def memories() -> dict[str, dict[str, Any]]:
