@@ -78,13 +78,15 @@ def send(
     project: Annotated[str | None, typer.Option(help="instead of the one of the runs")] = None,
     entity: Annotated[str | None, typer.Option(help="user or team")] = None,
     again: Annotated[bool, typer.Option("--again", help="also what W&B has already")] = False,
+    view: Annotated[bool, typer.Option("--view", help="save a view of each study, curves by method")] = False,
 ) -> None:
     """Send the finished runs of a sweep to Weights & Biases, those that it does not have yet."""
-    from ablation_sweeps.launching import counted
-    from ablation_sweeps.publishing import publish
+    from ablation_sweeps.publishing import publish, save_views
 
     _runs(sweep)
-    print(f"{counted(publish(sweep, project, entity, again), 'run')} sent")
+    print(publish(sweep, project, entity, again))
+    for study, address in (save_views(sweep, project, entity) if view else {}).items():
+        print(f"view of {study}: {address}")
 
 
 def _runs(sweep: Path) -> list[Path]:

@@ -7,7 +7,8 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -16,7 +17,7 @@ from ablation_sweeps.config import to_job
 from ablation_sweeps.data import Split, UserError
 from ablation_sweeps.messages import plain
 from ablation_sweeps.packs import packed
-from ablation_sweeps.publishing import publish
+from ablation_sweeps.publishing import publish, send_tables
 
 if TYPE_CHECKING:
     from ablation_sweeps.job import Job
@@ -125,6 +126,14 @@ class Failures:
         log.error("failed: %s", self.reasons[-1])
 
 
+def _mirror(folder: Path, tracking: Any) -> None:
+    """Where W&B has the curves, it gets the tables of the sweep, too; with tracking.sync=true, all that it lacks."""
+    if getattr(tracking, "sync", False):
+        log.info("%s to W&B", publish(folder))
+    elif getattr(tracking, "is_online", False) and any(map(store.published, store.runs(folder))):
+        send_tables(folder)
+
+
 def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
     """Tables and figures of all that is finished in the sweep's folder; then, loudly, what failed.
 
@@ -137,14 +146,13 @@ def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
         for file in report.write(folder):
             if file.suffix in KINDS:
                 print(f"{KINDS[file.suffix]}: {os.path.relpath(file)}")
-    if getattr(jobs[0].tracking, "sync", False):
-        for folder in with_results:
-            try:
-                log.info("%s sent to W&B", counted(publish(folder), "run"))
-            except UserError as error:
-                if not failures.reasons:
-                    raise
-                log.error("tracking.sync: %s", error)  # what failed comes last, where it is seen
+    for folder in with_results:
+        try:
+            _mirror(folder, jobs[0].tracking)
+        except UserError as error:
+            if getattr(jobs[0].tracking, "sync", False) and not failures.reasons:
+                raise
+            log.error("%s", error)  # what failed comes last, where it is seen
     if failures.reasons:
         n = len(failures.reasons)
         others = "" if n == len(jobs) else ", the others are finished and kept"

@@ -1,36 +1,45 @@
-"""The curves of a sweep, from its files alone -> W&B, each of them once."""
+"""A sweep, from its files alone -> W&B: each curve once, its tables and statistics, and views of them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import secrets
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from ablation_sweeps import store
+from ablation_sweeps import dashboard, report, store
 from ablation_sweeps.data import UserError
-from ablation_sweeps.tracking import RunRecord, Wandb
+from ablation_sweeps.tracking import RunRecord, SweepRecord, Wandb, online
 
 log = logging.getLogger(__name__)
 
 PROJECT = "ablation-sweeps"  # of runs that were tracked nowhere
 
 
-def publish(sweep: Path, project: str | None = None, entity: str | None = None, again: bool = False) -> int:
-    """Sends the finished runs that W&B does not have yet, and says how many those were. Stopped anywhere, the same
+class Sent(NamedTuple):
+    """What W&B did not have yet."""
+
+    runs: int
+    tables: bool
+
+    def __str__(self) -> str:
+        return f"{self.runs} run{'s' * (self.runs != 1)}{' and the tables of the sweep' * self.tables} sent"
+
+
+def publish(sweep: Path, project: str | None = None, entity: str | None = None, again: bool = False) -> Sent:
+    """Sends the finished runs that W&B does not have yet, then what there is of all of them. Stopped anywhere, the same
     call goes on: a run that was sent in part is sent whole under the same id, which replaces it.
 
     Args:
         project, entity: where to; None: where the runs would have logged themselves.
-        again: send all of them.
+        again: send all of it.
 
     Raises:
         UserError: no run is finished, there is no key, or W&B does not take a run.
     """
-    runs = [run for run in store.runs(sweep) if store.finished(run)]
-    if not runs:
-        raise UserError(f"{sweep}: no run is finished there; name the folder of a sweep: results/<sweep>")
+    runs = _finished(sweep)
     missing = [run for run in runs if again or not store.published(run)]
     for number, run in enumerate(tqdm(missing, desc="sending", disable=None)):
         try:
@@ -38,16 +47,76 @@ def publish(sweep: Path, project: str | None = None, entity: str | None = None, 
         except UserError as error:
             raise UserError(f"{error}; {number} of {len(missing)} runs were sent, the same command goes on") from error
         store.mark_published(run)
-    return len(missing)
+    return Sent(len(missing), send_tables(sweep, project, entity, again))
+
+
+def send_tables(sweep: Path, project: str | None = None, entity: str | None = None, again: bool = False) -> bool:
+    """One run for the sweep, with all its points and differences as tables, and the statistics as artifacts; unless W&B
+    has them as they are now. Arguments and errors as those of `publish`."""
+    runs = _finished(sweep)
+    curves = report.read_curves(sweep)
+    tables = {"curves": curves, "summary": report.summarise(curves)}
+    if (comparisons := report.read_comparisons(sweep)) is not None:
+        tables["comparisons"] = comparisons
+    statistics = _statistics(runs)
+    content = store.signature([{name: table.to_csv() for name, table in tables.items()}, sorted(statistics)])
+    known = store.read_json(sweep / MARK) or {}
+    if known.get("content") == content and not again:
+        return False
+    known = {"run_id": secrets.token_hex(8), **known}
+    store.write_json(sweep / MARK, known)  # before it is sent: stopped now, it is sent under the same id
+    name = store.config(runs[0])["sweep"]
+    _tracking(runs[0], project, entity).send_tables(SweepRecord(known["run_id"], name, tables, statistics, sweep))
+    store.write_json(sweep / MARK, {**known, "content": content})
+    return True
+
+
+def save_views(sweep: Path, project: str | None = None, entity: str | None = None) -> dict[str, str]:
+    """One for each study, saved again where there was one. Returns their addresses by the study's name.
+
+    Args:
+        project, entity: as those of `publish`.
+
+    Raises:
+        UserError: the extra `reports` is not installed, there is no key, or W&B does not take it.
+    """
+    import wandb
+
+    first = _finished(sweep)[0]
+    tracking, known = _tracking(first, project, entity), store.read_json(sweep / MARK) or {}
+    with online():
+        owner = tracking.entity or wandb.Api().default_entity
+        before = known.get("views", {}) if (owner, tracking.project) == tuple(known.get("viewed", ())) else {}
+        views = dashboard.views(sweep, store.config(first)["sweep"], tracking.project, str(owner), before)
+    store.write_json(sweep / MARK, {**known, "views": views, "viewed": (owner, tracking.project)})
+    return views
+
+
+MARK = "wandb.json"  # in the folder of a sweep: what W&B has of it
+
+
+def _finished(sweep: Path) -> list[Path]:
+    if runs := [run for run in store.runs(sweep) if store.finished(run)]:
+        return runs
+    raise UserError(f"{sweep}: no run is finished there; name the folder of a sweep: results/<sweep>")
+
+
+def _statistics(runs: list[Path]) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Those of the runs that are still in the cache."""
+    found = {}
+    for run in runs:
+        if (folder := store.statistics_of(run)) is not None and folder.name not in found:
+            of = RunRecord.of(run)
+            found[folder.name] = (folder, {"model": of.model, "dataset": of.dataset, "site": of.site})
+    return found
 
 
 def _tracking(run: Path, project: str | None, entity: str | None) -> Wandb:
     own = store.config(run).get("tracking") or {}
-    tags: Sequence[str] = own.get("tags") or ()
     return Wandb(
         project=project or own.get("project") or PROJECT,
         entity=entity or own.get("entity"),
         mode="online",
-        tags=tuple(tags),
+        tags=tuple(own.get("tags") or ()),
         sync=False,
     )

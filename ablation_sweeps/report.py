@@ -185,6 +185,14 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
     return [*written, sweep_dir / "comparisons.csv", sweep_dir / "report.html"]
 
 
+def read_comparisons(sweep: Path) -> DataFrame | None:
+    """As `write` has left them; None where it has not."""
+    import pandas as pd
+
+    path = sweep / "comparisons.csv"
+    return pd.read_csv(path) if path.exists() else None
+
+
 def write_csv(table: DataFrame, path: Path) -> None:
     with store.replacing(path) as temporary:
         table.to_csv(temporary, index=False)
@@ -221,10 +229,9 @@ def _shown(study: Study, folders: dict[str, Path]) -> page.Shown | None:
 def _neurons(runs: list[Path]) -> dict[str, Any] | None:
     """From the statistics that one of the runs has left in the cache beside its sweep; None where none has."""
     for run in runs:
-        environment = store.read_json(run / "environment.json") or {}
-        cache = run.parents[1] / ".cache" / environment.get("statistics", "-")
-        if cache.is_dir() and (found := kept(cache, Histogram(neurons.N_BINS))) is not None:
-            return neurons.of(found, environment.get("n_heads"))
+        cache = store.statistics_of(run)
+        if cache is not None and (found := kept(cache, Histogram(neurons.N_BINS))) is not None:
+            return neurons.of(found, (store.read_json(run / "environment.json") or {}).get("n_heads"))
     return None
 
 

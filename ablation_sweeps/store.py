@@ -317,6 +317,13 @@ def published(folder: Path) -> bool:
     return marked is not None and marked == status(folder).get("sha256", {}).get("rows.parquet")
 
 
+def statistics_of(folder: Path) -> Path | None:
+    """Where the statistics lie that a run has used, in the cache beside its sweep; None where they are gone."""
+    name = (read_json(folder / "environment.json") or {}).get("statistics")
+    cache = folder.parents[1] / ".cache" / str(name)
+    return cache if name and cache.is_dir() else None
+
+
 def status(folder: Path) -> dict:
     return read_json(folder / "status.json") or {"state": "new"}
 

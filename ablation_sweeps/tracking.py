@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,6 +44,7 @@ class RunRecord:
     site: str
     method: str
     seed: int
+    study: str  # runs of one study may be compared
     config: Mapping[str, Any]  # settings of the job, nested or flat: `flatten` makes scalars of them
     rows: Rows  # as they lie in rows.parquet, in any order
     folder: Path  # of the sweep; W&B writes into `wandb/` below it
@@ -53,12 +54,23 @@ class RunRecord:
         """From the folder of a finished run."""
         rows, config = store.result(run, "rows.parquet"), store.config(run)
         assert rows is not None
-        labels = rows.iloc[0][["run_id", "model", "dataset", "site", "method", "seed"]].to_dict()
+        labels = rows.iloc[0][["run_id", "model", "dataset", "site", "method", "seed", "study"]].to_dict()
         return cls(**labels, sweep=config["sweep"], config=config, rows=rows, folder=run.parent)
 
     @property
     def name(self) -> str:
         return f"{self.model}-{self.site}-{self.method}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """What W&B shall show of a sweep beside its curves."""
+
+    run_id: str
+    name: str
+    tables: Mapping[str, DataFrame]
+    statistics: Mapping[str, tuple[Path, Mapping[str, Any]]]  # by signature: the folder, and what they are of
+    folder: Path
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -86,6 +98,12 @@ class Wandb:
     tags: tuple[str, ...]
     sync: bool
 
+    @property
+    def is_online(self) -> bool:
+        """Whether this process still tries to be."""
+        mode = os.environ.get("WANDB_MODE") or self.mode
+        return mode not in ("offline", "dryrun", "disabled") and not _offline_because
+
     def log_run(self, run: RunRecord) -> bool:
         """Log the whole curve at once: an offline run that is opened a second time is uploaded twice.
 
@@ -93,10 +111,9 @@ class Wandb:
             whether W&B has it now.
         """
         _quiet()
-        mode = os.environ.get("WANDB_MODE") or self.mode
-        if mode == "disabled":
+        if os.environ.get("WANDB_MODE") == "disabled":
             return False
-        if mode not in ("offline", "dryrun") and self._online(run):
+        if self.is_online and self._online(run):
             return True
         # A retried job logs the same curve under the same id: uploading both would show each point twice.
         _forget(run)
@@ -112,25 +129,29 @@ class Wandb:
         Raises:
             UserError: there is no key, or W&B does not take it.
         """
+        with online():
+            self._write(run, "online")
+        _forget(run)  # or `wandb sync` would send its points a second time
+
+    def send_tables(self, sweep: SweepRecord) -> None:
+        """As `send`, a run of the type `report`, with the statistics as artifacts."""
         import wandb
 
-        _quiet()
-        try:
-            if not wandb.login(prompt=False, verify=False):
-                raise UserError("W&B: no API key found; type wandb login, or set WANDB_API_KEY")
-            self._write(run, "online")
-        except UserError:
-            raise
-        except Exception as error:
-            with contextlib.suppress(Exception, SystemExit):
-                wandb.teardown()
-            raise UserError(f"W&B: {_line(error)}") from error
-        _forget(run)  # or `wandb sync` would send its points a second time
+        with online(), self._start(
+            sweep.folder, "online", id=sweep.run_id, name=sweep.name, group=sweep.name, job_type="report",
+            tags=self.tags, config={"sweep": sweep.name},
+        ) as logged:  # fmt: skip
+            logged.log({name: wandb.Table(dataframe=table) for name, table in sweep.tables.items()})
+            for signature, (folder, about) in sweep.statistics.items():
+                artifact = wandb.Artifact(
+                    f"statistics-{signature}", "statistics", metadata={**about, "signature": signature}
+                )
+                for file in sorted(folder.glob("*.safetensors")):
+                    artifact.add_file(str(file), policy="immutable")  # or it is copied first
+                logged.log_artifact(artifact)
 
     def _online(self, run: RunRecord) -> bool:
         """Whether the curve is now W&B's business; where not, the caller writes it offline."""
-        if _offline_because:
-            return False
         import wandb
 
         try:
@@ -148,34 +169,63 @@ class Wandb:
         return True
 
     def _write(self, run: RunRecord, mode: Literal["online", "offline"]) -> None:
-        import wandb
-
-        run.folder.mkdir(parents=True, exist_ok=True)
-        tags = dict.fromkeys((run.model, run.method, run.site, *self.tags))
-        labels = {key: getattr(run, key) for key in ("sweep", "model", "dataset", "site", "method", "seed")}
-        timeouts = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
-        # No statistics of the machine: the run lasts a second, and its load during it means nothing.
-        settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, **timeouts)
-        with wandb.init(
-            project=self.project,
-            entity=self.entity,
-            mode=mode,
-            id=run.run_id,
-            name=run.name,
-            group=run.sweep,
-            job_type="ablation",
-            tags=[tag[:TAG_LENGTH] for tag in tags],
+        tags = tuple(dict.fromkeys((run.model, run.method, run.site, *self.tags)))
+        labels = {key: getattr(run, key) for key in ("sweep", "model", "dataset", "site", "method", "seed", "study")}
+        with self._start(
+            run.folder, mode, id=run.run_id, name=run.name, group=run.sweep, job_type="ablation", tags=tags,
             config={**flatten(run.config), **labels},
-            dir=str(run.folder),
-            reinit="create_new",  # a run that the caller has open stays his
-            settings=settings,
-        ) as logged:
+        ) as logged:  # fmt: skip
             # The automatic summary is the last point of a curve: everything ablated, which says little.
             logged.define_metric("fraction", hidden=True, summary="none")
             logged.define_metric("eval/*", step_metric="fraction", summary="none")
             for point in points(run.rows):
                 logged.log(point)
             logged.summary.update(summary(run.rows))
+
+    @contextlib.contextmanager
+    def _start(
+        self, folder: Path, mode: Literal["online", "offline"], tags: tuple[str, ...], **about: Any
+    ) -> Iterator[Any]:
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)
+        timeouts = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
+        # No statistics of the machine: the run lasts a second, and its load during it means nothing.
+        settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, **timeouts)
+        run = wandb.init(
+            project=self.project,
+            entity=self.entity,
+            mode=mode,
+            tags=[tag[:TAG_LENGTH] for tag in tags],
+            dir=str(folder),
+            reinit="create_new",  # a run that the caller has open stays his
+            settings=settings,
+            **about,
+        )
+        try:
+            yield run
+        except BaseException:
+            run.finish(exit_code=1)  # leaving a run's own `with` by an error prints a traceback
+            raise
+        run.finish()
+
+
+@contextlib.contextmanager
+def online() -> Iterator[None]:
+    """What goes wrong inside is a UserError, as is to have no key."""
+    import wandb
+
+    _quiet()
+    try:
+        if not wandb.login(prompt=False, verify=False):
+            raise UserError("W&B: no API key found; type wandb login, or set WANDB_API_KEY")
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        with contextlib.suppress(Exception, SystemExit):
+            wandb.teardown()
+        raise UserError(f"W&B: {_line(error)}") from error
 
 
 def _quiet() -> None:

@@ -30,7 +30,7 @@ logging.basicConfig(format="%(levelname)s %(name)s %(message)s", level=logging.I
 tracking.INIT_SECONDS = 8
 folder, mode, rows, config, times = json.loads(sys.argv[1])
 for turn in range(times):
-    run = RunRecord(f"id{turn}", "my-sweep", "opt", "pile", "attn_pre_out", "peak", 7, config, rows, Path(folder))
+    run = RunRecord(f"id{turn}", "my-sweep", "opt", "pile", "attn_pre_out", "peak", 7, "st", config, rows, Path(folder))
     Wandb(project="proj", entity=None, mode=mode, tags=("mine",), sync=False).log_run(run)
 print("the job goes on")
 """
@@ -74,6 +74,10 @@ class Server:
     def __init__(self) -> None:
         self.requests: list[tuple[str, str]] = []
         self.bodies: list[tuple[str, dict]] = []
+        self.uploads: dict[str, bytes] = {}
+        self.views: dict[str, dict] = {}
+        self.stalls_at: str | None = None  # in a GraphQL request: this is not answered
+        self.stalled = threading.Event()
         self.talks_nonsense = False
         outer = self
 
@@ -88,6 +92,11 @@ class Server:
                 if self.headers.get("Content-Encoding") == "gzip":
                     body = gzip.decompress(body)
                 outer.requests.append((self.command, self.path))
+                if self.command == "PUT":
+                    outer.uploads[self.path] = body
+                if outer.stalls_at and outer.stalls_at.encode() in body:
+                    outer.stalled.set()
+                    return
                 reply: dict = {}
                 if self.command == "POST":
                     content = json.loads(body)
@@ -102,7 +111,11 @@ class Server:
 
             do_GET = do_POST = do_PUT = do_CONNECT = answer
 
-        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Quiet(http.server.ThreadingHTTPServer):
+            def handle_error(self, *args: object) -> None:
+                """W&B ends its connections as it likes."""
+
+        self._http = Quiet(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
@@ -122,7 +135,41 @@ class Server:
         if "createRunFiles" in content["query"]:
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
             return {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
-        return {"data": {}}
+        if "viewer {" in content["query"]:
+            viewer = {"id": "u", "entity": "me", "username": "me", "email": "me@here", "flags": "{}"}
+            return {"data": {"viewer": viewer | {"teams": {"edges": []}}}}
+        if "upsertView" in content["query"]:
+            self.views[variables["name"]] = {**variables, "id": variables.get("id") or f"id-{len(self.views)}"}
+            view = {"id": self.views[variables["name"]]["id"], "name": variables["name"]}
+            return {"data": {"upsertView": {"view": view, "inserted": True}}}
+        if "allViews" in content["query"]:
+            view = self.views.get(variables["viewName"])
+            edges = [{"node": view}] if view else []
+            return {"data": {"project": {"allViews": {"edges": edges}}}}
+        return {"data": self.artifacts(content["query"], variables)}
+
+    def artifacts(self, query: str, variables: dict) -> dict:
+        if "query ArtifactType" in query:
+            return {"project": {"artifact": None}}
+        if "mutation CreateArtifact " in query:
+            name = variables["input"]["artifactCollectionName"]
+            return {"createArtifact": {"artifact": {"id": name, "state": "PENDING", "artifactSequence": None}}}
+        if "createArtifactManifest" in query or "updateArtifactManifest" in query:
+            operation = "createArtifactManifest" if "createArtifactManifest" in query else "updateArtifactManifest"
+            name = variables.get("artifactID") or variables["artifactManifestID"]
+            file = {"id": "f", "name": "f", "displayName": "f", "uploadUrl": f"{self.url}/manifest/{name}"}
+            return {operation: {"artifactManifest": {"id": name, "file": file | {"uploadHeaders": []}}}}
+        if "createArtifactFiles" in query:
+            nodes = [
+                {"id": file["name"], "name": file["name"], "displayName": file["name"], "storagePath": file["name"],
+                 "uploadUrl": f"{self.url}/artifact/{file['artifactID']}/{file['name']}", "uploadHeaders": [],
+                 "uploadMultipartUrls": None, "artifact": {"id": file["artifactID"]}}
+                for file in variables["input"]["artifactFiles"]
+            ]  # fmt: skip
+            return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+        if "commitArtifact" in query:
+            return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": "d"}}}
+        return {}
 
     def variables(self, operation: str) -> list[dict]:
         return [body["variables"] for path, body in self.bodies if path == "/graphql" and operation in body["query"]]
@@ -195,6 +242,7 @@ def test_offline_run_holds_the_whole_curve_and_calls_nobody(tmp_path: Path, serv
     assert run["state"] == "finished"
     assert sorted(run["tags"]) == sorted(["opt", "peak", "attn_pre_out", "mine"])
     labels = {"sweep": "my-sweep", "dataset": "pile", "site": "attn_pre_out", "method": "peak", "seed": 7}
+    labels["study"] = "st"
     settings = {"model.path": "a/b", "model.layers": "1,2", "batch_size": 8, "dtype": None, "model": "opt"}
     assert own(run["config"]) == labels | settings
 
@@ -313,17 +361,20 @@ def test_a_sweep_is_sent_from_its_files_once(on_text, tmp_path: Path, environmen
 
     online = environment | key_for(server.url)
     sent = publish(tmp_path, online, "--project", "elsewhere")
-    assert sent.returncode == 0 and sent.stdout == "2 runs sent\n", sent.stderr
+    assert sent.returncode == 0 and sent.stdout == "2 runs and the tables of the sweep sent\n", sent.stderr
     started = server.variables("upsertBucket")
     ids = {variables["name"] for variables in started}
     first = {variables["name"]: variables["project"] for variables in reversed(started)}
     assert set(first.values()) == {"elsewhere"}  # later ones go to what the server calls it
     rows = [pd.read_parquet(path) for path in sweep.glob("*/rows.parquet")]
-    assert ids == {table["run_id"].iloc[0] for table in rows} and len(ids) == 2
-    assert [tuple(sorted(variables["tags"])) for variables in started if "mine" in (variables["tags"] or ())] == [
-        ("attn_pre_out", "mean", "mine", "tiny")
-    ]
-    history = [own(line) for line in server.streamed("wandb-history.jsonl")]
+    (of_sweep,) = {variables["name"] for variables in started if variables["jobType"] == "report"}
+    assert ids == {table["run_id"].iloc[0] for table in rows} | {of_sweep} and len(ids) == 3
+    assert [
+        tuple(sorted(variables["tags"]))
+        for variables in started
+        if "tiny" in (variables["tags"] or ()) and "mine" in variables["tags"]
+    ] == [("attn_pre_out", "mean", "mine", "tiny")]
+    history = [own(line) for line in server.streamed("wandb-history.jsonl") if "eval/loss" in line]
     losses = sorted(row["value"] for table in rows for row in table.to_dict("records") if row["metric"] == "loss")
     assert sorted(point["eval/loss"] for point in history) == pytest.approx(losses)
     assert offline_files(sweep) == []  # or `wandb sync` would send it a second time
@@ -332,8 +383,101 @@ def test_a_sweep_is_sent_from_its_files_once(on_text, tmp_path: Path, environmen
     assert publish(tmp_path, online).stdout == "0 runs sent\n" and len(server.requests) == before
     (next(sweep.glob("*-zero-*")) / "wandb.json").unlink()  # killed before it was written down
     assert publish(tmp_path, online).stdout == "1 run sent\n"
-    assert publish(tmp_path, online, "--again").stdout == "2 runs sent\n"
+    assert publish(tmp_path, online, "--again").stdout == "2 runs and the tables of the sweep sent\n"
     assert {variables["name"] for variables in server.variables("upsertBucket")} == ids
+
+
+def test_tables_and_statistics_of_a_sweep(on_text, tmp_path: Path, environment, server: Server):
+    options = tuple(option for option in on_text if not option.startswith("tracking"))
+    in_a_sweep(("-m", *options, "method=zero,mean", "tracking=none"), tmp_path, environment)
+    sweep, online = tmp_path / "results" / "default", environment | key_for(server.url)
+    assert publish(tmp_path, online).stdout == "2 runs and the tables of the sweep sent\n"
+    (of_sweep,) = {v["name"] for v in server.variables("upsertBucket") if v["jobType"] == "report"}
+
+    def table(name: str) -> pd.DataFrame:
+        found = json.loads(server.uploads[f"/artifact/run-{of_sweep}-{name}/{name}.table.json"])
+        return pd.DataFrame(found["data"], columns=found["columns"])
+
+    curves, sent = pd.read_parquet(sweep / "curves.parquet"), table("curves")
+    assert list(sent) == list(curves) and len(sent) == len(curves)
+    assert sent["value"].tolist() == pytest.approx(curves["value"].tolist())
+    assert table("comparisons")["p_holm"].tolist() == pytest.approx(
+        pd.read_csv(sweep / "comparisons.csv")["p_holm"].tolist(), nan_ok=True
+    )
+    assert table("summary")["method"].nunique() == 2
+
+    (cache,) = (tmp_path / "results" / ".cache").iterdir()
+    created = {v["input"]["artifactCollectionName"]: v["input"] for v in server.variables("mutation CreateArtifact ")}
+    statistics = created[f"statistics-{cache.name}"]
+    assert statistics["artifactTypeName"] == "statistics"
+    assert json.loads(statistics["metadata"])["signature"] == cache.name
+    for file in cache.glob("*.safetensors"):
+        assert server.uploads[f"/artifact/statistics-{cache.name}/{file.name}"] == file.read_bytes()
+    assert list(cache.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("stop", ["run", "tables"])
+def test_killed_while_it_sends_the_same_command_goes_on(
+    on_text, tmp_path: Path, environment, server: Server, stop: str
+):
+    options = tuple(option for option in on_text if not option.startswith("tracking"))
+    in_a_sweep(("-m", *options, "method=zero,mean", "tracking=none"), tmp_path, environment)
+    online = environment | key_for(server.url)
+    runs = sorted(path.parent for path in (tmp_path / "results" / "default").glob("*/rows.parquet"))
+    ids = [pd.read_parquet(run / "rows.parquet")["run_id"].iloc[0] for run in runs]
+    server.stalls_at = ids[1] if stop == "run" else "mutation CreateArtifact "
+    command = [sys.executable, "-m", "ablation_sweeps", "wandb", "results/default"]
+    sending = subprocess.Popen(command, env=online, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    assert server.stalled.wait(120)
+    sending.kill()
+    sending.wait()
+    marked = [(run / "wandb.json").exists() for run in runs]
+    assert marked == ([True, False] if stop == "run" else [True, True])
+
+    server.stalls_at = None
+    first = {v["name"] for v in server.variables("upsertBucket") if v["jobType"] == "report"}
+    server.bodies.clear()
+    again = publish(tmp_path, online)
+    sent = "1 run" if stop == "run" else "0 runs"
+    assert again.stdout == f"{sent} and the tables of the sweep sent\n", again.stderr
+    started = {v["name"]: v["jobType"] for v in server.variables("upsertBucket") if v["jobType"]}
+    of_sweep = {name for name, kind in started.items() if kind == "report"}
+    assert set(started) == of_sweep | ({ids[1]} if stop == "run" else set()) and len(of_sweep) == 1
+    assert stop == "run" or of_sweep == first
+    assert publish(tmp_path, online).stdout == "0 runs sent\n"
+
+
+def test_a_saved_view_for_each_study(on_text, tmp_path: Path, environment, server: Server):
+    options = tuple(option for option in on_text if not option.startswith("tracking"))
+    in_a_sweep(("-m", *options, "method=zero,mean", "tracking=none", "batch_tokens=64,128"), tmp_path, environment)
+    online = environment | key_for(server.url)
+    done = publish(tmp_path, online, "--view")
+    assert done.returncode == 0 and len(server.views) == 2, done.stderr
+    addresses = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("view of ")]
+    assert all(address.startswith(f"{server.url}/me/ablation-sweeps?nw=") for address in addresses)
+    curves = pd.read_parquet(tmp_path / "results" / "default" / "curves.parquet")
+    studies = set()
+    for view in server.views.values():
+        section = json.loads(view["spec"])["section"]
+        (runs,) = section["runSets"]
+        wanted = {f["key"]["name"]: f["value"] for f in runs["filters"]["filters"]}
+        studies.add(wanted.pop("study"))
+        assert wanted == {"group": "default", "jobType": "ablation"}
+        lines, bars = (s["panels"] for s in section["panelBankConfig"]["sections"])
+        shown = {panel["config"]["metrics"][0] for panel in lines}
+        assert shown == {f"eval/{metric}" for metric in curves["metric"].unique() if metric != "perplexity"}
+        for panel in lines:
+            assert panel["config"]["xAxis"] == "fraction" and panel["config"]["groupArea"] == "stderr"
+            assert panel["config"]["groupBy"] == "method.value" and panel["config"]["groupAgg"] == "mean"
+        assert [panel["config"]["metrics"] for panel in bars] == [
+            [f"summary_metrics.auc/{metric}"] for metric in ("loss", "top1", "kl")
+        ]
+    assert studies == set(curves["study"])
+    before = set(server.views)
+    again = publish(tmp_path, online, "--view")
+    assert again.stdout.splitlines()[1:] == [f"view of {line.split()[2]} {a}" for line, a in
+                                             zip(done.stdout.splitlines()[1:], addresses, strict=True)]  # fmt: skip
+    assert set(server.views) == before  # written again, not once more
 
 
 def test_what_was_sent_by_the_job_is_not_sent_again_and_sync_sends_the_rest(
@@ -343,10 +487,18 @@ def test_what_was_sent_by_the_job_is_not_sent_again_and_sync_sends_the_rest(
     in_a_sweep((*options, "method=zero", "tracking=none"), tmp_path, environment)
     online = environment | key_for(server.url)
     in_a_sweep((*options, "method=mean", "tracking.sync=true"), tmp_path, online)
-    assert len({variables["name"] for variables in server.variables("upsertBucket")}) == 2
-    history = [own(line) for line in server.streamed("wandb-history.jsonl")]
+    assert len({variables["name"] for variables in server.variables("upsertBucket")}) == 3  # two curves, the tables
+    history = [line for line in server.streamed("wandb-history.jsonl") if "eval/loss" in line]
     assert len(history) == 4  # two points each, once
     assert publish(tmp_path, online).stdout == "0 runs sent\n"
+
+
+def test_where_the_curves_went_the_tables_go_too(on_text, tmp_path: Path, environment, server: Server):
+    options = tuple(option for option in on_text if not option.startswith("tracking"))
+    online = environment | key_for(server.url)
+    in_a_sweep(("-m", *options, "method=zero,mean"), tmp_path, online)
+    kinds = [variables["jobType"] for variables in server.variables("upsertBucket")]
+    assert "report" in kinds and publish(tmp_path, online).stdout == "0 runs sent\n"
 
 
 def test_what_failed_is_said_though_nothing_can_be_sent(on_text, tmp_path: Path, environment, broken: Path):
@@ -355,5 +507,5 @@ def test_what_failed_is_said_though_nothing_can_be_sent(on_text, tmp_path: Path,
     command = [sys.executable, str(ROOT / "launch.py"), "-m", *options, paths, "method=mean", "tracking.sync=true"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
-    assert "tracking.sync: W&B: no API key found" in done.stderr
+    assert "W&B: no API key found" in done.stderr
     assert "1 of 2 jobs failed, the others are finished and kept" in done.stderr.splitlines()[-1]

@@ -1,0 +1,95 @@
+"""A saved view in W&B for each study of a sweep: its curves by method with their spread over seeds, and their areas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ablation_sweeps import report
+from ablation_sweeps.data import UserError
+from ablation_sweeps.figures import looks
+from ablation_sweeps.page import label
+
+if TYPE_CHECKING:
+    from ablation_sweeps.report import Study
+
+FIRST = ("loss", "top1", "kl")
+
+
+def views(sweep: Path, name: str, project: str, entity: str, known: dict[str, str]) -> dict[str, str]:
+    """Saves them, and gives the address of each by the name of its study.
+
+    Args:
+        name: of the sweep, the group of its runs.
+        known: addresses from before; these are written again.
+
+    Raises:
+        UserError: the extra `reports` is not installed.
+    """
+    try:
+        import wandb_workspaces.workspaces as ws
+    except ImportError as error:
+        raise UserError("--view needs another package: pip install wandb-workspaces") from error
+
+    found = {}
+    for study in report.studies(report.read_curves(sweep)):
+        view = ws.Workspace(entity=entity, project=project)
+        if study.name in known:
+            view = ws.Workspace.from_url(known[study.name])
+        view.name = f"{name}: {study.name}"
+        view.sections = [
+            ws.Section(name="Curves", panels=_curves(study), is_open=True),
+            ws.Section(name="Areas under the curves", panels=_areas(study), is_open=True),
+        ]
+        view.settings = ws.WorkspaceSettings(x_axis="fraction", max_runs=100)
+        view.runset_settings = _runs(study, name)
+        found[study.name] = view.save().url
+    return found
+
+
+def _runs(study: Study, name: str) -> Any:
+    """The curves of one study; each method in the colour that it has in our own figures."""
+    import wandb_workspaces.expr as expr
+    import wandb_workspaces.workspaces as ws
+
+    colours: dict[object, object] = {
+        method: look["color"] for method, look in looks(study.rows["method"].unique()).items()
+    }
+    return ws.RunsetSettings(
+        filters=[
+            expr.Metric("Group") == name,
+            expr.Metric("JobType") == "ablation",
+            expr.Config("study") == study.rows["study"].iloc[0],
+        ],
+        groupby=[expr.Config("method")],
+        group_colors=colours,
+    )
+
+
+def _curves(study: Study) -> list[Any]:
+    import wandb_workspaces.reports.v2 as wr
+    from wandb_workspaces.reports.v2.interface import Layout
+
+    found = [metric for metric in study.rows["metric"].unique() if metric != "perplexity"]
+    return [
+        wr.LinePlot(
+            title=label(metric, study.unit).replace(" (%)", ""),  # W&B has them as shares
+            x="fraction", y=[f"eval/{metric}"], title_x="Fraction of neurons ablated", range_x=(0, 1),
+            groupby=wr.Config("method"), groupby_aggfunc="mean", groupby_rangefunc="stderr",
+            smoothing_type="none", layout=Layout(w=8, h=8, x=8 * (i % 3), y=8 * (i // 3)),
+        )
+        for i, metric in enumerate(sorted(found, key=lambda metric: (*FIRST, metric).index(metric)))
+    ]  # fmt: skip
+
+
+def _areas(study: Study) -> list[Any]:
+    import wandb_workspaces.reports.v2 as wr
+    from wandb_workspaces.reports.v2.interface import Layout
+
+    return [
+        wr.BarPlot(
+            title=f"Area of {metric}", metrics=[wr.SummaryMetric(f"auc/{metric}")], groupby=wr.Config("method"),
+            groupby_aggfunc="mean", groupby_rangefunc="stderr", layout=Layout(w=8, h=6, x=8 * i),
+        )
+        for i, metric in enumerate(FIRST)
+    ]  # fmt: skip
