@@ -247,7 +247,8 @@ def studies(curves: DataFrame) -> list[Study]:
         name = "-".join(str(rows[label].iloc[0]) for label in ("model", "dataset", "site"))
         by_name.setdefault(re.sub(r"[^\w.-]+", "_", name), []).append(rows)
     found = []
-    for name, rows, is_unique in [(name, rows, len(group) == 1) for name, group in by_name.items() for rows in group]:
+    named = [(name, rows, len(group) == 1) for name, group in sorted(by_name.items()) for rows in group]
+    for name, rows, is_unique in named:
         short, unit = rows["study"].iloc[0][:8], "image" if rows["kind"].iloc[0] == "image_classifier" else "token"
         name, also = (name, "") if is_unique else (f"{name}-{short}", f" · study {short}")
         found.append(Study(name, _title(rows, unit) + also, unit, rows))

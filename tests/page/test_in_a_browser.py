@@ -13,9 +13,13 @@ from command import FAULTS, Launch
 
 from ablation_sweeps import store
 from ablation_sweeps.activations import Histogram, kept
+from ablation_sweeps.report import write
 
 OPTIONS = ("-m", "method=zero,mean,peak,raises", "seed=0,1", "fraction.values=[0.5,1]", "eval.tokens=3000",
            "statistics.tokens=2000", "tracking=none")  # fmt: skip
+
+OF_IMAGES = ("-m", "model=tiny_vit", "dataset=digits", "sweep=images", "method=zero,mean", "fraction.values=[0.5,1]",
+             "eval.images=60", "statistics.tokens=1000", "tracking=none")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +29,14 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def report(launch: Launch, faults: Path, sweep: Path) -> Path:
-    """Made once; two of its jobs fail."""
+    """Of two sweeps, made once; two jobs fail."""
     page = sweep / "results" / "default" / "report.html"
     if not page.exists():
         done = launch(*FAULTS, *OPTIONS, f"results_dir={sweep / 'results'}")
         assert done.code == 1 and "2 of 8 jobs failed" in done.error
+        done = launch(*OF_IMAGES, f"results_dir={sweep / 'results'}")
+        assert done.code == 0, done.error
+        write(page.parent, sweep / "results" / "images")
     return page
 
 
@@ -139,3 +146,22 @@ def test_what_failed_is_said_with_its_reason(page):
 def test_the_configuration_is_there(page):
     setup = json.loads(page.locator("#setup").text_content())
     assert setup["configuration"]["eval"]["tokens"] == 3000 and setup["environment"]["packages"]["torch"]
+
+
+def test_the_other_model_is_chosen(page):
+    said, loss = page.text_content("#verdict"), curve(page, "zero")
+    page.select_option("#study", label="tiny_vit-digits-attn_pre_out")
+    assert "60 images" in page.text_content("#about") and page.text_content("#verdict") != said
+    assert "nats per image" in page.text_content("#curves .ytitle") and curve(page, "zero") != loss
+    assert page.locator("#areas td:first-child span").all_text_contents() == ["zero", "mean"]
+    assert not page.locator("#neurons").is_visible()  # neither zero nor mean has left histograms
+    page.select_option("#study", label="tiny_causal-python_docs-attn_pre_out")
+    assert page.text_content("#verdict") == said and curve(page, "zero") == loss
+    assert page.locator("#neurons").is_visible()
+
+
+def test_in_print_the_whole_table_is_there_and_no_control(page):
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 794, "height": 1123})  # A4
+    assert page.evaluate("document.getElementById('areas').getBoundingClientRect().right <= window.innerWidth")
+    assert not page.locator("#metric").is_visible() and page.locator("#areas small").first.is_visible()
