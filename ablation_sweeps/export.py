@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
-from typing import Any
 
 from ablation_sweeps import page, store
 from ablation_sweeps.report import folders_by_id, measured, read_curves, studies, write_csv
@@ -23,26 +23,28 @@ def export(sweep: Path, to: Path) -> list[Path]:
 
 
 def _table(study: page.Measured) -> str:
-    """Areas with their intervals; needs the package booktabs."""
+    """The area of each metric and method, above its interval; needs the package booktabs."""
     import pandas as pd
 
-    rows = [
-        {"Method": row["method"], **{_heading(key): _cell(row[key]) for key in row if key.startswith("area of")}}
-        for row in page.areas(study)
-    ]
-    caption = f"{study.title}. Areas under the curves, as a share of the clean value (KL: nats), with 95 % intervals."
-    table = pd.DataFrame(rows).map(_escaped).rename(columns=_escaped)
-    return table.to_latex(index=False, caption=_escaped(caption), label=f"tab:{study.name}", position="htbp",
-                          column_format="l" + "r" * (table.shape[1] - 1))  # fmt: skip
-
-
-def _heading(key: str) -> str:
-    return key.removeprefix("area of ")
-
-
-def _cell(values: list[Any]) -> str:
-    value, low, high = values
-    return f"{value:.3f}" + ("" if math.isnan(low) else f" [{low:.3f}, {high:.3f}]")
+    lines, rarer = [], ""
+    for metric in study.curves:
+        found = [study.levels[metric][method][1] for method in study.methods]
+        name = re.sub(r" \(.*?\)", "", page.label(metric, study.unit))  # areas have another unit
+        name, _, skipped = name.partition(", without")
+        if skipped:  # too long for a column
+            name, rarer = f"{name}, rarer tokens", f" Rarer tokens: without{skipped}."
+        lines.append([_escaped(name), *(f"{area.value:.3f}" for area in found)])
+        if not any(math.isnan(area.low) for area in found):
+            lines.append(["", *(rf"\scriptsize [{area.low:.3f}, {area.high:.3f}]" for area in found)])
+    reach = study.curves["loss"][study.methods[0]].fractions[-1]
+    caption = (
+        f"{study.title}. Areas under the curves up to {reach:.0%}, as a share of the clean value (KL: nats), with 95 % "
+        f"intervals.{rarer}"
+    )
+    table = pd.DataFrame(lines, columns=["", *map(_escaped, study.methods)])
+    text = table.to_latex(index=False, caption=_escaped(caption), label=f"tab:{study.name}", position="htbp",
+                          column_format="l" + "r" * len(study.methods))  # fmt: skip
+    return text.replace("\\caption", "\\centering\n\\footnotesize\n\\caption", 1)
 
 
 def _escaped(text: str) -> str:

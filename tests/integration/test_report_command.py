@@ -43,7 +43,7 @@ def test_a_curve_of_several_runs_is_compared_at_all_their_fractions(launch: Laun
 
 
 def test_export_for_other_programs_and_for_a_paper(launch: Launch, on_text, tmp_path):
-    assert launch(*on_text, "-m", "method=zero,peak", "seed=0,1").code == 0
+    assert launch(*on_text, "-m", "method=zero,peak", "seed=0,1", "fraction.values=[0.5,1]").code == 0
     command = [sys.executable, "-m", "ablation_sweeps", "export", "results/default", "--to", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -54,7 +54,15 @@ def test_export_for_other_programs_and_for_a_paper(launch: Launch, on_text, tmp_
     assert len(text) == len(curves) and text["value"].sum() == pytest.approx(curves["value"].sum())
     table = (tmp_path / "out" / "areas.tex").read_text()
     assert table.count(r"\begin{table}") == table.count(r"\end{table}") == 1 and r"\toprule" in table
-    assert re.search(r"^zero & \d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\] & ", table, re.MULTILINE)
+    of_pair = r"^Loss & {number} & {number} \\\\\n & \\scriptsize \[{number}, {number}\] & ".replace(
+        "{number}", r"(\d\.\d{3})"
+    )
+    found = re.search(of_pair, table, re.MULTILINE)
+    summary = (
+        pd.read_csv(tmp_path / "results" / "default" / "summary.csv").query("metric == 'loss'").set_index("method")
+    )
+    assert found and float(found[1]) == pytest.approx(summary.loc["zero", "auc"], abs=2e-3)
+    assert float(found[3]) <= float(found[1]) <= float(found[4])
     assert r"attn\_pre\_out" in table and not re.search(
         r"(?<!\\)[_%#]", table.replace("tab:tiny-texts-attn_pre_out", "")
     )
