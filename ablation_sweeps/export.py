@@ -44,7 +44,7 @@ def _table(study: page.Measured) -> str:
     table = pd.DataFrame(lines, columns=["", *map(_escaped, study.methods)])
     text = table.to_latex(index=False, caption=_escaped(caption), label=f"tab:{study.name}", position="htbp",
                           column_format="l" + "r" * len(study.methods))  # fmt: skip
-    return text.replace("\\caption", "\\centering\n\\footnotesize\n\\caption", 1)
+    return text.replace("\\caption", "\\centering\n\\footnotesize\n\\setlength{\\tabcolsep}{4pt}\n\\caption", 1)
 
 
 def _escaped(text: str) -> str:
