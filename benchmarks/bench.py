@@ -32,6 +32,7 @@ from ablation_sweeps.ablation import Constant, Fitting, Masks
 from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.config import to_job
 from ablation_sweeps.data import NOT_SCORED, Batch, Picture, Split
+from ablation_sweeps.datasets.python_docs import code
 from ablation_sweeps.job import Job, encode, load
 from ablation_sweeps.selection import masks
 from ablation_sweeps.transformer import Budget, Transformer
@@ -320,18 +321,34 @@ def against_clean(name: str, case: Case) -> dict[str, dict[str, Any]]:
     }
 
 
+def pieces(folder: Path) -> list[str]:
+    """Enough text for 100,000 tokens in documents of 256: the source code of Python's library in pieces. Options."""
+    texts = [document.text for document in code()]
+    cut = [text[i : i + 1500] for text in texts for i in range(0, len(text) - 1500, 15_000)]
+    for name, some in (("calibration", cut[::5]), ("evaluation", [t for i, t in enumerate(cut) if i % 5])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+    return ["dataset=text_files", "dataset.label=pieces", f"dataset.path={folder}/evaluation.jsonl",
+            f"dataset.calibration_path={folder}/calibration.jsonl"]  # fmt: skip
+
+
+def a_sweep() -> dict[str, dict[str, Any]]:
+    """As it is typed, all included, against the passes that it cannot do without."""
+    tokens, methods = 100_000, "method=zero,mean,resample,peak"
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["batch_tokens=4096", *pieces(Path(folder))]
+        calibration = text("tiny_causal", 20_000, 256, *options)
+        evaluated = text("tiny_causal", tokens, 256, *options, split="evaluation")
+        floor = lambda: seconds(lambda: body(calibration)) + 41 * seconds(lambda: clean(evaluated))  # noqa: E731
+        before = floor()
+        took = command("-m", methods, "model.max_tokens=256", "statistics.tokens=20000", f"eval.tokens={tokens}",
+                       *options, times=1)  # fmt: skip
+        value = took / statistics.mean([before, floor()])
+    return {f"sweep of 4 x 10 points, {evaluated.n} tokens each / its passes: tiny_causal": {"value": value}}
+
+
 def sweeps() -> dict[str, dict[str, Any]]:
     """Whole sweeps."""
-    found: dict[str, dict[str, Any]] = {}
-    tokens, methods = 100_000, ("zero", "mean", "resample", "peak")
-    calibration = text("tiny_causal", 20_000, 256, "batch_tokens=4096")
-    evaluation_ = text("tiny_causal", tokens, 256, "batch_tokens=4096", split="evaluation")
-    floor = lambda: seconds(lambda: body(calibration)) + 41 * seconds(lambda: clean(evaluation_))  # noqa: E731
-    before = floor()
-    took = command("-m", f"method={','.join(methods)}", "model.max_tokens=256", f"eval.tokens={tokens}", times=1)
-    found[f"sweep of 4 x 10 points, {evaluation_.n} tokens each / 42 clean passes: tiny_causal"] = {
-        "value": took / statistics.mean([before, floor()])
-    }
+    found = a_sweep()
     three = [composed(f"method={method}").method for method in ("zero", "mean", "peak")]
     for name, case in (
         ("tiny_causal", text("tiny_causal", 2_000, 256)),
