@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ablation_sweeps.metrics import area, over, sums_of
 
@@ -34,6 +34,11 @@ class Curve:
     fractions: tuple[float, ...]
     totals: Sums
     counts: Sums
+
+    @property
+    def n_documents(self) -> Int[np.ndarray, " fractions"]:
+        """That count."""
+        return (self.counts > 0).any(0).sum(1)
 
     def values(
         self, seeds: Float[np.ndarray, "draws seeds"], documents: Float[np.ndarray, "draws documents"]
@@ -91,6 +96,8 @@ def _estimates(statistic: Callable[..., Values], like: Curve, seed: int) -> tupl
     """
     n_seeds, _, n_documents = like.totals.shape
     rng = np.random.default_rng(seed)
+    of_points = like.n_documents.tolist()
+    of_points.append(min(of_points))  # of the area
     all_seeds, all_documents = np.ones((1, n_seeds)), np.ones((1, n_documents))
     values = statistic(all_seeds, all_documents)[0]
     over_documents = _variance(n_documents, rng, lambda w: statistic(np.repeat(all_seeds, len(w), 0), w))
@@ -98,8 +105,8 @@ def _estimates(statistic: Callable[..., Values], like: Curve, seed: int) -> tupl
     if n_seeds > 1:
         over_seeds = _variance(n_seeds, rng, lambda w: statistic(w, np.repeat(all_documents, len(w), 0)))
     found = [
-        _with_interval(value, of_documents, of_seeds, n_documents, n_seeds)
-        for value, of_documents, of_seeds in zip(values, over_documents, over_seeds, strict=True)
+        _with_interval(value, of_documents, of_seeds, n, n_seeds)
+        for value, of_documents, of_seeds, n in zip(values, over_documents, over_seeds, of_points, strict=True)
     ]
     return found[:-1], found[-1]
 
@@ -131,7 +138,9 @@ def _with_interval(value: float, of_documents: float, of_seeds: float, n_documen
     from scipy import stats
 
     variance = of_documents + of_seeds
-    if not variance > 0:  # the same at every draw, as the clean values are; or unknown (NaN), with one document
+    if (
+        not variance > 0 or n_documents < 2
+    ):  # the same at every draw, as the clean values are; or unknown (NaN), with one document
         known = variance == 0
         low, high = (value, value) if known else (math.nan, math.nan)
         return Estimate(float(value), float(low), float(high), 1.0 if value == 0 else math.nan)
@@ -175,9 +184,10 @@ def compare(documents: Mapping[tuple[str, int], DataFrame], metrics: Sequence[st
         if len(one.fractions) < 2:
             continue
         at_fractions, in_area = differences(one, other, metric)
-        points = [*zip(one.fractions, at_fractions, strict=True), (math.nan, in_area)]
-        n_seeds, _, n_documents = one.totals.shape
-        for fraction, found in points:
+        fractions, counts = [*one.fractions, math.nan], one.n_documents.tolist()
+        counts.append(min(counts))  # of the area
+        n_seeds = len(one.totals)
+        for fraction, found, n_documents in zip(fractions, [*at_fractions, in_area], counts, strict=True):
             if fraction == 0:
                 continue  # nothing is ablated: all methods are the same
             pair = {"metric": metric, "method": a, "other": b, "fraction": fraction}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,9 +62,16 @@ def _runs(study: Study, name: str) -> Any:
             expr.Metric("JobType") == "ablation",
             expr.Config("study") == study.rows["study"].iloc[0],
         ],
-        groupby=[expr.Config("method")],
-        group_colors=colours,
+        groupby=[expr.Config("method"), *(expr.Config(f"method.{key}.value") for key in differing(study))],
+        group_colors={} if differing(study) else colours,
     )
+
+
+def differing(study: Study) -> list[str]:
+    """The parameters in which methods of one label differ; `report.read_curves` has put them into their names."""
+    of_names = study.rows.drop_duplicates("method")[["method", "method_params"]].itertuples(index=False)
+    named = [(name.split(" ")[-1].split(","), json.loads(params)) for name, params in of_names if " " in name]
+    return sorted({key for said, params in named for key, value in params.items() if f"{key}={value}" in said})
 
 
 def _curves(study: Study) -> list[Any]:
@@ -75,11 +83,18 @@ def _curves(study: Study) -> list[Any]:
         wr.LinePlot(
             title=label(metric, study.unit).replace(" (%)", ""),  # W&B has them as shares
             x="fraction", y=[f"eval/{metric}"], title_x="Fraction of neurons ablated", range_x=(0, 1),
-            groupby=wr.Config("method"), groupby_aggfunc="mean", groupby_rangefunc="stderr",
+            groupby=_by(study), aggregate=True, groupby_aggfunc="mean", groupby_rangefunc="stderr",
             smoothing_type="none", layout=Layout(w=8, h=8, x=8 * (i % 3), y=8 * (i // 3)),
         )
         for i, metric in enumerate(sorted(found, key=lambda metric: (*FIRST, metric).index(metric)))
     ]  # fmt: skip
+
+
+def _by(study: Study) -> Any:
+    """None leaves it to the table of runs, which can group by more than one key."""
+    import wandb_workspaces.reports.v2 as wr
+
+    return None if differing(study) else wr.Config("method")
 
 
 def _areas(study: Study) -> list[Any]:
@@ -88,8 +103,8 @@ def _areas(study: Study) -> list[Any]:
 
     return [
         wr.BarPlot(
-            title=f"Area of {metric}", metrics=[wr.SummaryMetric(f"auc/{metric}")], groupby=wr.Config("method"),
-            groupby_aggfunc="mean", groupby_rangefunc="stderr", layout=Layout(w=8, h=6, x=8 * i),
+            title=f"Area of {metric}", metrics=[wr.SummaryMetric(f"auc/{metric}")], groupby=_by(study),
+            aggregate=True, groupby_aggfunc="mean", groupby_rangefunc="stderr", layout=Layout(w=8, h=6, x=8 * i),
         )
         for i, metric in enumerate(FIRST)
     ]  # fmt: skip

@@ -28,18 +28,17 @@ def _table(study: page.Measured) -> str:
 
     lines, rarer = [], ""
     for metric in study.curves:
-        found = [study.levels[metric][method][1] for method in study.methods]
+        found = [study.areas[metric][method] for method in study.methods]
         name = re.sub(r" \(.*?\)", "", page.label(metric, study.unit))  # areas have another unit
         name, _, skipped = name.partition(", without")
         if skipped:  # too long for a column
             name, rarer = f"{name}, rarer tokens", f" Rarer tokens: without{skipped}."
         lines.append([_escaped(name), *(f"{area.value:.3f}" for area in found)])
-        if not any(math.isnan(area.low) for area in found):
+        if not all(math.isnan(area.low) for area in found):
             lines.append(["", *(rf"\scriptsize [{area.low:.3f}, {area.high:.3f}]" for area in found)])
-    reach = study.curves["loss"][study.methods[0]].fractions[-1]
     caption = (
-        f"{study.title}. Areas under the curves up to {reach:.0%}, as a share of the clean value (KL: nats), with 95 % "
-        f"intervals.{rarer}"
+        f"{study.title}. Areas under the curves up to {study.reach:.0%}, as a share of the clean value (KL: "
+        f"nats), with 95 % intervals over documents and seeds.{rarer}"
     )
     table = pd.DataFrame(lines, columns=["", *map(_escaped, study.methods)])
     text = table.to_latex(index=False, caption=_escaped(caption), label=f"tab:{study.name}", position="htbp",

@@ -79,7 +79,7 @@ def draw(rows: DataFrame, title: str, unit: str) -> Figure:
         for axes, label, lines in zip(panels, labels.values(), notes, strict=True):
             axes.set_title(label, loc="left", pad=4 + 9 * len(lines) + 2 * bool(lines))
             axes.annotate("\n".join(lines), (0, 1), (0, 6), "axes fraction", "offset points", color=GREY, fontsize=6.5)
-        _arrange(figure, style, textwrap.fill(title, 100), max(map(len, notes)), _spread(rows))
+        _arrange(figure, style, textwrap.fill(title, 100).replace("$", r"\$"), max(map(len, notes)), _spread(rows))
     return figure
 
 
@@ -87,7 +87,10 @@ def _arrange(figure: Figure, style: dict[str, dict[str, Any]], title: str, n_not
     """Sizes in inches from the bottom: legend, label of the x axes, panels, their titles and notes, title."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], label=method, markersize=3.5, linewidth=1.3, **look) for method, look in style.items()]
+    handles = [
+        Line2D([], [], label=method.replace("$", r"\$"), markersize=3.5, linewidth=1.3, **look)
+        for method, look in style.items()
+    ]
     widest, all_of_them = max(map(len, style)), sum(0.52 + 0.061 * len(method) for method in style)
     n_columns = len(style) if all_of_them < WIDTH else max(1, int(WIDTH / (0.6 + 0.062 * widest)))
     legend = 0.08 + 0.165 * math.ceil(len(style) / n_columns)

@@ -183,7 +183,7 @@ def run_job(job: Job) -> Path:
             raise
         store.finish(folder, rows, documents, time.perf_counter() - started, job.like)
     if job.tracking.log_run(RunRecord.of(folder)):  # a mirror: what is on disk does not depend on it
-        store.mark_published(folder)
+        store.mark_published(folder, getattr(job.tracking, "place", ""))
     return folder
 
 

@@ -130,7 +130,7 @@ def _mirror(folder: Path, tracking: Any) -> None:
     """Where W&B has the curves, it gets the tables of the sweep, too; with tracking.sync=true, all that it lacks."""
     if getattr(tracking, "sync", False):
         log.info("%s to W&B", publish(folder))
-    elif getattr(tracking, "is_online", False) and any(map(store.published, store.runs(folder))):
+    elif getattr(tracking, "is_online", False) and any(store.published(r, tracking.place) for r in store.runs(folder)):
         send_tables(folder)
 
 

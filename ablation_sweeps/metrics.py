@@ -78,17 +78,20 @@ def area(
     fractions: Sequence[float], values: Float[np.ndarray, "draws fractions"], metric: str
 ) -> Float[np.ndarray, " draws"]:
     """Mean height of each curve between its first fraction and its last, by the trapezoid rule, as a share of its clean
-    value (the first); KL, whose clean value is 0, as it is."""
+    value (the first); KL, whose clean value is 0, as it is. NaN of one point."""
+    if len(fractions) < 2:
+        return np.full(len(values), math.nan)
     height = np.trapezoid(values, fractions, axis=-1) / (fractions[-1] - fractions[0])
     return height if metric == "kl" else over(height, values[:, 0])
 
 
 def auc(fractions: Sequence[float], values: Sequence[float], metric: str) -> float:
-    """The area under one curve; NaN where its fractions (in increasing order) do not reach from 0 to 1.
+    """The area under one curve; NaN where its fractions (in increasing order) do not reach from 0 to 1, or none lies
+    between: with `fraction=0.5,1` each of them is a job, and a line from 0 to 1 is not their curve.
 
     1.0 is a curve that never leaves the clean value.
     """
-    if len(fractions) < 2 or fractions[0] != 0 or fractions[-1] != 1:
+    if len(fractions) < 3 or fractions[0] != 0 or fractions[-1] != 1:
         return math.nan
     return float(area(fractions, np.array([values], float), metric)[0])
 

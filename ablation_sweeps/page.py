@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -36,8 +36,11 @@ class Measured:
     """One study: what is shown of it.
 
     Attributes:
-        curves: for each metric and method, over all seeds, on the same documents.
-        levels: their points and their area, with intervals.
+        curves: for each metric and method, over all its seeds, on the same documents.
+        levels: their points, with intervals.
+        areas: of each metric and method, over the seeds and fractions that all methods have; NaN where there are none.
+        ranking: the pairs of methods by these areas of the loss (see `comparison.compare`).
+        reach: the last fraction of the areas.
     """
 
     name: str
@@ -45,7 +48,10 @@ class Measured:
     unit: str
     methods: list[str]
     curves: dict[str, dict[str, Curve]]
-    levels: dict[str, dict[str, tuple[list[Estimate], Estimate]]]
+    levels: dict[str, dict[str, list[Estimate]]]
+    areas: dict[str, dict[str, Estimate]]
+    ranking: DataFrame
+    reach: float
     comparisons: DataFrame
     chance: dict[str, float]
 
@@ -61,12 +67,47 @@ def measured(
     methods = in_order({method for method, _ in documents})
     known = [metric for metric in dict.fromkeys(rows["metric"]) if metric != "perplexity"]
     metrics = sorted(known, key=lambda name: ("_skip" in name, *(name != first for first in ("loss", "top1", "kl"))))
-    runs = {method: [table for (of, _), table in documents.items() if of == method] for method in methods}
-    curves = {metric: {method: paired([runs[method]], metric)[0] for method in methods} for metric in metrics}
-    chance = {metric: float(rows.loc[rows["metric"] == metric, "chance"].mean()) for metric in metrics}
     in_turn = {(method, seed): table for method in methods for (of, seed), table in documents.items() if of == method}
+    curves = {metric: _curves(in_turn, metric) for metric in metrics}
+    chance = {metric: float(rows.loc[rows["metric"] == metric, "chance"].mean()) for metric in metrics}
     found = {metric: {method: levels(curve, metric) for method, curve in of.items()} for metric, of in curves.items()}
-    return Measured(name, title, unit, methods, curves, found, compare(in_turn, metrics), chance)
+    points = {metric: {method: points for method, (points, _) in of.items()} for metric, of in found.items()}
+    areas = {metric: {method: area for method, (_, area) in of.items()} for metric, of in found.items()}
+    comparisons = compare(in_turn, metrics)
+    common = _common(in_turn)
+    if len(common) < len(in_turn) or any(len(common[key]) < len(table) for key, table in in_turn.items()):
+        areas = {metric: {method: UNKNOWN for method in methods} for metric in metrics}
+        if common:
+            again = {metric: _curves(common, metric) for metric in metrics}
+            areas = {metric: {m: levels(c, metric)[1] for m, c in of.items()} for metric, of in again.items()}
+    ranking = compare(common, ["loss"]).query("fraction != fraction") if common else comparisons.iloc[:0]
+    reach = max((float(table["fraction"].max()) for table in common.values()), default=0.0)
+    return Measured(name, title, unit, methods, curves, points, areas, ranking, reach, comparisons, chance)
+
+
+UNKNOWN = Estimate(math.nan, math.nan, math.nan, math.nan)
+Documents = Mapping[tuple[str, int], "DataFrame"]
+
+
+def _curves(documents: Documents, metric: str) -> dict[str, Curve]:
+    """Of each method, over all its seeds."""
+    tables: dict[str, list[DataFrame]] = {}
+    for (method, _), table in documents.items():
+        tables.setdefault(method, []).append(table)
+    return {method: paired([of_seeds], metric)[0] for method, of_seeds in tables.items()}
+
+
+def _common(documents: Documents) -> Documents:
+    """What all methods have: areas over other seeds or fractions are not comparable. Empty where that is nothing."""
+    seeds: dict[str, set[int]] = {}
+    for method, seed in documents:
+        seeds.setdefault(method, set()).add(seed)
+    shared_seeds = set.intersection(*seeds.values())
+    kept = {key: table for key, table in documents.items() if key[1] in shared_seeds}
+    fractions = set.intersection(*(set(table["fraction"]) for table in kept.values())) if kept else set()
+    if len(fractions) < 2:
+        return {}
+    return {key: table.loc[table["fraction"].isin(fractions)] for key, table in kept.items()}
 
 
 # What is said
@@ -76,23 +117,27 @@ def verdict(study: Measured) -> str:
     """One sentence: which method does least damage, by the area under its loss, and whether that may be luck."""
     if len(study.methods) == 1:
         return f"Only {study.methods[0]} was run: there is nothing to compare it with."
-    areas = study.comparisons.query("metric == 'loss' and fraction != fraction")
-    height = {method: area.value for method, (_, area) in study.levels["loss"].items()}
-    best, *others = sorted((m for m in study.methods if not math.isnan(height[m])), key=lambda m: height[m])
-    pairs = {frozenset((row["method"], row["other"])): row for row in areas.to_dict("records")}
-    versus = {other: pairs[frozenset((best, other))] for other in others if frozenset((best, other)) in pairs}
-    if len(versus) < len(others) or not versus:
-        return "The methods were not run on the same seeds, so they are not compared."
+    height = {method: area.value for method, area in study.areas["loss"].items()}
+    if any(math.isnan(value) for value in height.values()):
+        return "The methods were not run on the same seeds and fractions, so they are not compared."
+    best, *others = sorted(study.methods, key=lambda method: height[method])
+    pairs = {frozenset((row["method"], row["other"])): row for row in study.ranking.to_dict("records")}
+    versus = {other: pairs[frozenset((best, other))] for other in others}
     tied = [other for other, row in versus.items() if row["better"] != best]
-    n_seeds, n_documents = int(areas["n_seeds"].min()), int(areas["n_documents"].min())
-    reach = study.curves["loss"][best].fractions[-1]
-    loss = "the loss" if reach == 1 else f"the loss up to {reach:.0%}"
+    n_seeds, n_documents = int(study.ranking["n_seeds"].min()), int(study.ranking["n_documents"].min())
+    loss = "the loss" if study.reach == 1 else f"the loss up to {study.reach:.0%}"
     basis = f"{n_seeds} seed{'s' * (n_seeds != 1)}, {n_documents} {'images' if study.unit == 'image' else 'documents'}"
     alone = "" if n_seeds > 1 else " One seed: nothing is said about other neurons."
     if tied:
         row = versus[tied[0]]
         rest = [other for other in others if other not in tied]
-        ahead = f" {best} does less damage than {_listed(rest)}." if rest else ""
+        beaten = [
+            worse for worse in rest if all(pairs[frozenset((one, worse))]["better"] == one for one in (best, *tied))
+        ]
+        who = "Both" if len(tied) == 1 else "All of these"
+        ahead = f" {who} do less damage than {_listed(beaten)}." if beaten else ""
+        by_best = [worse for worse in rest if worse not in beaten]
+        ahead += f" {best} does less damage than {_listed(by_best)}." if by_best else ""
         return (
             f"{_listed([best, *tied])} cannot be told apart: the area under {loss} of {best} differs from that of "
             f"{tied[0]} by {_interval(row, best)} of the clean loss ({_p(row['p_holm'])}; {basis}).{ahead}{alone}"
@@ -122,7 +167,8 @@ def _seen_from(row: dict[Any, Any], method: str) -> Estimate:
 
 
 def _p(value: float) -> str:
-    return "p unknown" if math.isnan(value) else "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+    """After Holm's correction."""
+    return "p unknown" if math.isnan(value) else "Holm's p < 0.001" if value < 0.001 else f"Holm's p = {value:.3f}"
 
 
 # What is drawn
@@ -140,7 +186,7 @@ def figures(study: Measured) -> dict[str, Any]:
     found = {}
     for metric, curves in study.curves.items():
         scale, y = 100.0 if metric.startswith("top") else 1.0, label(metric, study.unit)
-        points = {method: found for method, (found, _) in study.levels[metric].items()}
+        points = study.levels[metric]
         lines = {method: list(zip(c.fractions, points[method], strict=True)) for method, c in curves.items()}
         clean = next(iter(lines.values()))[0][1].value
         marked = {} if metric == "kl" else {"clean": clean, "chance": study.chance.get(metric, math.nan)}
@@ -174,9 +220,10 @@ def _figure(lines: dict[str, Line], methods: list[str], scale: float, y: str, ma
         x = [100 * fraction for fraction, _ in points]
         middle, low, high = ([scale * getattr(e, at) for _, e in points] for at in ("value", "low", "high"))
         add_line(figure, method, x, middle, low, high, colour, "[%{customdata[0]:.4g}, %{customdata[1]:.4g}]")
-        figure.update_traces(marker={"size": 7, "symbol": symbol}, selector={"name": method})
+        shown = {"name": html.escape(method)}
+        figure.update_traces(marker={"size": 7, "symbol": symbol}, selector=shown)
         if style[method]["linestyle"] != "-":
-            figure.update_traces(line_dash="dash", selector={"name": method})
+            figure.update_traces(line_dash="dash", selector=shown)
     for name, value in marked.items():
         if not math.isnan(value):
             dashes, side = ("dash", "right") if name == "clean" else ("dot", "left")  # where the curves are not
@@ -197,12 +244,13 @@ def add_line(
     tail: str,
 ) -> None:
     """A line and its band, which the legend switches on and off together; `tail` ends what hovering shows."""
+    name = html.escape(name)  # plotly takes it for markup
     if not any(math.isnan(value) for value in (*low, *high)):
         red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
         pale = f"rgba({red},{green},{blue},0.18)"
         figure.add_scatter(x=[*x, *x[::-1]], y=[*high, *low[::-1]], fill="toself", fillcolor=pale, mode="lines",
                            line_width=0, hoverinfo="skip", legendgroup=name, showlegend=False)  # fmt: skip
-    shown = f"<b>{html.escape(name)}</b> at %{{x:.4g}}: %{{y:.4g}} {tail}<extra></extra>"
+    shown = f"<b>{name}</b> at %{{x:.4g}}: %{{y:.4g}} {tail}<extra></extra>"
     figure.add_scatter(x=x, y=middle, name=name, legendgroup=name, mode="lines+markers", line_color=colour,
                        customdata=list(zip(low, high, strict=True)), hovertemplate=shown)  # fmt: skip
 
@@ -211,14 +259,14 @@ def areas(study: Measured) -> list[dict[str, Any]]:
     """A row for each method: the area of each metric with its interval, where half of the accuracy is gone, and how
     many other methods it beats, and is beaten by, in the area under the loss."""
     rows = []
-    won = study.comparisons.query("metric == 'loss' and fraction != fraction")
+    won = study.ranking
     for method in study.methods:
         row: dict[str, Any] = {"method": method, "colour": looks(study.methods)[method]["color"]}
         row["beats"] = [int((won["better"] == method).sum())]
         mine = (won["method"] == method) | (won["other"] == method)
         row["beaten by"] = [int((mine & (won["better"] != "") & (won["better"] != method)).sum())]
         for metric, curves in study.curves.items():
-            _, found = study.levels[metric][method]
+            found = study.areas[metric][method]
             row[f"area of {metric}"] = [found.value, found.low, found.high]
             if metric == "top1":
                 row["half gone"] = [_half_gone(curves[method])]
@@ -253,12 +301,13 @@ def render(title: str, studies: list[Shown], failures: list[tuple[str, str, str]
                 "name": study.name, "title": study.title, "verdict": verdict(study), "methods": study.methods,
                 "metrics": {metric: label(metric, study.unit) for metric in study.curves},
                 "figures": figures(study), "areas": areas(study), "neurons": about, "setup": setup,
+                "reach": study.reach,
             }
             for study, about, setup in studies
         ],
         "failures": failures,
     }  # fmt: skip
-    text = json.dumps(_plain(content), ensure_ascii=False).replace("</", "<\\/")
+    text = json.dumps(_plain(content), ensure_ascii=False).replace("<", "\\u003c")  # no tag, and no comment, begins
     return Template(TEMPLATE.read_text()).substitute(title=html.escape(title), plotly=get_plotlyjs(), content=text)
 
 

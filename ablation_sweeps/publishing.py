@@ -40,13 +40,14 @@ def publish(sweep: Path, project: str | None = None, entity: str | None = None, 
         UserError: no run is finished, there is no key, or W&B does not take a run.
     """
     runs = _finished(sweep)
-    missing = [run for run in runs if again or not store.published(run)]
+    to = {run: _tracking(run, project, entity) for run in runs}
+    missing = [run for run in runs if again or not store.published(run, to[run].place)]
     for number, run in enumerate(tqdm(missing, desc="sending", disable=None)):
         try:
-            _tracking(run, project, entity).send(RunRecord.of(run))
+            to[run].send(RunRecord.of(run))
         except UserError as error:
             raise UserError(f"{error}; {number} of {len(missing)} runs were sent, the same command goes on") from error
-        store.mark_published(run)
+        store.mark_published(run, to[run].place)
     return Sent(len(missing), send_tables(sweep, project, entity, again))
 
 
@@ -54,19 +55,21 @@ def send_tables(sweep: Path, project: str | None = None, entity: str | None = No
     """One run for the sweep, with all its points and differences as tables, and the statistics as artifacts; unless W&B
     has them as they are now. Arguments and errors as those of `publish`."""
     runs = _finished(sweep)
-    curves = report.read_curves(sweep)
-    tables = {"curves": curves, "summary": report.summarise(curves)}
-    if (comparisons := report.read_comparisons(sweep)) is not None:
-        tables["comparisons"] = comparisons
-    statistics = _statistics(runs)
-    content = store.signature([{name: table.to_csv() for name, table in tables.items()}, sorted(statistics)])
+    tracking = _tracking(runs[0], project, entity)
+    curves, statistics = report.read_curves(sweep), _statistics(runs)
+    content = store.signature([curves.to_csv(), sorted(statistics), tracking.place])
     known = store.read_json(sweep / MARK) or {}
     if known.get("content") == content and not again:
         return False
     known = {"run_id": secrets.token_hex(8), **known}
     store.write_json(sweep / MARK, known)  # before it is sent: stopped now, it is sent under the same id
+    tables = {"curves": curves, "summary": report.summarise(curves)}
+    folders = report.folders_by_id(sweep)
+    found = [(study, of) for study in report.studies(curves) if (of := report.measured(study, folders))]
+    if found:
+        tables["comparisons"] = report.comparisons(found)
     name = store.config(runs[0])["sweep"]
-    _tracking(runs[0], project, entity).send_tables(SweepRecord(known["run_id"], name, tables, statistics, sweep))
+    tracking.send_tables(SweepRecord(known["run_id"], name, tables, statistics, sweep))
     store.write_json(sweep / MARK, {**known, "content": content})
     return True
 
@@ -86,9 +89,9 @@ def save_views(sweep: Path, project: str | None = None, entity: str | None = Non
     tracking, known = _tracking(first, project, entity), store.read_json(sweep / MARK) or {}
     with online():
         owner = tracking.entity or wandb.Api().default_entity
-        before = known.get("views", {}) if (owner, tracking.project) == tuple(known.get("viewed", ())) else {}
+        before = known.get("views", {}) if known.get("viewed") == tracking.place else {}
         views = dashboard.views(sweep, store.config(first)["sweep"], tracking.project, str(owner), before)
-    store.write_json(sweep / MARK, {**known, "views": views, "viewed": (owner, tracking.project)})
+    store.write_json(sweep / MARK, {**known, "views": views, "viewed": tracking.place})
     return views
 
 

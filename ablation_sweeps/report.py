@@ -147,7 +147,6 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
         sweep_dir: where all of it goes.
         more: other sweeps that it shall cover as well.
     """
-    import pandas as pd
     from rich.console import Console
     from rich.text import Text
 
@@ -166,15 +165,15 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
     console = console or Console()
     print_tables(curves, console)
     folders = folders_by_id(sweep_dir, *more)
-    shown = [found for study in of_sweep if (found := _shown(study, folders))]
+    both = [(study, found) for study in of_sweep if (found := _shown(study, folders))]
+    shown = [found for _, found in both]
     if not shown:
         return written
     for found, _, _ in shown:
         said = page.verdict(found)
         said = f"{found.name}: {said}" if len(shown) > 1 else said
         console.print(Text(_encodable(said, console)), soft_wrap=True)
-    table = pd.concat([found.comparisons.assign(study=found.name) for found, _, _ in shown])
-    write_csv(table.set_index("study").reset_index(), sweep_dir / "comparisons.csv")
+    write_csv(comparisons([(study, found) for study, (found, _, _) in both]), sweep_dir / "comparisons.csv")
     failures = [
         (run.name, found["state"], str(found.get("reason", "")))
         for sweep in (sweep_dir, *more)
@@ -185,12 +184,16 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
     return [*written, sweep_dir / "comparisons.csv", sweep_dir / "report.html"]
 
 
-def read_comparisons(sweep: Path) -> DataFrame | None:
-    """As `write` has left them; None where it has not."""
+def comparisons(found: list[tuple[Study, page.Measured]]) -> DataFrame:
+    """Of all studies: their hash, as in the rows, their name, and the columns of `comparison.compare`."""
     import pandas as pd
 
-    path = sweep / "comparisons.csv"
-    return pd.read_csv(path) if path.exists() else None
+    tables = []
+    for study, measured_ in found:
+        tables.append(measured_.comparisons.copy())
+        tables[-1].insert(0, "study", study.rows["study"].iloc[0])
+        tables[-1].insert(1, "name", study.name)
+    return pd.concat(tables, ignore_index=True)
 
 
 def write_csv(table: DataFrame, path: Path) -> None:
@@ -231,7 +234,10 @@ def _neurons(runs: list[Path]) -> dict[str, Any] | None:
     for run in runs:
         cache = store.statistics_of(run)
         if cache is not None and (found := kept(cache, Histogram(neurons.N_BINS))) is not None:
-            return neurons.of(found, (store.read_json(run / "environment.json") or {}).get("n_heads"))
+            by_head = store.config(run)["site"]["by_head"]
+            return neurons.of(
+                found, (store.read_json(run / "environment.json") or {}).get("n_heads") if by_head else None
+            )
     return None
 
 

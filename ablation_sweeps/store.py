@@ -307,14 +307,16 @@ def batches_done(folder: Path) -> int:
     return len(_progress_files(folder))
 
 
-def mark_published(folder: Path) -> None:
-    """W&B has these rows."""
-    write_json(folder / "wandb.json", {"rows": status(folder).get("sha256", {}).get("rows.parquet"), "time": _now()})
+def mark_published(folder: Path, place: str) -> None:
+    """W&B has these rows, there."""
+    rows = status(folder).get("sha256", {}).get("rows.parquet")
+    write_json(folder / "wandb.json", {"rows": rows, "place": place, "time": _now()})
 
 
-def published(folder: Path) -> bool:
-    marked = (read_json(folder / "wandb.json") or {}).get("rows")
-    return marked is not None and marked == status(folder).get("sha256", {}).get("rows.parquet")
+def published(folder: Path, place: str) -> bool:
+    marked = read_json(folder / "wandb.json") or {}
+    rows = status(folder).get("sha256", {}).get("rows.parquet")
+    return rows is not None and (marked.get("rows"), marked.get("place")) == (rows, place)
 
 
 def statistics_of(folder: Path) -> Path | None:

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 SUMMARY_METRICS = ("loss", "top1", "kl")
 INIT_SECONDS = 30.0  # a node without internet must not wait W&B's 90 s; once only, then the process stays offline
-FINISH_SECONDS = 60.0  # W&B's own default waits for ever
+FINISH_SECONDS = 60.0  # of a job; W&B's own default waits for ever
+FINISH_TABLES = 1800.0  # with all statistics, somebody waiting for it
 TAG_LENGTH = 64  # the server refuses longer ones
 _offline_because: list[str] = []  # why this process no longer tries to go online; the user was told once
 
@@ -37,7 +38,7 @@ _offline_because: list[str] = []  # why this process no longer tries to go onlin
 class RunRecord:
     """One finished curve, as W&B shall show it."""
 
-    run_id: str  # signature of the job: W&B's id of the run
+    run_id: str  # W&B's id of the run: signature of the job and the sweep
     sweep: str  # name of the sweep: W&B's group
     model: str
     dataset: str
@@ -54,8 +55,10 @@ class RunRecord:
         """From the folder of a finished run."""
         rows, config = store.result(run, "rows.parquet"), store.config(run)
         assert rows is not None
-        labels = rows.iloc[0][["run_id", "model", "dataset", "site", "method", "seed", "study"]].to_dict()
-        return cls(**labels, sweep=config["sweep"], config=config, rows=rows, folder=run.parent)
+        job = rows["run_id"].iloc[0]
+        labels = rows.iloc[0][["model", "dataset", "site", "method", "seed", "study"]].to_dict()
+        own = store.signature([job, config["sweep"]])[:16]  # two sweeps may hold the same job, and each has its group
+        return cls(own, config["sweep"], **labels, config={**config, "run_id": job}, rows=rows, folder=run.parent)
 
     @property
     def name(self) -> str:
@@ -99,6 +102,11 @@ class Wandb:
     sync: bool
 
     @property
+    def place(self) -> str:
+        """Where runs go."""
+        return f"{self.entity or ''}/{self.project}"
+
+    @property
     def is_online(self) -> bool:
         """Whether this process still tries to be."""
         mode = os.environ.get("WANDB_MODE") or self.mode
@@ -139,7 +147,7 @@ class Wandb:
 
         with online(), self._start(
             sweep.folder, "online", id=sweep.run_id, name=sweep.name, group=sweep.name, job_type="report",
-            tags=self.tags, config={"sweep": sweep.name},
+            tags=self.tags, config={"sweep": sweep.name}, finish_seconds=FINISH_TABLES,
         ) as logged:  # fmt: skip
             logged.log({name: wandb.Table(dataframe=table) for name, table in sweep.tables.items()})
             for signature, (folder, about) in sweep.statistics.items():
@@ -184,12 +192,17 @@ class Wandb:
 
     @contextlib.contextmanager
     def _start(
-        self, folder: Path, mode: Literal["online", "offline"], tags: tuple[str, ...], **about: Any
+        self,
+        folder: Path,
+        mode: Literal["online", "offline"],
+        tags: tuple[str, ...],
+        finish_seconds: float = FINISH_SECONDS,
+        **about: Any,
     ) -> Iterator[Any]:
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
-        timeouts = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
+        timeouts = {"init_timeout": INIT_SECONDS, "finish_timeout": finish_seconds, "finish_timeout_raises": True}
         # No statistics of the machine: the run lasts a second, and its load during it means nothing.
         settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, **timeouts)
         run = wandb.init(
@@ -216,6 +229,8 @@ def online() -> Iterator[None]:
     import wandb
 
     _quiet()
+    if (mode := os.environ.get("WANDB_MODE", "online")) != "online":
+        raise UserError(f"W&B: WANDB_MODE={mode} forbids to send anything; unset it")
     try:
         if not wandb.login(prompt=False, verify=False):
             raise UserError("W&B: no API key found; type wandb login, or set WANDB_API_KEY")

@@ -16,6 +16,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from ablation_sweeps import store
+
 ROOT = Path(__file__).resolve().parents[2]
 FRACTIONS = (0.0, 0.5, 1.0)
 CURVES = {"loss": (3.0, 4.0, 9.0), "top1": (0.5, 0.25, 0.0), "kl": (0.0, 1.0, 6.0)}
@@ -367,8 +369,9 @@ def test_a_sweep_is_sent_from_its_files_once(on_text, tmp_path: Path, environmen
     first = {variables["name"]: variables["project"] for variables in reversed(started)}
     assert set(first.values()) == {"elsewhere"}  # later ones go to what the server calls it
     rows = [pd.read_parquet(path) for path in sweep.glob("*/rows.parquet")]
-    (of_sweep,) = {variables["name"] for variables in started if variables["jobType"] == "report"}
-    assert ids == {table["run_id"].iloc[0] for table in rows} | {of_sweep} and len(ids) == 3
+    assert len(rows) == 2 and len(ids) == 3 and "report" in {variables["jobType"] for variables in started}
+    settings = [json.loads(v["config"]) for v in started if v["config"] and "run_id" in v["config"]]
+    assert {s["run_id"]["value"] for s in settings} == {table["run_id"].iloc[0] for table in rows}
     assert [
         tuple(sorted(variables["tags"]))
         for variables in started
@@ -379,12 +382,24 @@ def test_a_sweep_is_sent_from_its_files_once(on_text, tmp_path: Path, environmen
     assert sorted(point["eval/loss"] for point in history) == pytest.approx(losses)
     assert offline_files(sweep) == []  # or `wandb sync` would send it a second time
 
-    before = len(server.requests)
-    assert publish(tmp_path, online).stdout == "0 runs sent\n" and len(server.requests) == before
+    before, there = len(server.requests), ("--project", "elsewhere")
+    assert publish(tmp_path, online, *there).stdout == "0 runs sent\n" and len(server.requests) == before
     (next(sweep.glob("*-zero-*")) / "wandb.json").unlink()  # killed before it was written down
-    assert publish(tmp_path, online).stdout == "1 run sent\n"
-    assert publish(tmp_path, online, "--again").stdout == "2 runs and the tables of the sweep sent\n"
+    assert publish(tmp_path, online, *there).stdout == "1 run sent\n"
+    assert publish(tmp_path, online, *there, "--again").stdout == "2 runs and the tables of the sweep sent\n"
+    assert publish(tmp_path, online).stdout == "2 runs and the tables of the sweep sent\n"  # to another project
     assert {variables["name"] for variables in server.variables("upsertBucket")} == ids
+    forbidden = publish(tmp_path, online | {"WANDB_MODE": "offline"}, "--again")
+    assert forbidden.returncode == 1 and "WANDB_MODE=offline forbids" in forbidden.stderr
+
+
+def test_the_same_job_in_two_sweeps_is_two_runs(on_text, tmp_path: Path, environment, server: Server):
+    options = tuple(option for option in on_text if not option.startswith("tracking"))
+    online = environment | key_for(server.url)
+    for sweep in ("one", "two"):
+        in_a_sweep((*options, "method=zero", f"sweep={sweep}"), tmp_path, online)
+    groups = {(v["name"], v["groupName"]) for v in server.variables("upsertBucket") if v["groupName"]}
+    assert len(groups) == len({name for name, _ in groups}) == 4  # a curve and the tables of each
 
 
 def test_tables_and_statistics_of_a_sweep(on_text, tmp_path: Path, environment, server: Server):
@@ -424,7 +439,7 @@ def test_killed_while_it_sends_the_same_command_goes_on(
     in_a_sweep(("-m", *options, "method=zero,mean", "tracking=none"), tmp_path, environment)
     online = environment | key_for(server.url)
     runs = sorted(path.parent for path in (tmp_path / "results" / "default").glob("*/rows.parquet"))
-    ids = [pd.read_parquet(run / "rows.parquet")["run_id"].iloc[0] for run in runs]
+    ids = [store.signature([pd.read_parquet(run / "rows.parquet")["run_id"].iloc[0], "default"])[:16] for run in runs]
     server.stalls_at = ids[1] if stop == "run" else "mutation CreateArtifact "
     command = [sys.executable, "-m", "ablation_sweeps", "wandb", "results/default"]
     sending = subprocess.Popen(command, env=online, cwd=tmp_path, stderr=subprocess.DEVNULL)
@@ -472,12 +487,23 @@ def test_a_saved_view_for_each_study(on_text, tmp_path: Path, environment, serve
         assert [panel["config"]["metrics"] for panel in bars] == [
             [f"summary_metrics.auc/{metric}"] for metric in ("loss", "top1", "kl")
         ]
+        assert [key["name"] for key in runs["grouping"]] == ["method.value"]
     assert studies == set(curves["study"])
     before = set(server.views)
     again = publish(tmp_path, online, "--view")
     assert again.stdout.splitlines()[1:] == [f"view of {line.split()[2]} {a}" for line, a in
                                              zip(done.stdout.splitlines()[1:], addresses, strict=True)]  # fmt: skip
     assert set(server.views) == before  # written again, not once more
+
+    in_a_sweep(("-m", *options, "method=peak", "method.n_bins=50,100", "sweep=bins", "tracking=none"), tmp_path, online)
+    command = [sys.executable, "-m", "ablation_sweeps", "wandb", "results/bins", "--view"]
+    done = subprocess.run(command, env=online, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (name,) = set(server.views) - before
+    section = json.loads(server.views[name]["spec"])["section"]
+    assert [key["name"] for key in section["runSets"][0]["grouping"]] == ["method.value", "method.n_bins.value"]
+    configs = [json.loads(v["config"]) for v in server.variables("upsertBucket") if v["config"]]
+    assert {c["method.n_bins"]["value"] for c in configs if "method.n_bins" in c} == {50, 100}
 
 
 def test_what_was_sent_by_the_job_is_not_sent_again_and_sync_sends_the_rest(

@@ -173,3 +173,21 @@ def test_only_what_all_have_is_compared():
     other = [t[t["document"] < 20] for t in (all_of_them["mean", 0], all_of_them["mean", 1])]
     by_hand = [np.mean([t.loc[t["fraction"] == 0.5, "loss"].sum() / 200 for t in of]) for of in (first, other)]
     assert found.loc[("zero", "mean", 0.5), "difference"] == pytest.approx(by_hand[0] - by_hand[1])
+
+
+def test_documents_that_do_not_count_at_a_fraction_are_none_of_its_number():
+    """As with eval.target_stderr."""
+    a, b = simulated(1, 60, 0.0, np.random.default_rng(0))
+    few = [Curve(c.fractions, c.totals * keep, c.counts * keep) for c in (a, b) for keep in [np.ones((1, 3, 60))]]
+    for curve in few:
+        curve.totals[:, 1, 8:] = curve.counts[:, 1, 8:] = 0
+    assert few[0].n_documents.tolist() == [60, 8, 60]
+    (_, half, whole), in_area = differences(*few, "loss")
+    assert half.p == pytest.approx(p_of(half, 7)) and whole.p == pytest.approx(p_of(whole, 59))
+    assert in_area.p == pytest.approx(p_of(in_area, 7))
+
+
+def p_of(found: comparison.Estimate, freedom: int) -> float:
+    """From its interval, if that is Student's with so many degrees of freedom."""
+    stderr = (found.high - found.low) / 2 / stats.t.ppf(0.975, freedom)
+    return float(2 * stats.t.sf(abs(found.value) / stderr, freedom))
