@@ -59,6 +59,8 @@ def report(
     for file in write(sweep, *(more or ())):
         if file.suffix == ".html":
             print(f"page: {file}")
+    if more:
+        print(f"{sweep} now has tables of {', '.join(map(str, more))}, too; report {sweep} alone takes them out again")
 
 
 @app.command()

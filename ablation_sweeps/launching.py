@@ -157,6 +157,6 @@ def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
         n = len(failures.reasons)
         others = "" if n == len(jobs) else ", the others are finished and kept"
         raise UserError(
-            f"{n} of {len(jobs)} jobs failed{others}; the same command runs only what is missing. "
-            f"The first: {failures.reasons[0]}"
+            f"{n} of {len(jobs)} jobs failed{others}; the same command runs only what is missing; more is in each "
+            f"folder's log. The first: {failures.reasons[0]}"
         ) from failures.first

@@ -92,6 +92,7 @@ def _stability(counts: np.ndarray, n: int) -> Any:
         y = [100 * float((np.abs(peak - fullest) <= within).mean()) for peak in again]
         figure.add_scatter(x=sizes, y=y, name=name, mode="lines+markers", line={"color": colour},
                            hovertemplate=f"%{{x:,}} positions: %{{y:.0f}} %<extra>{name}</extra>")  # fmt: skip
-    figure.update_layout(**LAYOUT, xaxis={"title": "Positions of calibration data", "type": "log"},
+    ticks = {"tickvals": sizes[::2], "ticktext": [f"{size:,}" for size in sizes[::2]]}
+    figure.update_layout(**LAYOUT, xaxis={"title": "Positions of calibration data", "type": "log", **ticks},
                          yaxis={"title": "Neurons (%)", "range": [0, 102]})  # fmt: skip
     return figure.to_plotly_json()
