@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,8 @@ def views(sweep: Path, name: str, project: str, entity: str, known: dict[str, st
     for study in report.studies(report.read_curves(sweep)):
         view = ws.Workspace(entity=entity, project=project)
         if study.name in known:
-            view = ws.Workspace.from_url(known[study.name])
+            with contextlib.suppress(ValueError):  # somebody has deleted it
+                view = ws.Workspace.from_url(known[study.name])
         view.name = f"{name}: {study.name}"
         view.sections = [
             ws.Section(name="Curves", panels=_curves(study), is_open=True),

@@ -30,6 +30,7 @@ SUMMARY_METRICS = ("loss", "top1", "kl")
 INIT_SECONDS = 30.0  # a node without internet must not wait W&B's 90 s; once only, then the process stays offline
 FINISH_SECONDS = 60.0  # of a job; W&B's own default waits for ever
 FINISH_TABLES = 1800.0  # with all statistics, somebody waiting for it
+OFFLINE = ("offline", "dryrun", "disabled")  # of WANDB_MODE
 TAG_LENGTH = 64  # the server refuses longer ones
 _offline_because: list[str] = []  # why this process no longer tries to go online; the user was told once
 
@@ -110,7 +111,7 @@ class Wandb:
     def is_online(self) -> bool:
         """Whether this process still tries to be."""
         mode = os.environ.get("WANDB_MODE") or self.mode
-        return mode not in ("offline", "dryrun", "disabled") and not _offline_because
+        return mode not in OFFLINE and not _offline_because
 
     def log_run(self, run: RunRecord) -> bool:
         """Log the whole curve at once: an offline run that is opened a second time is uploaded twice.
@@ -229,7 +230,7 @@ def online() -> Iterator[None]:
     import wandb
 
     _quiet()
-    if (mode := os.environ.get("WANDB_MODE", "online")) != "online":
+    if (mode := os.environ.get("WANDB_MODE")) in OFFLINE:
         raise UserError(f"W&B: WANDB_MODE={mode} forbids to send anything; unset it")
     try:
         if not wandb.login(prompt=False, verify=False):

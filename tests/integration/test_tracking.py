@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from command import Launch
 
 from ablation_sweeps import store
 
@@ -347,21 +348,24 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**clean, "HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
 
 
-def test_a_sweep_is_sent_from_its_files_once(on_text, tmp_path: Path, environment, server: Server):
+def test_a_sweep_is_sent_from_its_files_once(launch: Launch, on_text, tmp_path: Path, environment, server: Server):
     """One run was tracked nowhere, one offline; the second sending stops after the first run, as when it is killed."""
     options = tuple(option for option in on_text if not option.startswith("tracking"))
-    in_a_sweep((*options, "method=zero", "tracking=none"), tmp_path, environment)
+    assert launch(*options, "method=zero", "tracking=none").code == 0
     in_a_sweep((*options, "method=mean", "tracking.mode=offline", "tracking.tags=[mine]"), tmp_path, environment)
     sweep = tmp_path / "results" / "default"
     assert len(offline_files(sweep)) == 1
 
     refused = publish(tmp_path, environment)
     assert refused.returncode == 1 and "no API key found" in refused.stderr and "WANDB_API_KEY" in refused.stderr
-    unreachable = publish(tmp_path, environment | key_for("http://127.0.0.1:9"))
-    assert unreachable.returncode == 1 and "0 of 2 runs were sent, the same command goes on" in unreachable.stderr
+    online = environment | key_for(server.url)
+    server.talks_nonsense = True
+    broken = publish(tmp_path, online)
+    assert broken.returncode == 1 and "0 of 2 runs were sent, the same command goes on" in broken.stderr
     assert len(offline_files(sweep)) == 1
 
-    online = environment | key_for(server.url)
+    server.talks_nonsense = False
+    server.bodies.clear()
     sent = publish(tmp_path, online, "--project", "elsewhere")
     assert sent.returncode == 0 and sent.stdout == "2 runs and the tables of the sweep sent\n", sent.stderr
     started = server.variables("upsertBucket")
@@ -393,18 +397,22 @@ def test_a_sweep_is_sent_from_its_files_once(on_text, tmp_path: Path, environmen
     assert forbidden.returncode == 1 and "WANDB_MODE=offline forbids" in forbidden.stderr
 
 
-def test_the_same_job_in_two_sweeps_is_two_runs(on_text, tmp_path: Path, environment, server: Server):
+def test_the_same_job_in_two_sweeps_is_two_runs_and_the_tables_follow(
+    on_text, tmp_path: Path, environment, server: Server
+):
     options = tuple(option for option in on_text if not option.startswith("tracking"))
     online = environment | key_for(server.url)
     for sweep in ("one", "two"):
         in_a_sweep((*options, "method=zero", f"sweep={sweep}"), tmp_path, online)
     groups = {(v["name"], v["groupName"]) for v in server.variables("upsertBucket") if v["groupName"]}
     assert len(groups) == len({name for name, _ in groups}) == 4  # a curve and the tables of each
+    kinds = [variables["jobType"] for variables in server.variables("upsertBucket") if variables["jobType"]]
+    assert kinds.count("report") == kinds.count("ablation") == 2
 
 
-def test_tables_and_statistics_of_a_sweep(on_text, tmp_path: Path, environment, server: Server):
+def test_tables_and_statistics_of_a_sweep(launch: Launch, on_text, tmp_path: Path, environment, server: Server):
     options = tuple(option for option in on_text if not option.startswith("tracking"))
-    in_a_sweep(("-m", *options, "method=zero,mean", "tracking=none"), tmp_path, environment)
+    assert launch("-m", *options, "method=zero,mean", "tracking=none").code == 0
     sweep, online = tmp_path / "results" / "default", environment | key_for(server.url)
     assert publish(tmp_path, online).stdout == "2 runs and the tables of the sweep sent\n"
     (of_sweep,) = {v["name"] for v in server.variables("upsertBucket") if v["jobType"] == "report"}
@@ -433,10 +441,10 @@ def test_tables_and_statistics_of_a_sweep(on_text, tmp_path: Path, environment, 
 
 @pytest.mark.parametrize("stop", ["run", "tables"])
 def test_killed_while_it_sends_the_same_command_goes_on(
-    on_text, tmp_path: Path, environment, server: Server, stop: str
+    launch: Launch, on_text, tmp_path: Path, environment, server: Server, stop: str
 ):
     options = tuple(option for option in on_text if not option.startswith("tracking"))
-    in_a_sweep(("-m", *options, "method=zero,mean", "tracking=none"), tmp_path, environment)
+    assert launch("-m", *options, "method=zero,mean", "tracking=none").code == 0
     online = environment | key_for(server.url)
     runs = sorted(path.parent for path in (tmp_path / "results" / "default").glob("*/rows.parquet"))
     ids = [store.signature([pd.read_parquet(run / "rows.parquet")["run_id"].iloc[0], "default"])[:16] for run in runs]
@@ -462,9 +470,9 @@ def test_killed_while_it_sends_the_same_command_goes_on(
     assert publish(tmp_path, online).stdout == "0 runs sent\n"
 
 
-def test_a_saved_view_for_each_study(on_text, tmp_path: Path, environment, server: Server):
+def test_a_saved_view_for_each_study(launch: Launch, on_text, tmp_path: Path, environment, server: Server):
     options = tuple(option for option in on_text if not option.startswith("tracking"))
-    in_a_sweep(("-m", *options, "method=zero,mean", "tracking=none", "batch_tokens=64,128"), tmp_path, environment)
+    assert launch("-m", *options, "method=zero,mean", "tracking=none", "batch_tokens=64,128").code == 0
     online = environment | key_for(server.url)
     done = publish(tmp_path, online, "--view")
     assert done.returncode == 0 and len(server.views) == 2, done.stderr
@@ -494,8 +502,12 @@ def test_a_saved_view_for_each_study(on_text, tmp_path: Path, environment, serve
     assert again.stdout.splitlines()[1:] == [f"view of {line.split()[2]} {a}" for line, a in
                                              zip(done.stdout.splitlines()[1:], addresses, strict=True)]  # fmt: skip
     assert set(server.views) == before  # written again, not once more
+    deleted = server.views.pop(min(before))["name"]
+    assert publish(tmp_path, online, "--view").returncode == 0
+    assert len(server.views) == 2 and deleted not in server.views
+    before = set(server.views)
 
-    in_a_sweep(("-m", *options, "method=peak", "method.n_bins=50,100", "sweep=bins", "tracking=none"), tmp_path, online)
+    assert launch("-m", *options, "method=peak", "method.n_bins=50,100", "sweep=bins", "tracking=none").code == 0
     command = [sys.executable, "-m", "ablation_sweeps", "wandb", "results/bins", "--view"]
     done = subprocess.run(command, env=online, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -507,24 +519,16 @@ def test_a_saved_view_for_each_study(on_text, tmp_path: Path, environment, serve
 
 
 def test_what_was_sent_by_the_job_is_not_sent_again_and_sync_sends_the_rest(
-    on_text, tmp_path: Path, environment, server: Server
+    launch: Launch, on_text, tmp_path: Path, environment, server: Server
 ):
     options = tuple(option for option in on_text if not option.startswith("tracking"))
-    in_a_sweep((*options, "method=zero", "tracking=none"), tmp_path, environment)
+    assert launch(*options, "method=zero", "tracking=none").code == 0
     online = environment | key_for(server.url)
     in_a_sweep((*options, "method=mean", "tracking.sync=true"), tmp_path, online)
     assert len({variables["name"] for variables in server.variables("upsertBucket")}) == 3  # two curves, the tables
     history = [line for line in server.streamed("wandb-history.jsonl") if "eval/loss" in line]
     assert len(history) == 4  # two points each, once
     assert publish(tmp_path, online).stdout == "0 runs sent\n"
-
-
-def test_where_the_curves_went_the_tables_go_too(on_text, tmp_path: Path, environment, server: Server):
-    options = tuple(option for option in on_text if not option.startswith("tracking"))
-    online = environment | key_for(server.url)
-    in_a_sweep(("-m", *options, "method=zero,mean"), tmp_path, online)
-    kinds = [variables["jobType"] for variables in server.variables("upsertBucket")]
-    assert "report" in kinds and publish(tmp_path, online).stdout == "0 runs sent\n"
 
 
 def test_what_failed_is_said_though_nothing_can_be_sent(on_text, tmp_path: Path, environment, broken: Path):
