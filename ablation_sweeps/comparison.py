@@ -138,9 +138,8 @@ def _with_interval(value: float, of_documents: float, of_seeds: float, n_documen
     from scipy import stats
 
     variance = of_documents + of_seeds
-    if (
-        not variance > 0 or n_documents < 2
-    ):  # the same at every draw, as the clean values are; or unknown (NaN), with one document
+    if not variance > 0 or n_documents < 2:
+        # The same at every draw, as the clean values are; or unknown (NaN), with one document.
         known = variance == 0
         low, high = (value, value) if known else (math.nan, math.nan)
         return Estimate(float(value), float(low), float(high), 1.0 if value == 0 else math.nan)

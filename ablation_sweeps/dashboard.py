@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 from ablation_sweeps import report
 from ablation_sweeps.data import UserError
 from ablation_sweeps.figures import looks
+from ablation_sweeps.metrics import MAIN
 from ablation_sweeps.page import label
 
 if TYPE_CHECKING:
     from ablation_sweeps.report import Study
-
-FIRST = ("loss", "top1", "kl")
 
 
 def views(sweep: Path, name: str, project: str, entity: str, known: dict[str, str]) -> dict[str, str]:
@@ -88,7 +87,7 @@ def _curves(study: Study) -> list[Any]:
             groupby=_by(study), aggregate=True, groupby_aggfunc="mean", groupby_rangefunc="stderr",
             smoothing_type="none", layout=Layout(w=8, h=8, x=8 * (i % 3), y=8 * (i // 3)),
         )
-        for i, metric in enumerate(sorted(found, key=lambda metric: (*FIRST, metric).index(metric)))
+        for i, metric in enumerate(sorted(found, key=lambda metric: (*MAIN, metric).index(metric)))
     ]  # fmt: skip
 
 
@@ -108,5 +107,5 @@ def _areas(study: Study) -> list[Any]:
             title=f"Area of {metric}", metrics=[wr.SummaryMetric(f"auc/{metric}")], groupby=_by(study),
             aggregate=True, groupby_aggfunc="mean", groupby_rangefunc="stderr", layout=Layout(w=8, h=6, x=8 * i),
         )
-        for i, metric in enumerate(FIRST)
+        for i, metric in enumerate(MAIN)
     ]  # fmt: skip

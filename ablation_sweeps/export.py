@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from ablation_sweeps import page, store
-from ablation_sweeps.report import folders_by_id, measured, read_curves, studies, write_csv
+from ablation_sweeps.report import all_measured, read_curves, write_csv
 
 
 def export(sweep: Path, to: Path) -> list[Path]:
@@ -16,9 +16,7 @@ def export(sweep: Path, to: Path) -> list[Path]:
     files = [to / name for name in ("curves.csv", "curves.parquet", "areas.tex")]
     write_csv(curves, files[0])
     store.write_table(files[1], curves)
-    folders = folders_by_id(sweep)
-    found = [of_study for study in studies(curves) if (of_study := measured(study, folders))]
-    store.write_text(files[2], "\n".join(map(_table, found)))
+    store.write_text(files[2], "\n".join(_table(found) for _, found in all_measured(curves, sweep)))
     return files
 
 

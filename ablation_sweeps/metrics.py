@@ -12,6 +12,8 @@ from jaxtyping import Float
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+MAIN = ("loss", "top1", "kl")  # come first, where all are shown
+
 # Over the scored positions of a document: their number, and what is summed up; `_rare`: over those whose label is not
 # among the most common tokens.
 SUMS = ("n", "loss", "top1", "topk", "kl", "n_rare", "loss_rare", "top1_rare", "topk_rare")

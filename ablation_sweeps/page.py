@@ -15,6 +15,7 @@ import numpy as np
 
 from ablation_sweeps.comparison import Curve, Estimate, compare, half_gone_at, levels, paired
 from ablation_sweeps.figures import GREY, in_order, looks
+from ablation_sweeps.metrics import MAIN
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -66,21 +67,23 @@ def measured(
     """
     methods = in_order({method for method, _ in documents})
     known = [metric for metric in dict.fromkeys(rows["metric"]) if metric != "perplexity"]
-    metrics = sorted(known, key=lambda name: ("_skip" in name, *(name != first for first in ("loss", "top1", "kl"))))
+    metrics = sorted(known, key=lambda name: ("_skip" in name, *(name != first for first in MAIN)))
     in_turn = {(method, seed): table for method in methods for (of, seed), table in documents.items() if of == method}
     curves = {metric: _curves(in_turn, metric) for metric in metrics}
     chance = {metric: float(rows.loc[rows["metric"] == metric, "chance"].mean()) for metric in metrics}
     found = {metric: {method: levels(curve, metric) for method, curve in of.items()} for metric, of in curves.items()}
     points = {metric: {method: points for method, (points, _) in of.items()} for metric, of in found.items()}
     areas = {metric: {method: area for method, (_, area) in of.items()} for metric, of in found.items()}
-    comparisons = compare(in_turn, metrics)
+    comparisons = ranking = compare(in_turn, metrics)
     common = _common(in_turn)
     if len(common) < len(in_turn) or any(len(common[key]) < len(table) for key, table in in_turn.items()):
-        areas = {metric: {method: UNKNOWN for method in methods} for metric in metrics}
-        if common:
-            again = {metric: _curves(common, metric) for metric in metrics}
-            areas = {metric: {m: levels(c, metric)[1] for m, c in of.items()} for metric, of in again.items()}
-    ranking = compare(common, ["loss"]).query("fraction != fraction") if common else comparisons.iloc[:0]
+        unknown = {method: UNKNOWN for method in methods}
+        areas = {
+            metric: unknown | {method: levels(curve, metric)[1] for method, curve in _curves(common, metric).items()}
+            for metric in metrics
+        }
+        ranking = compare(common, ["loss"])
+    ranking = ranking.query("metric == 'loss' and fraction != fraction")
     reach = max((float(table["fraction"].max()) for table in common.values()), default=0.0)
     return Measured(name, title, unit, methods, curves, points, areas, ranking, reach, comparisons, chance)
 

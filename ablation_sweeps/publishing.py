@@ -48,13 +48,16 @@ def publish(sweep: Path, project: str | None = None, entity: str | None = None, 
         except UserError as error:
             raise UserError(f"{error}; {number} of {len(missing)} runs were sent, the same command goes on") from error
         store.mark_published(run, to[run].place)
-    return Sent(len(missing), send_tables(sweep, project, entity, again))
+    return Sent(len(missing), _send_tables(sweep, runs, project, entity, again))
 
 
-def send_tables(sweep: Path, project: str | None = None, entity: str | None = None, again: bool = False) -> bool:
+def send_tables(sweep: Path) -> bool:
     """One run for the sweep, with all its points and differences as tables, and the statistics as artifacts; unless W&B
-    has them as they are now. Arguments and errors as those of `publish`."""
-    runs = _finished(sweep)
+    has them as they are now. Returns whether it was sent; errors as those of `publish`."""
+    return _send_tables(sweep, _finished(sweep), None, None, again=False)
+
+
+def _send_tables(sweep: Path, runs: list[Path], project: str | None, entity: str | None, again: bool) -> bool:
     tracking = _tracking(runs[0], project, entity)
     curves, statistics = report.read_curves(sweep), _statistics(runs)
     content = store.signature([curves.to_csv(), sorted(statistics), tracking.place])
@@ -64,9 +67,7 @@ def send_tables(sweep: Path, project: str | None = None, entity: str | None = No
     known = {"run_id": secrets.token_hex(8), **known}
     store.write_json(sweep / MARK, known)  # before it is sent: stopped now, it is sent under the same id
     tables = {"curves": curves, "summary": report.summarise(curves)}
-    folders = report.folders_by_id(sweep)
-    found = [(study, of) for study in report.studies(curves) if (of := report.measured(study, folders))]
-    if found:
+    if found := report.all_measured(curves, sweep):
         tables["comparisons"] = report.comparisons(found)
     name = store.config(runs[0])["sweep"]
     tracking.send_tables(SweepRecord(known["run_id"], name, tables, statistics, sweep))

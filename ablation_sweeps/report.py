@@ -218,6 +218,12 @@ def measured(study: Study, folders: dict[str, Path]) -> page.Measured | None:
     return page.measured(study.name, study.title, study.unit, study.rows, documents)
 
 
+def all_measured(curves: DataFrame, sweep: Path) -> list[tuple[Study, page.Measured]]:
+    """The studies of a sweep, of those that can be measured."""
+    folders = folders_by_id(sweep)
+    return [(study, found) for study in studies(curves) if (found := measured(study, folders))]
+
+
 def folders_by_id(*sweeps: Path) -> dict[str, Path]:
     """Of all runs, by the beginning of their id, with which their names end."""
     return {path.parent.name[-8:]: path.parent for sweep in sweeps for path in sweep.rglob("documents.parquet")}

@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps import store
 from ablation_sweeps.data import UserError
-from ablation_sweeps.metrics import auc
+from ablation_sweeps.metrics import MAIN, auc
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SUMMARY_METRICS = ("loss", "top1", "kl")
 INIT_SECONDS = 30.0  # a node without internet must not wait W&B's 90 s; once only, then the process stays offline
 FINISH_SECONDS = 60.0  # of a job; W&B's own default waits for ever
 FINISH_TABLES = 1800.0  # with all statistics, somebody waiting for it
@@ -270,7 +269,7 @@ def points(rows: Rows) -> list[dict[str, float]]:
 def summary(rows: Rows) -> dict[str, float]:
     """One number a curve: `auc/<metric>` (see `metrics.auc`), `at_50/...`, `clean/...`; left out where unknown."""
     found, logged = {}, points(rows)
-    for metric in SUMMARY_METRICS:
+    for metric in MAIN:
         curve = {point["fraction"]: point[f"eval/{metric}"] for point in logged if f"eval/{metric}" in point}
         found[f"clean/{metric}"] = curve.get(0.0, math.nan)
         found[f"at_50/{metric}"] = curve.get(0.5, math.nan)
