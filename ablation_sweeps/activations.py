@@ -56,7 +56,8 @@ class Moments:
     @classmethod
     def of(cls, x: Rows) -> Moments:
         wide = x.double()
-        return cls(len(x), wide.sum(0), wide.square().sum(0), x.float().amin(0), x.float().amax(0))
+        total = wide.sum(0)
+        return cls(len(x), total, wide.square_().sum(0), x.amin(0).float(), x.amax(0).float())
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(
@@ -150,17 +151,25 @@ class CalibrationData:
     batches: Sequence[Batch]
 
     def run(self, see: Callable[[int, Rows], None], title: str) -> None:
-        """One pass; `see` is given each layer's activations at all positions that count."""
+        """One pass; `see` is given each layer's activations at all positions that count, some of them at a time."""
         for batch in tqdm(self.batches, desc=title, delay=2, leave=False, disable=None):
             here = batch.to(self.model.device)
-            keep: Bool[torch.Tensor, "batch pos"] | None = here.keep
+            positions = None if batch.keep is None or batch.keep.all() else here.keep.flatten().nonzero()[:, 0]
 
-            def at(layer: int, x: torch.Tensor, here: Batch = here, keep: torch.Tensor | None = keep) -> None:
-                rows = as_rows(x, len(here.names))
-                see(layer, rows.flatten(0, 1) if keep is None else rows[keep.to(x.device)])
+            def at(layer: int, x: torch.Tensor, here: Batch = here, positions: torch.Tensor | None = positions) -> None:
+                rows = as_rows(x, len(here.names)).flatten(0, 1)
+                if positions is not None:
+                    rows = rows[positions.to(x.device)]
+                for some in rows.split(_rows_at_a_time(rows)):
+                    see(layer, some)
 
             with torch.inference_mode(), hooked(self.projections, at):
                 self.model.body(here)
+
+
+def _rows_at_a_time(x: Rows) -> int:
+    """So few that on a CPU what is computed of them stays in its cache; so many that a GPU has enough to do."""
+    return max(256, (1 << (18 if x.device.type == "cpu" else 24)) // x.shape[1])
 
 
 def _in_two_passes(data: CalibrationData, cache: Path, histograms: Sequence[Histogram]) -> Statistics:
@@ -213,7 +222,7 @@ def bins(
     A neuron that never changes has all its values in bin 0.
     """
     width = high - low
-    scaled = (x.float() - low[:, None]) * n_bins / torch.where(width > 0, width, 1)[:, None]
+    scaled = (x.float() - low[:, None]).mul_(n_bins).div_(torch.where(width > 0, width, 1)[:, None])
     return scaled.long().clamp_(0, n_bins - 1)
 
 
@@ -266,10 +275,9 @@ def _counts(
             # A model may be spread over devices: what belongs to a layer goes where its activations are.
             low, high = (end.to(x.device) for end in ranges[h][layer])
             here = counts[h][layer] = counts[h][layer].to(x.device)
-            # Transposed and in chunks: the scattered writes of a neuron then stay in a few cache lines.
-            for chunk in x.split(512):
-                index = bins(chunk.T.contiguous(), low, high, h.n_bins)
-                here.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
+            # Transposed: the scattered writes of a neuron then stay in a few cache lines.
+            index = bins(x.T.contiguous(), low, high, h.n_bins)
+            here.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
 
     data.run(see, "statistics, pass 2")
     return {h: [c.cpu() for c in layers] for h, layers in counts.items()}

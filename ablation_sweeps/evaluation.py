@@ -182,7 +182,7 @@ class Passes:
         else:
             logits = clean_logits(batch)
             values = values or self.replacement(batch, [])
-        clean = _log_probabilities(logits, targets.rows)
+        clean = _clean(logits, targets.rows)
         sums = {0.0: _sums(logits, clean, targets, self.common, self.top_k)}
         for fraction, layers in self.masks.items():
             with ablated(self.projections, layers, values, size):
@@ -240,28 +240,38 @@ def _chunks(rows: Int[Tensor, " scored"], n_classes: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, len(rows), size))
 
 
-def _log_probabilities(
-    logits: Float[Tensor, "*batch classes"], rows: Int[Tensor, " scored"]
-) -> Float[Tensor, "scored classes"]:
+class Clean(NamedTuple):
+    """What the model itself says at the scored positions."""
+
+    p: Float[Tensor, "scored classes"]  # probabilities
+    negentropy: Float[Tensor, " scored"]  # the sum of p log p, in nats
+
+
+def _clean(logits: Float[Tensor, "*batch classes"], rows: Int[Tensor, " scored"]) -> Clean:
     flat = logits.flatten(0, -2)
-    result = torch.empty(len(rows), flat.shape[-1], device=flat.device)
+    p = torch.empty(len(rows), flat.shape[-1], device=flat.device)
+    negentropy = torch.empty(len(rows), device=flat.device)
     for chunk in _chunks(rows, flat.shape[-1]):
-        result[chunk] = flat[rows[chunk]].float().log_softmax(-1)
-    return result
+        log_p = flat[rows[chunk]].float().log_softmax(-1)
+        torch.exp(log_p, out=p[chunk])
+        negentropy[chunk] = (p[chunk] * log_p).sum(-1)
+    return Clean(p, negentropy)
 
 
 def _sums(
     logits: Float[Tensor, "*batch classes"],
-    clean: Float[Tensor, "scored classes"],
+    clean: Clean,
     targets: Targets,
     common: Int[Tensor, " common"],
     top_k: int,
 ) -> Float[np.ndarray, "batch sums"]:
-    """The sums of `SUMS` over each example's scored positions, in float64. `clean` holds log-probabilities."""
+    """The sums of `SUMS` over each example's scored positions, in float64."""
     flat = logits.flatten(0, -2)
     sums = torch.zeros(targets.n_examples, len(SUMS), dtype=torch.float64, device=flat.device)
     values = [
-        _score(flat[targets.rows[chunk]], clean[chunk], targets.labels[chunk], common, top_k)
+        _score(
+            flat[targets.rows[chunk]].float(), Clean(*(x[chunk] for x in clean)), targets.labels[chunk], common, top_k
+        )
         for chunk in _chunks(targets.rows, flat.shape[-1])
     ]
     return (sums.index_add_(0, targets.examples, torch.cat(values)) if values else sums).cpu().numpy()
@@ -269,23 +279,33 @@ def _sums(
 
 def _score(
     logits: Float[Tensor, "scored classes"],
-    log_p: Float[Tensor, "scored classes"],
+    clean: Clean,
     labels: Int[Tensor, " scored"],
     common: Int[Tensor, " common"],
     top_k: int,
 ) -> Float[Tensor, "scored sums"]:
-    log_q = logits.float().log_softmax(-1)
     own = labels[:, None]
-    # Rank of the label. Among equal logits the lower id wins: a model that gives all tokens the same is not right.
-    rank = (logits > logits.gather(-1, own)).sum(-1)
-    equal = logits == logits.gather(-1, own)
-    if (equal.sum(-1) > 1).any():
-        rank += (equal & (torch.arange(logits.shape[-1], device=logits.device) < own)).sum(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    rank = _rank(logits, own, top_k)
+    log_q = logits.log_softmax(-1)
+    kl = clean.negentropy - (clean.p * log_q).sum(-1)
     one = torch.ones_like(kl)
     all_tokens = torch.stack([one, -log_q.gather(-1, own)[:, 0], (rank < 1).float(), (rank < top_k).float()], -1)
     rare = ~torch.isin(labels, common)
     return torch.cat([all_tokens, kl[:, None], all_tokens * rare[:, None]], -1).double()
+
+
+def _rank(
+    logits: Float[Tensor, "scored classes"], own: Int[Tensor, "scored 1"], top_k: int
+) -> Float[Tensor, " scored"]:
+    """Of each label; exact below `top_k`. Among equal logits the lower id wins: a model that gives all tokens the same
+    is not right."""
+    mine, flags = logits.gather(-1, own), torch.empty_like(logits)  # numbers, which a CPU compares and sums faster
+    rank = torch.gt(logits, mine, out=flags).sum(-1)
+    tied = (torch.eq(logits, mine, out=flags).sum(-1) > 1) & (rank < top_k)
+    if tied.any():
+        lower = torch.arange(logits.shape[-1], device=logits.device) < own[tied]
+        rank[tied] += ((logits[tied] == mine[tied]) & lower).sum(-1)
+    return rank
 
 
 def _frame(sums: Sums, batch: Batch) -> pd.DataFrame:
