@@ -1,7 +1,8 @@
 """Ours against what people use, on the same tokens, with the same results: python benchmarks/against.py.
 
 The others are plain transformers with a hook, TransformerLens, nnsight, and taker, the library of arXiv:2408.17322.
-Each is a script in others/ that runs in an environment of its own, which is made here. On one thread: some 25 minutes.
+Each is a script in others/ that runs in an environment of its own, which is made here. On one thread: some 25 minutes;
+with --sweeps=1, a whole sweep by the paper's library as well, 15 minutes more.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ import numpy as np
 import torch
 import transformers
 import typer
-from bench import GPU, ROOT, Case, collect, composed, evaluate, masks_of, near, peaks, seconds
+from bench import GPU, ROOT, TENTHS, Case, collect, composed, evaluate, masks_of, near, peaks, seconds
 from rich.console import Console
 from rich.table import Table
 
 from ablation_sweeps import activations
+from ablation_sweeps.ablation import Fitting, Masks
+from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.hub import load_tokenizer
 from ablation_sweeps.job import encode, load
 
@@ -36,6 +39,7 @@ HERE = ROOT / "benchmarks"
 FRACTIONS = (0.2, 0.5)
 BATCH = 4
 METRICS = ("loss", "top1", "top10", "kl")
+METHODS = ("zero", "mean", "peak")  # of a sweep
 # Script in others/, and the package that its environment needs. Plain transformers runs in our own.
 OTHERS = {
     "plain transformers": ("with_plain.py", None),
@@ -55,10 +59,10 @@ class Skipped(Exception):
 
 
 class Ours:
-    def __init__(self, model: str, tokens: int, length: int, passes: activations.Passes = 2):
+    def __init__(self, model: str, tokens: int, length: int, passes: activations.Passes = 2, dtype: str = "float32"):
         self.passes: activations.Passes = passes
         job = composed(f"model={model}", f"statistics.tokens={tokens}", f"model.max_tokens={length}",
-                       "model.pack=concatenate", f"batch_tokens={BATCH * length}", "method=peak")  # fmt: skip
+                       f"model.dtype={dtype}", "model.pack=concatenate", f"batch_tokens={BATCH * length}")  # fmt: skip
         transformer = load(job.model)
         batches = [b for b in encode(job, transformer, "calibration") if b.labels.shape == (BATCH, length)]
         self.case = Case(job, transformer, batches)
@@ -80,6 +84,27 @@ class Ours:
         columns = zip(METRICS, ("loss", "top1", "topk", "kl"), strict=True)
         return took, {name: (sums[column] / sums["n"]).tolist() for name, column in columns}
 
+    def sweep(self) -> Answer:
+        """All of it but reading and writing files: statistics, and a curve for each method."""
+
+        def run() -> dict[str, Any]:
+            passes, found = CleanPasses(self.case.model), {}
+            with tempfile.TemporaryDirectory() as cache:
+
+                def collected(*histograms: activations.Histogram) -> activations.Statistics:
+                    return activations.collect(
+                        self.case.model, self.case.projections, self.case.batches, Path(cache), *histograms
+                    )
+
+                for name in METHODS:
+                    fitting = Fitting(self.case.model, self.case.projections, collected, 0, 0)
+                    values = composed(f"method={name}").method.fit(fitting).values  # type: ignore[attr-defined]
+                    sums = evaluate(self.case, TENTHS, values, passes).groupby("fraction")[["n", "loss"]].sum()
+                    found[name] = (sums["loss"] / sums["n"]).tolist()
+            return found
+
+        return timed(run)
+
     def export(self, folder: Path) -> None:
         """The model in float32, its tokenizer, and the work, for the others."""
         module: Any = self.case.model.module
@@ -93,9 +118,15 @@ class Ours:
         np.savez(
             folder / "work.npz",
             ids=torch.stack([batch.inputs["input_ids"] for batch in self.case.batches]).numpy(),
-            masks=torch.stack([torch.stack(layers) for layers in self.masks.values()]).numpy(),
+            masks=stacked(self.masks),
+            sweep_masks=stacked(masks_of(self.case, TENTHS)),
             values=torch.stack(self.values).cpu().numpy(),
         )
+
+
+def stacked(masks: dict[float, Masks]) -> np.ndarray:
+    """`[fractions, layers, neurons]`"""
+    return torch.stack([torch.stack(layers) for layers in masks.values()]).numpy()
 
 
 class Other:
@@ -128,7 +159,13 @@ class Other:
             return took, {name: torch.from_numpy(arrays[name]) for name in arrays}
 
     def points(self) -> Answer:
-        found = self._ask("points")
+        return self._timed("points")
+
+    def sweep(self) -> Answer:
+        return self._timed("sweep")
+
+    def _timed(self, command: str) -> Answer:
+        found = self._ask(command)
         return found.pop("seconds"), found
 
     def _ask(self, command: str) -> dict[str, Any]:
@@ -195,6 +232,25 @@ def in_turns(ours: Ours, others: dict[str, Ours | Other], rounds: int) -> dict[s
     return found
 
 
+def sweeps_in_turns(ours: Ours, brief: Ours, paper: Other, rounds: int) -> dict[str, Any]:
+    """A sweep of `METHODS` and ten fractions: the paper's library, ours, and ours in bfloat16."""
+    took: dict[str, list[float]] = {"the paper's library": [], "ours": [], "ours, bfloat16": []}
+    losses: dict[str, Any] = {}
+    for _ in range(rounds):
+        for name, one in zip(took, (paper, ours, brief), strict=True):
+            seconds_, losses[name] = one.sweep()
+            took[name].append(seconds_)
+    apart = {
+        name: max(abs(a - b) for m in METHODS for a, b in zip(losses["ours"][m], losses[name][m], strict=True))
+        for name in took
+    }
+    ratios = {
+        name: summary([a / b for a, b in zip(took["the paper's library"], took[name], strict=True)])
+        for name in ("ours", "ours, bfloat16")
+    }
+    return {"the paper's library / this": ratios, "seconds": took, "difference of losses to ours": apart}
+
+
 def summary(values: list[float]) -> dict[str, float]:
     return {"value": statistics.median(values), "from": min(values), "to": max(values)}
 
@@ -209,6 +265,7 @@ def main(
     tokens: int = 2048,
     length: int = 256,
     rounds: int = 5,
+    sweeps: Annotated[int, typer.Option(help="rounds of a whole sweep, which takes minutes")] = 0,
     envs: Annotated[Path, typer.Option(help="where the environments are, or are made")] = HERE / ".envs",
     out: Path = HERE / "against.json",
 ) -> None:
@@ -232,6 +289,10 @@ def main(
                 skipped[name] = str(error)
                 print(f"{name} is skipped: {error}")
         times = in_turns(ours, others, rounds)
+        whole: dict[str, Any] = {}
+        if sweeps and "taker" in others:
+            brief = Ours(model, tokens, length, dtype="bfloat16")
+            whole = sweeps_in_turns(ours, brief, others["taker"], sweeps)  # type: ignore[arg-type]
 
     ratios = {
         command: {name: summary([a / b for a, b in zip(by[name], by["ours"], strict=True)]) for name in others}
@@ -243,7 +304,7 @@ def main(
     found = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "model": model, **size,
              "versions": {name: one.versions for name, one in others.items() if isinstance(one, Other)},
              "skipped": skipped,
-             "agreement": agree, "ratios": ratios, "seconds": took}  # fmt: skip
+             "agreement": agree, "ratios": ratios, "seconds": took, "sweep": whole}  # fmt: skip
     out.write_text(json.dumps(found, indent=2) + "\n")
     title = (
         f"time / ours: {model}, {ours.case.n} tokens, {len(FRACTIONS)} fractions, {device}, {found['threads']} threads"
@@ -254,7 +315,11 @@ def main(
         compared = agree[name]
         table.add_row(name, *(shown(ratios[command][name]) for command in times), f"{compared['peaks']:.4f}",
                       f"{compared['loss']:.1e}", f"{compared['kl']:.1e}")  # fmt: skip
-    Console(width=None if os.isatty(1) else 120).print(table)
+    console = Console(width=None if os.isatty(1) else 120)
+    console.print(table)
+    for name, line in whole.get("the paper's library / this", {}).items():
+        apart = whole["difference of losses to ours"]["the paper's library"]
+        console.print(f"a sweep, the paper's library / {name}: {shown(line)}; losses differ by {apart:.1e} at most")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 import typer
 from hydra import compose, initialize_config_dir
-from peers import documents, keep_all, peaks_one_by_one, replaced, scores_one_by_one
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -150,34 +149,6 @@ def near(ours: Sequence[Tensor], theirs: Sequence[Tensor], found: activations.St
         for a, b, m in zip(ours, theirs, found.moments, strict=True)
     ]
     return torch.cat(within).mean().item()
-
-
-def sweep(case: Case, methods: Sequence[Any]) -> None:
-    """All of it but reading and writing files: statistics, and a curve for each method."""
-    passes = CleanPasses(case.model)
-    with tempfile.TemporaryDirectory() as cache:
-
-        def collected(*histograms: activations.Histogram) -> activations.Statistics:
-            return activations.collect(case.model, case.projections, case.batches, Path(cache), *histograms)
-
-        for method in methods:
-            fitting = Fitting(case.model, case.projections, collected, 0, 0)
-            evaluate(case, TENTHS, method.fit(fitting).values, passes)
-
-
-def sweep_of_the_paper(case: Case) -> list[Tensor]:
-    """Zero, mean and peak, as the paper's library does it. Returns the peaks."""
-    texts = documents(case.batches, case.model.device)
-    modules = [projection.module for projection in case.projections]
-    kept = keep_all(case.model.module, modules, texts)
-    found = peaks_one_by_one(kept, 100)
-    at = masks_of(case, TENTHS)
-    scores_one_by_one(case.model.module, texts)
-    for values in ([torch.zeros(x.shape[1]) for x in kept], [x.float().mean(0) for x in kept], found):
-        for fraction in TENTHS:
-            with replaced(modules, at[fraction], values):
-                scores_one_by_one(case.model.module, texts)
-    return found
 
 
 # How
@@ -346,26 +317,6 @@ def a_sweep() -> dict[str, dict[str, Any]]:
     return {f"sweep of 4 x 10 points, {evaluated.n} tokens each / its passes: tiny_causal": {"value": value}}
 
 
-def sweeps() -> dict[str, dict[str, Any]]:
-    """Whole sweeps."""
-    found = a_sweep()
-    three = [composed(f"method={method}").method for method in ("zero", "mean", "peak")]
-    for name, case in (
-        ("tiny_causal", text("tiny_causal", 2_000, 256)),
-        ("SmolLM2-135M", text("smollm2_135m", 2_000, 256)),
-    ):
-        theirs, ours = sweep_of_the_paper(case), collect(case)
-        found[f"the paper's way / ours, 3 x 10 points, 2k tokens: {name}"] = ratio(
-            lambda case=case: sweep_of_the_paper(case), lambda case=case: sweep(case, three), rounds=1
-        )
-        found[f"the same, peaks that agree: {name}"] = {"value": near(peaks(case, ours), theirs, ours)}
-    brief = text("smollm2_135m", 2_000, 256, "model.dtype=bfloat16")
-    found["the paper's way in float32 / ours in bfloat16: SmolLM2-135M"] = ratio(
-        lambda: sweep_of_the_paper(case), lambda: sweep(brief, three), rounds=1
-    )
-    return found
-
-
 def memories() -> dict[str, dict[str, Any]]:
     """First the small, then the large: what was allocated once stays with the process."""
     found: dict[str, dict[str, Any]] = {}
@@ -403,7 +354,7 @@ GROUPS = {
     "memory": memories,
     "time": timings,
     "one_pass": one_pass,
-    "sweep": sweeps,
+    "sweep": a_sweep,
     "gpu": on_a_gpu,
 }
 

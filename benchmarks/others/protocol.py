@@ -27,12 +27,15 @@ class Work:
 
     ids: Tensor  # [n_batches, batch, pos]
     masks: Tensor  # [n_fractions, layers, neurons]
+    sweep_masks: Tensor  # of the fractions of a whole sweep, likewise
     values: Tensor  # [layers, neurons]
 
     @classmethod
     def read(cls, file: Path) -> Work:
         with np.load(file) as arrays:
-            return cls(*(torch.from_numpy(arrays[name]).to(DEVICE) for name in ("ids", "masks", "values")))
+            return cls(
+                *(torch.from_numpy(arrays[name]).to(DEVICE) for name in ("ids", "masks", "sweep_masks", "values"))
+            )
 
 
 def means_and_peaks(layers: list[Tensor]) -> dict[str, Tensor]:
@@ -91,21 +94,24 @@ def points(work: Work, clean: Callable[[Tensor], Tensor], ablated: Callable[[Ten
     return {"loss": loss, "top1": top1, "top10": top10, "kl": kl}
 
 
-def serve(library: str, load: Callable[[Path, Work], tuple[Callable[[], list[Tensor]], Callable[[], dict]]]) -> None:
+def serve(library: str, load: Callable[[Path, Work], tuple[Callable, ...]]) -> None:
     """Loads the model, says which versions these are, and answers each line of stdin with one of json.
 
-    `collect FILE` writes means and peaks to the file; `points` answers with the metrics of every fraction, 0 first.
-    Both say how many seconds they took; writing and reading files is not among them.
+    `collect FILE` writes means and peaks to the file; `points` answers with the metrics of every fraction, 0 first;
+    `sweep` with the losses of a whole sweep, for those that have one. All say how many seconds they took; writing and
+    reading files is not among them.
 
     Args:
         library: the package that is measured.
-        load: from the folder and the work, what collects the activations, and what gives the points.
+        load: from the folder and the work, what collects the activations (a tensor a layer), what gives the points,
+            and, if there is such a thing, what runs a sweep.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     folder = Path(sys.argv[1])
-    collect, measure = load(folder, Work.read(folder / "work.npz"))
+    collect, *others = load(folder, Work.read(folder / "work.npz"))
+    measure = dict(zip(("points", "sweep"), others, strict=False))
 
     def answer(**values: Any) -> None:
         print(json.dumps(values), file=answers, flush=True)
@@ -115,7 +121,7 @@ def serve(library: str, load: Callable[[Path, Work], tuple[Callable[[], list[Ten
         command, _, file = line.strip().partition(" ")
         start = now()
         with torch.inference_mode():
-            found = means_and_peaks(collect()) if command == "collect" else measure()
+            found = means_and_peaks(collect()) if command == "collect" else measure[command]()
         seconds = now() - start
         if command == "collect":
             np.savez(file, **{name: value.cpu().numpy() for name, value in found.items()})
