@@ -153,8 +153,8 @@ class CalibrationData:
     def run(self, see: Callable[[int, Rows], None], title: str) -> None:
         """One pass; `see` is given each layer's activations at all positions that count, some of them at a time."""
         for batch in tqdm(self.batches, desc=title, delay=2, leave=False, disable=None):
-            here = batch.to(self.model.device)
-            positions = None if batch.keep is None or batch.keep.all() else here.keep.flatten().nonzero()[:, 0]
+            here, keep = batch.to(self.model.device), batch.keep
+            positions = None if keep is None or keep.all() else keep.flatten().nonzero()[:, 0].to(self.model.device)
 
             def at(layer: int, x: torch.Tensor, here: Batch = here, positions: torch.Tensor | None = positions) -> None:
                 rows = as_rows(x, len(here.names)).flatten(0, 1)

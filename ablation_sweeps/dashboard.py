@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ablation_sweeps import report
+from ablation_sweeps.curves import read_curves, studies
 from ablation_sweeps.data import UserError
 from ablation_sweeps.figures import looks
 from ablation_sweeps.metrics import MAIN
 from ablation_sweeps.page import label
 
 if TYPE_CHECKING:
-    from ablation_sweeps.report import Study
+    from ablation_sweeps.curves import Study
 
 
 def views(sweep: Path, name: str, project: str, entity: str, known: dict[str, str]) -> dict[str, str]:
@@ -33,7 +33,7 @@ def views(sweep: Path, name: str, project: str, entity: str, known: dict[str, st
         raise UserError("--view needs another package: pip install wandb-workspaces") from error
 
     found = {}
-    for study in report.studies(report.read_curves(sweep)):
+    for study in studies(read_curves(sweep)):
         view = ws.Workspace(entity=entity, project=project)
         if study.name in known:
             with contextlib.suppress(ValueError):  # somebody has deleted it
@@ -69,7 +69,7 @@ def _runs(study: Study, name: str) -> Any:
 
 
 def differing(study: Study) -> list[str]:
-    """The parameters in which methods of one label differ; `report.read_curves` has put them into their names."""
+    """The parameters in which methods of one label differ; `curves.read_curves` has put them into their names."""
     of_names = study.rows.drop_duplicates("method")[["method", "method_params"]].itertuples(index=False)
     named = [(name.split(" ")[-1].split(","), json.loads(params)) for name, params in of_names if " " in name]
     return sorted({key for said, params in named for key, value in params.items() if f"{key}={value}" in said})

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from ablation_sweeps import store
 from ablation_sweeps.config import from_dict
+from ablation_sweeps.console import counted
 from ablation_sweeps.data import UserError
-from ablation_sweeps.launching import Failures, by_model, counted, end_of_sweep
+from ablation_sweeps.launching import Failures, by_model, end_of_sweep
 from ablation_sweeps.local import Local
 from ablation_sweeps.packs import OVER, Pack, packed
 from ablation_sweeps.queue import MOST, Place, Queue

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from ablation_sweeps import page, store
-from ablation_sweeps.report import all_measured, read_curves, write_csv
+from ablation_sweeps.curves import read_curves
+from ablation_sweeps.report import all_measured, write_csv
 
 
 def export(sweep: Path, to: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from ablation_sweeps import report, store
 from ablation_sweeps.config import to_job
+from ablation_sweeps.console import counted
 from ablation_sweeps.data import Split, UserError
 from ablation_sweeps.messages import plain
 from ablation_sweeps.packs import packed
@@ -90,10 +91,6 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def only_asked(jobs: Sequence[Job], most: int | None, at_once: int) -> bool:

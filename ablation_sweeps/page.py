@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ablation_sweeps.comparison import Curve, Estimate, compare, half_gone_at, levels, paired
+from ablation_sweeps.console import counted
 from ablation_sweeps.figures import GREY, in_order, looks
 from ablation_sweeps.metrics import MAIN
 
@@ -129,7 +130,7 @@ def verdict(study: Measured) -> str:
     tied = [other for other, row in versus.items() if row["better"] != best]
     n_seeds, n_documents = int(study.ranking["n_seeds"].min()), int(study.ranking["n_documents"].min())
     loss = "the loss" if study.reach == 1 else f"the loss up to {study.reach:.0%}"
-    basis = f"{n_seeds} seed{'s' * (n_seeds != 1)}, {n_documents} {'images' if study.unit == 'image' else 'documents'}"
+    basis = f"{counted(n_seeds, 'seed')}, {n_documents} {'images' if study.unit == 'image' else 'documents'}"
     alone = "" if n_seeds > 1 else " One seed: nothing is said about other neurons."
     if tied:
         row = versus[tied[0]]

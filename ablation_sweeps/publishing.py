@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from ablation_sweeps import dashboard, report, store
+from ablation_sweeps.console import counted
+from ablation_sweeps.curves import read_curves, summarise
 from ablation_sweeps.data import UserError
 from ablation_sweeps.tracking import RunRecord, SweepRecord, Wandb, online
 
@@ -25,7 +27,7 @@ class Sent(NamedTuple):
     tables: bool
 
     def __str__(self) -> str:
-        return f"{self.runs} run{'s' * (self.runs != 1)}{' and the tables of the sweep' * self.tables} sent"
+        return f"{counted(self.runs, 'run')}{' and the tables of the sweep' * self.tables} sent"
 
 
 def publish(sweep: Path, project: str | None = None, entity: str | None = None, again: bool = False) -> Sent:
@@ -59,14 +61,14 @@ def send_tables(sweep: Path) -> bool:
 
 def _send_tables(sweep: Path, runs: list[Path], project: str | None, entity: str | None, again: bool) -> bool:
     tracking = _tracking(runs[0], project, entity)
-    curves, statistics = report.read_curves(sweep), _statistics(runs)
+    curves, statistics = read_curves(sweep), _statistics(runs)
     content = store.signature([curves.to_csv(), sorted(statistics), tracking.place])
     known = store.read_json(sweep / MARK) or {}
     if known.get("content") == content and not again:
         return False
     known = {"run_id": secrets.token_hex(8), **known}
     store.write_json(sweep / MARK, known)  # before it is sent: stopped now, it is sent under the same id
-    tables = {"curves": curves, "summary": report.summarise(curves)}
+    tables = {"curves": curves, "summary": summarise(curves)}
     if found := report.all_measured(curves, sweep):
         tables["comparisons"] = report.comparisons(found)
     name = store.config(runs[0])["sweep"]

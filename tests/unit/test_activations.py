@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ablation_sweeps import sites
+from ablation_sweeps import activations, sites
 from ablation_sweeps.activations import Histogram, Moments, bins, collect
 from ablation_sweeps.data import Batch, Document, UserError
 from ablation_sweeps.transformer import Budget, Transformer
@@ -71,8 +71,13 @@ class CountingBody:
         return self.body(batch)
 
 
+@pytest.mark.parametrize("at_a_time", [7, None])
 @every_case
-def test_moments_and_counts_are_those_of_all_activations_at_once(tiny, site, tmp_path, family, name):
+def test_moments_and_counts_are_those_of_all_activations_at_once(
+    tiny, site, tmp_path, monkeypatch, family, name, at_a_time
+):
+    if at_a_time:
+        monkeypatch.setattr(activations, "_rows_at_a_time", lambda x: at_a_time)
     model = tiny(family)
     projections, batches = sites.find(model, site(name), None), batches_of(model)
     assert len(batches) > 1 and not all(batch.keep.all() for batch in batches)  # there is padding

@@ -182,6 +182,17 @@ def test_a_model_that_gives_all_tokens_the_same_is_not_right(study, value):
     assert clean["loss"] == pytest.approx(len(labels) * math.log(VOCABULARY), rel=1e-6)
 
 
+def test_ranks_among_many_equal_logits():
+    """As bfloat16 has them: the place in an order that is stable, of all that decide anything."""
+    logits = torch.randint(0, 6, (200, VOCABULARY), generator=torch.Generator().manual_seed(0)).float()
+    labels = torch.arange(200) % VOCABULARY
+    order = logits.argsort(stable=True, dim=-1, descending=True)
+    expected = (order == labels[:, None]).long().argmax(-1)
+    found = evaluation._rank(logits, labels[:, None], TOP_K)
+    assert (expected < TOP_K).any() and (expected >= TOP_K).any()
+    torch.testing.assert_close(found.long().clamp(max=TOP_K), expected.clamp(max=TOP_K))
+
+
 def test_of_two_equal_first_tokens_one_is_right(study):
     def two_first(batch):
         logits = study["model"].logits(batch) * 0

@@ -16,7 +16,8 @@ from matplotlib.image import imread
 from rich.console import Console
 from scipy import integrate, stats
 
-from ablation_sweeps import figures, report, store
+from ablation_sweeps import figures, report, store, tables
+from ablation_sweeps.curves import areas, read_curves, studies, summarise
 from ablation_sweeps.data import UserError
 
 KINDS = ("png", "svg", "pdf")
@@ -48,7 +49,7 @@ def save_run(folder: Path, rows: pd.DataFrame, state: str = "finished") -> None:
 
 def printed(curves: pd.DataFrame, width: int = 80, terminal: bool = False) -> str:
     file = io.StringIO()
-    report.print_tables(curves, Console(file=file, width=width, force_terminal=terminal))
+    tables.print_tables(curves, Console(file=file, width=width, force_terminal=terminal))
     return file.getvalue()
 
 
@@ -59,7 +60,7 @@ def test_only_finished_runs_are_read_and_the_clean_pass_once(tmp_path: Path):
     save_run(tmp_path / "a", curve("zero", fractions=[0.0, 0.1]))
     save_run(tmp_path / "b", curve("zero", fractions=[0.0, 0.5]))
     save_run(tmp_path / "c", curve("mean"), state="running")
-    curves = report.read_curves(tmp_path)
+    curves = read_curves(tmp_path)
     assert set(curves["method"]) == {"zero"}
     loss = curves[curves["metric"] == "loss"]
     assert loss["fraction"].tolist() == [0.0, 0.1, 0.5]
@@ -69,7 +70,7 @@ def test_only_finished_runs_are_read_and_the_clean_pass_once(tmp_path: Path):
 def test_nothing_finished_is_the_users_to_mend(tmp_path: Path):
     save_run(tmp_path / "a", curve("zero"), state="failed")
     with pytest.raises(UserError, match="no finished run") as error:
-        report.read_curves(tmp_path)
+        read_curves(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -77,7 +78,7 @@ def test_one_label_never_hides_two_sets_of_parameters(tmp_path: Path):
     for n_bins in (50, 100):
         save_run(tmp_path / str(n_bins), curve("peak", method_params=json.dumps({"n_bins": n_bins, "sigma": 1})))
     save_run(tmp_path / "other", curve("zero"))
-    assert set(report.read_curves(tmp_path)["method"]) == {"peak n_bins=50", "peak n_bins=100", "zero"}
+    assert set(read_curves(tmp_path)["method"]) == {"peak n_bins=50", "peak n_bins=100", "zero"}
 
 
 # Numbers
@@ -86,7 +87,7 @@ def test_one_label_never_hides_two_sets_of_parameters(tmp_path: Path):
 @pytest.mark.parametrize("fractions", [TENTHS, TWENTIETHS, (0.0, 0.03, 0.5, 1.0)])
 def test_areas_against_scipy(fractions: tuple[float, ...]):
     shuffled = curve("zero", fractions=fractions).sample(frac=1, random_state=0)
-    auc = report.areas(shuffled).set_index("metric")["auc"]
+    auc = areas(shuffled).set_index("metric")["auc"]
     f = np.array(fractions)
     assert auc["loss"] == pytest.approx(integrate.trapezoid(3 + 4 * f**2, f) / 3)
     assert auc["top1"] == pytest.approx(integrate.trapezoid(0.5 * (1 - f), f) / 0.5)
@@ -95,13 +96,13 @@ def test_areas_against_scipy(fractions: tuple[float, ...]):
 
 @pytest.mark.parametrize("fractions", [(0.0, 0.5), (0.0,), (0.1, 1.0), (0.0, 0.95)])
 def test_half_a_schedule_has_no_area(fractions: tuple[float, ...]):
-    assert report.areas(curve("zero", fractions=fractions))["auc"].isna().all()
+    assert areas(curve("zero", fractions=fractions))["auc"].isna().all()
 
 
 def test_summary_of_seeds():
     slopes = [4.0, 5.0, 7.0]
     curves = pd.concat([curve("zero", seed, slope=slope) for seed, slope in enumerate(slopes)])
-    row = report.summarise(curves).set_index("metric").loc["loss"]
+    row = summarise(curves).set_index("metric").loc["loss"]
     areas = [integrate.trapezoid(3 + slope * np.array(TENTHS) ** 2, TENTHS) / 3 for slope in slopes]
     low, high = stats.t.interval(0.95, 2, loc=np.mean(areas), scale=stats.sem(areas))
     assert (row["auc"], row["auc_low"], row["auc_high"]) == pytest.approx((np.mean(areas), low, high))
@@ -109,7 +110,7 @@ def test_summary_of_seeds():
 
 
 def test_one_seed_has_no_interval():
-    row = report.summarise(curve("zero")).set_index("metric").loc["loss"]
+    row = summarise(curve("zero")).set_index("metric").loc["loss"]
     assert not math.isnan(row["auc"])
     assert math.isnan(row["auc_low"]) and math.isnan(row["auc_high"])
 
@@ -120,7 +121,7 @@ def test_where_half_of_the_accuracy_is_gone():
 
 
 def half_gone(curves: pd.DataFrame) -> float:
-    found = dict(report.summarise(curves)[["metric", "half_gone_at"]].itertuples(index=False))
+    found = dict(summarise(curves)[["metric", "half_gone_at"]].itertuples(index=False))
     assert math.isnan(found["loss"])
     return found["top1"]
 
@@ -162,7 +163,7 @@ def test_the_best_is_bold_and_ties_within_rounding_are_too():
 
 def test_interval_and_the_lack_of_one():
     seeds = pd.concat([curve("zero", seed, slope=4.0 + seed) for seed in range(3)])
-    row = report.summarise(seeds).set_index("metric").loc["loss"]
+    row = summarise(seeds).set_index("metric").loc["loss"]
     assert f"{row['auc']:.3f}  [{row['auc_low']:.3f}, {row['auc_high']:.3f}]" in printed(seeds)
     assert "one seed" not in printed(seeds)
     assert "–: no interval from one seed" in printed(two_methods())
@@ -197,7 +198,7 @@ def test_a_narrow_terminal_gets_fewer_columns(width: int, fractions: tuple[float
 def test_a_log_in_ascii_is_no_crash():
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii")
-    report.print_tables(two_methods(), Console(file=file))
+    tables.print_tables(two_methods(), Console(file=file))
     file.flush()
     assert b"opt on pile ? attn_pre_out" in raw.getvalue()
 
@@ -243,7 +244,7 @@ def text_of(figure) -> list[str]:
 
 
 def drawn(curves: pd.DataFrame):
-    (study,) = report.studies(curves)
+    (study,) = studies(curves)
     return figures.draw(study.rows, study.title, study.unit)
 
 

@@ -1,0 +1,158 @@
+"""Rows of a sweep's runs -> curves that may be compared, and what sums them up."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ablation_sweeps import store
+from ablation_sweeps.comparison import half_gone_at, shared
+from ablation_sweeps.console import counted
+from ablation_sweeps.data import UserError
+from ablation_sweeps.metrics import auc, measure
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+STUDY = ["study", "kind", "model", "dataset", "site", "selection"]
+POINT = ["study", "method", "seed", "fraction", "metric"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """The rows of all runs that may be compared."""
+
+    name: str  # of its figure's file; unique in a sweep
+    title: str
+    unit: str  # "token" or "image"
+    rows: DataFrame
+
+
+def read_curves(*sweeps: Path) -> DataFrame:
+    """Rows of all finished runs below some folders, one for each study, method, seed, fraction and metric.
+
+    Runs of one study are compared on the same documents: where a run has more of them at a fraction than another one
+    (see eval.target_stderr), its rows are those of the documents that all have.
+
+    Raises:
+        UserError: no finished run lies there.
+    """
+    import pandas as pd
+
+    paths = sorted(path for sweep in sweeps for path in Path(sweep).rglob("rows.parquet"))
+    whole = {path.parent: rows for path in paths if (rows := store.result(path.parent, path.name)) is not None}
+    if not whole:
+        where = ", ".join(map(str, sweeps))
+        raise UserError(f"no finished run below {where}: name the folder of a sweep (results/<sweep>) that has run")
+    by_study: dict[str, list[Path]] = {}
+    for folder, rows in whole.items():
+        by_study.setdefault(rows["study"].iloc[0], []).append(folder)
+    for folders in by_study.values():
+        whole |= _on_the_same_documents({folder: whole[folder] for folder in folders})
+    rows = _distinguish(pd.concat(whole.values(), ignore_index=True))
+    return rows.drop_duplicates(POINT).sort_values(POINT).reset_index(drop=True)
+
+
+def _on_the_same_documents(runs: dict[Path, DataFrame]) -> dict[Path, DataFrame]:
+    sizes = {point for rows in runs.values() for point in zip(rows["metric"], rows["fraction"], rows["n"], strict=True)}
+    if len(sizes) == len({(metric, fraction) for metric, fraction, _ in sizes}):
+        return runs  # all the same: the usual case, in which documents.parquet need not be read
+    tables = [table for folder in runs if (table := store.result(folder, "documents.parquet")) is not None]
+    if len(tables) < len(runs):
+        return runs
+    found = {}
+    for (folder, rows), table in zip(runs.items(), shared(tables), strict=True):
+        points = {fraction: group for fraction, group in table.groupby("fraction")}
+        measured = [measure(points[f], metric) for f, metric in zip(rows["fraction"], rows["metric"], strict=True)]
+        found[folder] = rows.assign(**{key: [m[key] for m in measured] for key in ("value", "stderr", "n")})
+    return found
+
+
+def _distinguish(rows: DataFrame) -> DataFrame:
+    """Name the parameters in which methods of one label differ: one label must not hide two experiments."""
+    for _, same in rows.groupby(["study", "method"]):
+        variants = {text: json.loads(text) for text in same["method_params"].unique()}
+        keys = sorted({key for params in variants.values() for key in params})
+        differing = [key for key in keys if len({json.dumps(params.get(key)) for params in variants.values()}) > 1]
+        for text, params in variants.items() if differing else ():
+            index = same.index[same["method_params"] == text]
+            rows.loc[index, "method"] += " " + ",".join(f"{key}={params.get(key)}" for key in differing)
+    return rows
+
+
+def groups(rows: DataFrame, keys: list[str]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
+    for key, group in rows.groupby(keys):
+        yield dict(zip(keys, cast("tuple[Any, ...]", key), strict=True)), group
+
+
+def areas(curves: DataFrame) -> DataFrame:
+    """Column `auc` (see `metrics.auc`) for each curve and metric; NaN where the fractions do not span 0 to 1."""
+    import pandas as pd
+
+    found = []
+    for key, curve in groups(curves, [*STUDY, "method", "seed", "metric"]):
+        curve = curve.sort_values("fraction")
+        found.append({**key, "auc": auc(curve["fraction"].tolist(), curve["value"].tolist(), key["metric"])})
+    return pd.DataFrame(found)
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """95 % t-interval of a mean; NaN where there are fewer than two values."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return math.nan, math.nan
+    mean, n = statistics.fmean(values), len(values)
+    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return mean - half, mean + half
+
+
+def summarise(curves: DataFrame) -> DataFrame:
+    """One row for each study, method and metric.
+
+    Columns: auc, auc_low, auc_high (mean over seeds and its 95 % t-interval), n_seeds, clean, at_50 (means over seeds)
+    and half_gone_at: the fraction at which the mean curve first falls to half of its clean value (accuracies only).
+    NaN where a value was not measured or is never reached.
+    """
+    import pandas as pd
+
+    found, keys = [], [*STUDY, "method", "metric"]
+    of_seeds = {tuple(key.values()): table["auc"].dropna().tolist() for key, table in groups(areas(curves), keys)}
+    for key, curve in groups(curves, keys):
+        auc = of_seeds[tuple(key.values())]
+        low, high = interval(auc)
+        mean = {at: float(points["value"].mean()) for at, points in curve.groupby("fraction")}
+        row = {"n_seeds": curve["seed"].nunique(), "clean": mean.get(0.0, math.nan), "at_50": mean.get(0.5, math.nan)}
+        row |= {"auc": statistics.fmean(auc) if auc else math.nan, "auc_low": low, "auc_high": high}
+        points = sorted(mean.items())
+        half_gone = half_gone_at(*zip(*points, strict=True)) if key["metric"].startswith("top") else math.nan
+        found.append({**key, **row, "half_gone_at": half_gone})
+    return pd.DataFrame(found)
+
+
+def studies(curves: DataFrame) -> list[Study]:
+    """Each study under a name that says what it is; the hash is part of it only where the rest is not unique."""
+    by_name: dict[str, list[DataFrame]] = {}
+    for _, rows in curves.groupby("study"):
+        name = "-".join(str(rows[label].iloc[0]) for label in ("model", "dataset", "site"))
+        by_name.setdefault(re.sub(r"[^\w.-]+", "_", name), []).append(rows)
+    found = []
+    named = [(name, rows, len(group) == 1) for name, group in sorted(by_name.items()) for rows in group]
+    for name, rows, is_unique in named:
+        short, unit = rows["study"].iloc[0][:8], "image" if rows["kind"].iloc[0] == "image_classifier" else "token"
+        name, also = (name, "") if is_unique else (f"{name}-{short}", f" · study {short}")
+        found.append(Study(name, _title(rows, unit) + also, unit, rows))
+    return found
+
+
+def _title(rows: DataFrame, unit: str) -> str:
+    n_seeds, counts = rows["seed"].nunique(), rows.loc[rows["metric"] == "loss", "n"]
+    size = " to ".join(f"{int(n):,}" for n in sorted({counts.min(), counts.max()}))
+    model, dataset, site, selection = rows.iloc[0][["model", "dataset", "site", "selection"]]
+    return f"{model} on {dataset} · {site} · {selection} · {size} {unit}s · {counted(n_seeds, 'seed')}"

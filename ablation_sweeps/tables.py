@@ -1,0 +1,100 @@
+"""Curves -> tables on the terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ablation_sweeps.console import encodable
+from ablation_sweeps.curves import Study, groups, studies, summarise
+from ablation_sweeps.figures import in_order
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from rich.console import Console
+    from rich.table import Table
+
+MAX_COLUMNS = 11  # fractions in a table
+
+
+def print_tables(curves: DataFrame, console: Console | None = None) -> None:
+    """A table of the loss and one of the accuracy for each study: no wider than the terminal, whole in a file."""
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.text import Text
+
+    console = console or Console()
+    unlimited, screen = console.options.update(max_width=10_000), console.width
+    for study in studies(curves):
+        of_study = summarise(study.rows)
+        for step in _steps(study.rows["fraction"].nunique()):
+            tables = [_table(study, of_study, metric, step, console) for metric in ("loss", "top1")]
+            width = max(Measurement.get(console, unlimited, table).maximum for table in tables)
+            if width <= screen or not console.is_terminal:
+                break
+        console.print(Text(encodable(study.title, console), style="bold"), soft_wrap=True)
+        console.width = max(width, screen)  # a table that is cut is of no use: better the terminal wraps its lines
+        console.print(*tables)
+        console.width = screen
+        for note in _notes(study.rows, of_study, step, console):
+            console.print(Text(encodable(note, console), style="dim"), soft_wrap=True)
+        console.print()
+
+
+def _steps(n_fractions: int) -> list[int]:
+    """Every how many fractions a column may stand, from the most columns to the fewest; even steps if there are any."""
+    last = max(n_fractions - 1, 1)
+    steps = range(math.ceil(last / (MAX_COLUMNS - 1)), last + 1)
+    even = [step for step in steps if last % step == 0]
+    return even if len(even) > 1 or last <= 2 else list(steps)
+
+
+def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Console) -> Table:
+    """The best of each column is bold; a file has no bold, so there it gets a star."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    is_loss, rows = metric == "loss", study.rows.query("metric == @metric")
+    methods, scale, digits = in_order(rows["method"].unique()), 1 if is_loss else 100, 3 if is_loss else 1
+    points = groups(rows, ["fraction", "method"])
+    means = {tuple(at.values()): round(scale * float(of_seeds["value"].mean()), digits) for at, of_seeds in points}
+    auc = summary[summary["metric"] == metric].set_index("method")[["auc", "auc_low", "auc_high"]].round(3).T.to_dict()
+    fractions = sorted(rows["fraction"].unique())
+    shown = [*fractions[:-1:step], fractions[-1]]
+    columns = {f"{100 * f:.3g} %" if f else "clean": [means.get((f, m), math.nan) for m in methods] for f in shown}
+    if any(not math.isnan(auc[method]["auc"]) for method in methods):
+        columns["AUC"] = [auc[method]["auc"] for method in methods]
+
+    table = Table(f"loss (nats/{study.unit})" if is_loss else "top-1 (%)", box=box.SIMPLE_HEAD, pad_edge=False)
+    cells = [[Text(encodable(method, console))] for method in methods]
+    for title, values in columns.items():
+        table.add_column(title, justify="right", no_wrap=True)
+        known = {value for value in values if not math.isnan(value)}
+        best = (min if is_loss else max)(known) if len(known) > 1 else None  # where all are equal, as clean, none is
+        for method, row, value in zip(methods, cells, values, strict=True):
+            text = "–" if math.isnan(value) else f"{value:.{3 if title == 'AUC' else digits}f}"
+            text += "" if console.is_terminal else "*" if value == best else " "
+            if title == "AUC":
+                low, high = auc[method]["auc_low"], auc[method]["auc_high"]
+                text += " –" if math.isnan(low) else f" [{low:.3f}, {high:.3f}]"
+            row.append(Text(encodable(text, console), style="bold" if value == best else ""))
+    for row in cells:
+        table.add_row(*row)
+    return table
+
+
+def _notes(rows: DataFrame, summary: DataFrame, step: int, console: Console) -> list[str]:
+    n_fractions, n_seeds = rows["fraction"].nunique(), rows["seed"].nunique()
+    notes = [] if console.is_terminal else ["*: best of its column"]
+    if n_seeds > 1:
+        notes.append(f"means over {n_seeds} seeds")
+    if summary["auc"].notna().any():
+        notes.append("AUC: mean over fractions 0 to 1, as a share of the clean value [95 % t-interval over seeds]")
+        if summary["auc_low"].isna().any():
+            notes.append("–: no interval from one seed")
+    if step > 1:
+        notes.append(f"{math.ceil((n_fractions - 1) / step) + 1} of {n_fractions} fractions; all are in curves.parquet")
+    if len(rows) < rows["method"].nunique() * n_seeds * n_fractions * rows["metric"].nunique():
+        notes.append("not every method has every seed at every fraction: compare with care (curves.parquet)")
+    return notes
