@@ -7,16 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
 
 from ablation_sweeps.activations import Statistics
 from ablation_sweeps.data import Batch
+from ablation_sweeps.lazy import torch
 from ablation_sweeps.sites import Projection, as_rows, hooked
 from ablation_sweeps.transformer import Transformer
-
-Masks = list[Bool[Tensor, " _neurons"]]  # one a layer, whose widths may differ; True = ablated
 
 
 @runtime_checkable
@@ -30,7 +27,7 @@ class Replacement(Protocol):
 
     reads_clean: bool
 
-    def __call__(self, batch: Batch, clean: list[Tensor]) -> list[Tensor]: ...
+    def __call__(self, batch: Batch, clean: list[torch.Tensor]) -> list[torch.Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -62,18 +59,21 @@ class Method(Protocol):
 class Constant:
     """The same value at every position of every example: `[neurons]` a layer."""
 
-    values: list[Float[Tensor, " _neurons"]]
+    values: list[Float[torch.Tensor, " _neurons"]]
     reads_clean = False
 
-    def __call__(self, batch: Batch, clean: list[Tensor]) -> list[Tensor]:
+    def __call__(self, batch: Batch, clean: list[torch.Tensor]) -> list[torch.Tensor]:
         return self.values
 
 
 @contextmanager
-def ablated(projections: list[Projection], masks: Masks, values: list[Tensor], batch: int) -> Iterator[None]:
-    """Writes `values` where `masks` is True. No neuron masked: the logits are bit-equal to the clean ones."""
+def ablated(
+    projections: list[Projection], masks: list[Bool[torch.Tensor, " _neurons"]], values: list[torch.Tensor], batch: int
+) -> Iterator[None]:
+    """Writes `values` where the masks, one a layer, are True. No neuron masked: the logits are bit-equal to the clean
+    ones."""
 
-    def at(layer: int, x: Tensor) -> Tensor:
+    def at(layer: int, x: torch.Tensor) -> torch.Tensor:
         # `where`, not a product with the mask: NaN times zero is NaN.
         rows = as_rows(x, batch)
         value = values[layer].to(rows, non_blocking=True)
@@ -84,11 +84,11 @@ def ablated(projections: list[Projection], masks: Masks, values: list[Tensor], b
 
 
 @contextmanager
-def reading(projections: list[Projection], batch: int) -> Iterator[list[Tensor]]:
+def reading(projections: list[Projection], batch: int) -> Iterator[list[torch.Tensor]]:
     """Gives a list that holds, after one forward pass, each layer's activations, `[batch, rows, neurons]`."""
-    seen: list[Tensor] = []
+    seen: list[torch.Tensor] = []
 
-    def at(layer: int, x: Tensor) -> None:
+    def at(layer: int, x: torch.Tensor) -> None:
         seen.append(as_rows(x, batch).clone())
 
     with hooked(projections, at):

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
 from jaxtyping import Float, Int, Num
 from tqdm import tqdm
 
 from ablation_sweeps import store
 from ablation_sweeps.data import TOO_LARGE, Batch, UserError
 from ablation_sweeps.growing import FINE, GrowingCounts
+from ablation_sweeps.lazy import torch
 from ablation_sweeps.sites import Projection, as_rows, hooked
 from ablation_sweeps.transformer import Transformer
 
@@ -22,9 +22,7 @@ log = logging.getLogger(__name__)
 
 MOMENTS_FILE, BOTH = "moments.safetensors", "moments-and-fine-counts.safetensors"
 
-Rows = Float[torch.Tensor, "tokens neurons"]
 Passes = Literal[1, 2]
-Counts = Num[torch.Tensor, "_neurons bins"]
 
 
 class Histogram(NamedTuple):
@@ -54,7 +52,7 @@ class Moments:
         return (self.squares / self.n - self.mean**2).clamp(min=0)
 
     @classmethod
-    def of(cls, x: Rows) -> Moments:
+    def of(cls, x: Float[torch.Tensor, "tokens neurons"]) -> Moments:
         wide = x.double()
         total = wide.sum(0)
         return cls(len(x), total, wide.square_().sum(0), x.amin(0).float(), x.amax(0).float())
@@ -78,7 +76,7 @@ class Statistics:
     """
 
     moments: list[Moments]
-    counts: dict[Histogram, list[Counts]] = field(default_factory=dict)
+    counts: dict[Histogram, list[Num[torch.Tensor, "_neurons bins"]]] = field(default_factory=dict)
 
     def range(self, histogram: Histogram, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The ends of the bins: `[neurons]` each, float32."""
@@ -150,7 +148,7 @@ class CalibrationData:
     projections: list[Projection]
     batches: Sequence[Batch]
 
-    def run(self, see: Callable[[int, Rows], None], title: str) -> None:
+    def run(self, see: Callable[[int, Float[torch.Tensor, "tokens neurons"]], None], title: str) -> None:
         """One pass; `see` is given each layer's activations at all positions that count, some of them at a time."""
         for batch in tqdm(self.batches, desc=title, delay=2, leave=False, disable=None):
             here, keep = batch.to(self.model.device), batch.keep
@@ -167,7 +165,7 @@ class CalibrationData:
                 self.model.body(here)
 
 
-def _rows_at_a_time(x: Rows) -> int:
+def _rows_at_a_time(x: Float[torch.Tensor, "tokens neurons"]) -> int:
     """So few that on a CPU what is computed of them stays in its cache; so many that a GPU has enough to do."""
     return max(256, (1 << (18 if x.device.type == "cpu" else 24)) // x.shape[1])
 
@@ -227,12 +225,14 @@ def bins(
 
 
 def moments_of(
-    data: CalibrationData, title: str, also: Callable[[int, Rows, Moments], None] = lambda *_: None
+    data: CalibrationData,
+    title: str,
+    also: Callable[[int, Float[torch.Tensor, "tokens neurons"], Moments], None] = lambda *_: None,
 ) -> list[Moments]:
     """`also` is given the activations, and their own moments."""
     moments: list[Moments | None] = [None] * len(data.projections)
 
-    def see(layer: int, x: Rows) -> None:
+    def see(layer: int, x: Float[torch.Tensor, "tokens neurons"]) -> None:
         new, old = Moments.of(x), moments[layer]
         finite = torch.isfinite(new.minimum) & torch.isfinite(new.maximum)  # NaN is in both
         if not finite.all():
@@ -254,7 +254,7 @@ Both = tuple[list[Moments], list[GrowingCounts]]
 def _at_once(data: CalibrationData) -> Both:
     fine: dict[int, GrowingCounts] = {}
 
-    def count(layer: int, x: Rows, moments: Moments) -> None:
+    def count(layer: int, x: Float[torch.Tensor, "tokens neurons"], moments: Moments) -> None:
         if layer not in fine:
             fine[layer] = GrowingCounts.between(moments.minimum, moments.maximum)
         fine[layer].add(x, moments.minimum, moments.maximum)
@@ -270,7 +270,7 @@ def _counts(
     ranges = {h: [statistics.range(h, layer) for layer in range(len(widths))] for h in histograms}
     counts = {h: [torch.zeros(width, h.n_bins, dtype=torch.int32) for width in widths] for h in histograms}
 
-    def see(layer: int, x: Rows) -> None:
+    def see(layer: int, x: Float[torch.Tensor, "tokens neurons"]) -> None:
         for h in histograms:
             # A model may be spread over devices: what belongs to a layer goes where its activations are.
             low, high = (end.to(x.device) for end in ranges[h][layer])

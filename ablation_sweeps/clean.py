@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from ablation_sweeps.data import Batch
+from ablation_sweeps.lazy import torch
 from ablation_sweeps.transformer import Transformer
 
 ROOM = 1 << 28  # bytes of main memory
@@ -26,13 +24,13 @@ class CleanPasses:
 
     model: Transformer
     room: int = ROOM
-    kept: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def logits(self, number: int, batch: Batch) -> Tensor:
+    def logits(self, number: int, batch: Batch) -> torch.Tensor:
         """`[batch, pos, d_vocab]` or `[batch, classes]`."""
         if number in self.kept:
             return self._from(self.kept[number])
-        seen: list[Tensor] = []
+        seen: list[torch.Tensor] = []
         head = self.model.head
         handle = head and head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
@@ -43,11 +41,11 @@ class CleanPasses:
         self._keep(number, seen[0] if seen else logits, logits)
         return logits
 
-    def _from(self, x: Tensor) -> Tensor:
+    def _from(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.model.device)
         return x if self.model.head is None else self.model.head(x)
 
-    def _keep(self, number: int, x: Tensor, logits: Tensor) -> None:
+    def _keep(self, number: int, x: torch.Tensor, logits: torch.Tensor) -> None:
         if x.nbytes > self.room:
             return
         x = x.to("cpu", copy=True)

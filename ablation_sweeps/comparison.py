@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from ablation_sweeps.lazy import pd
 from ablation_sweeps.metrics import area, over, sums_of
 
 if TYPE_CHECKING:
@@ -171,8 +172,6 @@ def compare(documents: Mapping[tuple[str, int], DataFrame], metrics: Sequence[st
         those of the areas are one family, those of all fractions another), `better` (the method that is better,
         where p_holm < 0.05; else empty), `n_seeds`, `n_documents`.
     """
-    import pandas as pd
-
     methods = list(dict.fromkeys(method for method, _ in documents))
     rows: list[dict[str, Any]] = []
     for metric, (a, b) in itertools.product(metrics, itertools.combinations(methods, 2)):

@@ -15,6 +15,7 @@ from ablation_sweeps import store
 from ablation_sweeps.comparison import half_gone_at, shared
 from ablation_sweeps.console import counted
 from ablation_sweeps.data import UserError
+from ablation_sweeps.lazy import pd
 from ablation_sweeps.metrics import auc, measure
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ def read_curves(*sweeps: Path) -> DataFrame:
     Raises:
         UserError: no finished run lies there.
     """
-    import pandas as pd
-
     paths = sorted(path for sweep in sweeps for path in Path(sweep).rglob("rows.parquet"))
     whole = {path.parent: rows for path in paths if (rows := store.result(path.parent, path.name)) is not None}
     if not whole:
@@ -93,8 +92,6 @@ def groups(rows: DataFrame, keys: list[str]) -> Iterator[tuple[dict[str, Any], D
 
 def areas(curves: DataFrame) -> DataFrame:
     """Column `auc` (see `metrics.auc`) for each curve and metric; NaN where the fractions do not span 0 to 1."""
-    import pandas as pd
-
     found = []
     for key, curve in groups(curves, [*STUDY, "method", "seed", "metric"]):
         curve = curve.sort_values("fraction")
@@ -120,8 +117,6 @@ def summarise(curves: DataFrame) -> DataFrame:
     and half_gone_at: the fraction at which the mean curve first falls to half of its clean value (accuracies only).
     NaN where a value was not measured or is never reached.
     """
-    import pandas as pd
-
     found, keys = [], [*STUDY, "method", "metric"]
     of_seeds = {tuple(key.values()): table["auc"].dropna().tolist() for key, table in groups(areas(curves), keys)}
     for key, curve in groups(curves, keys):

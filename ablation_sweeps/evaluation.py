@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
-from ablation_sweeps.ablation import Masks, Replacement, ablated, reading
+from ablation_sweeps.ablation import Replacement, ablated, reading
 from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.data import NOT_SCORED, TOO_LARGE, Batch, UserError
+from ablation_sweeps.lazy import pd, torch
 from ablation_sweeps.metrics import SUMS, curve, ratio
 from ablation_sweeps.sites import Projection
 from ablation_sweeps.transformer import Transformer
@@ -37,8 +35,8 @@ class Guess:
         common: the most common tokens, which the skip metrics leave out; empty for images.
     """
 
-    probability: Float[Tensor, " classes"]
-    common: Int[Tensor, " common"]
+    probability: Float[torch.Tensor, " classes"]
+    common: Int[torch.Tensor, " common"]
 
 
 def unigram(batches: Sequence[Batch], n_classes: int, special_ids: Iterable[int], skip: int) -> Guess:
@@ -64,9 +62,9 @@ def evaluate(
     model: Transformer,
     projections: list[Projection],
     batches: Sequence[Batch],
-    masks: dict[float, Masks],
+    masks: dict[float, list[Bool[torch.Tensor, " _neurons"]]],
     replacement: Replacement,
-    common: Int[Tensor, " common"],
+    common: Int[torch.Tensor, " common"],
     top_k: int,
     done: Sequence[pd.DataFrame],
     save: Callable[[int, pd.DataFrame], None],
@@ -99,7 +97,8 @@ def evaluate(
     bar = tqdm(batches, desc=f"{model.label}, {len(masks) + 1} passes a batch", delay=2, leave=False, disable=None)
     for number, batch in enumerate(bar):
         if number >= len(done):
-            sums = passes.sums(batch.to(device), functools.partial(clean.logits, number))
+            with torch.inference_mode():
+                sums = passes.sums(batch.to(device), functools.partial(clean.logits, number))
             _check_finite(sums, model)
             parts.append(_frame(sums, batch))
             save(number, parts[-1])
@@ -123,7 +122,9 @@ def _are_first(batches: Sequence[Batch]) -> bool:
     return len(places) >= LEAST and max(places) + 1 == len(places)
 
 
-def _imprecise(masks: dict[float, Masks], parts: list[pd.DataFrame], target_stderr: float) -> dict[float, Masks]:
+def _imprecise(
+    masks: dict[float, list[Bool[torch.Tensor, " _neurons"]]], parts: list[pd.DataFrame], target_stderr: float
+) -> dict[float, list[Bool[torch.Tensor, " _neurons"]]]:
     """Those of the fractions that need more documents."""
     loss = pd.concat(parts).groupby("fraction")
     stderr = {fraction: ratio(group["loss"].to_numpy(), group["n"].to_numpy())[1] for fraction, group in loss}
@@ -139,14 +140,16 @@ class Passes:
 
     model: Transformer
     projections: list[Projection]
-    masks: dict[float, Masks]
+    masks: dict[float, list[Bool[torch.Tensor, " _neurons"]]]
     replacement: Replacement
-    common: Int[Tensor, " common"]
+    common: Int[torch.Tensor, " common"]
     top_k: int
     note: Callable[[str], None]
     fits: int | None = None  # so many examples, the device having had too little memory for more
 
-    def sums(self, batch: Batch, clean: Callable[[Batch], Tensor], values: list[Tensor] | None = None) -> Sums:
+    def sums(
+        self, batch: Batch, clean: Callable[[Batch], torch.Tensor], values: list[torch.Tensor] | None = None
+    ) -> Sums:
         """Of `SUMS`; over a batch that does not fit into memory, half by half.
 
         Args:
@@ -170,9 +173,8 @@ class Passes:
         ]
         return {fraction: np.concatenate([of_half[fraction] for of_half in sums]) for fraction in sums[0]}
 
-    @torch.inference_mode()
     def _of_all_at_once(
-        self, batch: Batch, clean_logits: Callable[[Batch], Tensor], values: list[Tensor] | None
+        self, batch: Batch, clean_logits: Callable[[Batch], torch.Tensor], values: list[torch.Tensor] | None
     ) -> Sums:
         size, targets = len(batch.names), _targets(batch)
         if self.replacement.reads_clean and values is None:
@@ -190,8 +192,7 @@ class Passes:
             sums[fraction] = _sums(logits, clean, targets, self.common, self.top_k)
         return sums
 
-    @torch.inference_mode()
-    def _clean_activations(self, batch: Batch) -> list[Tensor]:
+    def _clean_activations(self, batch: Batch) -> list[torch.Tensor]:
         """Of all examples, `[batch, rows, neurons]` a layer, though only `fits` of them fit into one pass."""
         size = len(batch.names)
         if self.fits is None or size <= self.fits:
@@ -221,9 +222,9 @@ def _check_finite(sums: Sums, model: Transformer) -> None:
 class Targets(NamedTuple):
     """The scored positions of a batch, as rows of its logits `[batch * pos, classes]`."""
 
-    rows: Int[Tensor, " scored"]
-    labels: Int[Tensor, " scored"]
-    examples: Int[Tensor, " scored"]  # the row of the batch that each belongs to
+    rows: Int[torch.Tensor, " scored"]
+    labels: Int[torch.Tensor, " scored"]
+    examples: Int[torch.Tensor, " scored"]  # the row of the batch that each belongs to
     n_examples: int
 
 
@@ -234,7 +235,7 @@ def _targets(batch: Batch) -> Targets:
     return Targets(rows, labels[rows], rows // (len(labels) // n_examples), n_examples)
 
 
-def _chunks(rows: Int[Tensor, " scored"], n_classes: int) -> Iterator[slice]:
+def _chunks(rows: Int[torch.Tensor, " scored"], n_classes: int) -> Iterator[slice]:
     """Of so many logits that on a CPU the temporaries stay in its cache, and that a GPU has enough to do."""
     size = max(1, (1 << (18 if rows.device.type == "cpu" else 26)) // n_classes)
     return (slice(start, start + size) for start in range(0, len(rows), size))
@@ -243,11 +244,11 @@ def _chunks(rows: Int[Tensor, " scored"], n_classes: int) -> Iterator[slice]:
 class Clean(NamedTuple):
     """What the model itself says at the scored positions."""
 
-    p: Float[Tensor, "scored classes"]  # probabilities
-    negentropy: Float[Tensor, " scored"]  # the sum of p log p, in nats
+    p: Float[torch.Tensor, "scored classes"]  # probabilities
+    negentropy: Float[torch.Tensor, " scored"]  # the sum of p log p, in nats
 
 
-def _clean(logits: Float[Tensor, "*batch classes"], rows: Int[Tensor, " scored"]) -> Clean:
+def _clean(logits: Float[torch.Tensor, "*batch classes"], rows: Int[torch.Tensor, " scored"]) -> Clean:
     flat = logits.flatten(0, -2)
     p = torch.empty(len(rows), flat.shape[-1], device=flat.device)
     negentropy = torch.empty(len(rows), device=flat.device)
@@ -259,10 +260,10 @@ def _clean(logits: Float[Tensor, "*batch classes"], rows: Int[Tensor, " scored"]
 
 
 def _sums(
-    logits: Float[Tensor, "*batch classes"],
+    logits: Float[torch.Tensor, "*batch classes"],
     clean: Clean,
     targets: Targets,
-    common: Int[Tensor, " common"],
+    common: Int[torch.Tensor, " common"],
     top_k: int,
 ) -> Float[np.ndarray, "batch sums"]:
     """The sums of `SUMS` over each example's scored positions, in float64."""
@@ -278,12 +279,12 @@ def _sums(
 
 
 def _score(
-    logits: Float[Tensor, "scored classes"],
+    logits: Float[torch.Tensor, "scored classes"],
     clean: Clean,
-    labels: Int[Tensor, " scored"],
-    common: Int[Tensor, " common"],
+    labels: Int[torch.Tensor, " scored"],
+    common: Int[torch.Tensor, " common"],
     top_k: int,
-) -> Float[Tensor, "scored sums"]:
+) -> Float[torch.Tensor, "scored sums"]:
     own = labels[:, None]
     rank = _rank(logits, own, top_k)
     log_q = logits.log_softmax(-1)
@@ -295,8 +296,8 @@ def _score(
 
 
 def _rank(
-    logits: Float[Tensor, "scored classes"], own: Int[Tensor, "scored 1"], top_k: int
-) -> Float[Tensor, " scored"]:
+    logits: Float[torch.Tensor, "scored classes"], own: Int[torch.Tensor, "scored 1"], top_k: int
+) -> Float[torch.Tensor, " scored"]:
     """Of each label; exact below `top_k`. Among equal logits the lower id wins: a model that gives all tokens the same
     is not right."""
     mine, flags = logits.gather(-1, own), torch.empty_like(logits)  # numbers, which a CPU compares and sums faster
@@ -318,17 +319,17 @@ def _frame(sums: Sums, batch: Batch) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def metrics(documents: pd.DataFrame, guess: Guess, labels: Int[Tensor, " scored"], top_k: int) -> pd.DataFrame:
+def metrics(documents: pd.DataFrame, guess: Guess, labels: Int[torch.Tensor, " scored"], top_k: int) -> pd.DataFrame:
     """The metrics at every fraction (see `metrics.curve`), with the chance level of each."""
     return curve(documents, top_k, len(guess.common), _chance(guess, labels, top_k))
 
 
-def _chance(guess: Guess, labels: Int[Tensor, " scored"], top_k: int) -> dict[str, float]:
+def _chance(guess: Guess, labels: Int[torch.Tensor, " scored"], top_k: int) -> dict[str, float]:
     order = guess.probability.argsort(descending=True, stable=True)
     first = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))  # rank of each class
     uninformed = bool((guess.probability == guess.probability[0]).all())
 
-    def level(labels: Tensor, suffix: str) -> dict[str, float]:
+    def level(labels: torch.Tensor, suffix: str) -> dict[str, float]:
         if not len(labels):
             return {}
         top = {k: min(1.0, k / len(order)) if uninformed else (first[labels] < k).double().mean().item()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ablation_sweeps import page, store
 from ablation_sweeps.curves import read_curves
+from ablation_sweeps.lazy import pd
 from ablation_sweeps.report import all_measured, write_csv
 
 
@@ -23,8 +24,6 @@ def export(sweep: Path, to: Path) -> list[Path]:
 
 def _table(study: page.Measured) -> str:
     """The area of each metric and method, above its interval; needs the package booktabs."""
-    import pandas as pd
-
     lines, rarer = [], ""
     for metric in study.curves:
         found = [study.areas[metric][method] for method in study.methods]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+
+from ablation_sweeps.lazy import torch
 
 FINE = 1024  # bins of a neuron; its own range covers a quarter of them at the least
 
@@ -22,12 +21,12 @@ class GrowingCounts:
         width: of a bin, likewise.
     """
 
-    low: Float[Tensor, " neurons"]
-    width: Float[Tensor, " neurons"]
-    counts: Int[Tensor, "neurons bins"]
+    low: Float[torch.Tensor, " neurons"]
+    width: Float[torch.Tensor, " neurons"]
+    counts: Int[torch.Tensor, "neurons bins"]
 
     @classmethod
-    def between(cls, low: Float[Tensor, " neurons"], high: Float[Tensor, " neurons"]) -> GrowingCounts:
+    def between(cls, low: Float[torch.Tensor, " neurons"], high: Float[torch.Tensor, " neurons"]) -> GrowingCounts:
         """Of which nothing is counted yet. The ends are those of the first values, so there is more to come."""
         low, high = low.double(), high.double()
         span = torch.maximum(high - low, low.abs().clamp(min=1e-6) * 2**-20)  # a neuron that has not changed so far
@@ -36,9 +35,9 @@ class GrowingCounts:
 
     def add(
         self,
-        x: Float[Tensor, "tokens neurons"],
-        low: Float[Tensor, " neurons"],
-        high: Float[Tensor, " neurons"],
+        x: Float[torch.Tensor, "tokens neurons"],
+        low: Float[torch.Tensor, " neurons"],
+        high: Float[torch.Tensor, " neurons"],
     ) -> None:
         """Counts `x`, whose smallest and largest values are given."""
         self._reach(low.double(), high.double())
@@ -47,7 +46,7 @@ class GrowingCounts:
         index = (x.T.contiguous().float() - start).mul_(scale).long().clamp_(0, FINE - 1)
         self.counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
 
-    def _reach(self, low: Float[Tensor, " neurons"], high: Float[Tensor, " neurons"]) -> None:
+    def _reach(self, low: Float[torch.Tensor, " neurons"], high: Float[torch.Tensor, " neurons"]) -> None:
         while True:
             below, above = low < self.low, high > self.low + FINE * self.width
             outside = below | above
@@ -63,8 +62,8 @@ class GrowingCounts:
             self.width = torch.where(outside, 2 * self.width, self.width)
 
     def in_bins(
-        self, low: Float[Tensor, " neurons"], high: Float[Tensor, " neurons"], n_bins: int
-    ) -> Float[Tensor, "neurons n_bins"]:
+        self, low: Float[torch.Tensor, " neurons"], high: Float[torch.Tensor, " neurons"], n_bins: int
+    ) -> Float[torch.Tensor, "neurons n_bins"]:
         """What lies in each of `n_bins` equal bins between `low` and `high`, the smallest and the largest value: the
         values of a fine bin are taken to be spread evenly over it."""
         up_to = torch.cat([torch.zeros_like(self.low)[:, None], self.counts.double().cumsum(1)], 1)
@@ -75,4 +74,4 @@ class GrowingCounts:
         inside = torch.lerp(up_to.gather(1, before), up_to.gather(1, before + 1), place - before)
         counts = torch.cat([up_to[:, :1], inside, up_to[:, -1:]], 1).diff(dim=1)
         constant = (high == low)[:, None]
-        return torch.where(constant, F.pad(up_to[:, -1:], (0, n_bins - 1)), counts)
+        return torch.where(constant, torch.nn.functional.pad(up_to[:, -1:], (0, n_bins - 1)), counts)

@@ -15,13 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import ConfigDict, field_validator, model_validator
 from pydantic.dataclasses import dataclass as validated
-from torch import nn
 
 from ablation_sweeps.data import Modality, UserError
 from ablation_sweeps.download import check_here, commit, fetch_model, why_not
+from ablation_sweeps.lazy import torch
 from ablation_sweeps.store import fingerprint_of_file, signature
 
 if TYPE_CHECKING:
@@ -103,7 +102,8 @@ class Pretrained:
         if self.path and self.gguf_file and not (Path(self.path) / self.gguf_file).is_file():
             raise UserError(f"model.gguf_file={self.gguf_file}: there is no such file in {self.path}")
         try:
-            torch.device("cpu" if self.device == "auto" else self.device)  # its name; a cluster's nodes may have others
+            if self.device != "auto":
+                torch.device(self.device)  # its name; a cluster's nodes may have others
         except RuntimeError as error:
             raise UserError(f"model.device={self.device}: there is no such device; give auto, cpu or cuda") from error
         if self.quantize and importlib.util.find_spec("bitsandbytes") is None:
@@ -149,7 +149,7 @@ class Pretrained:
             files.append("*.py")
         fetch_model(self.repository, str(self.commit), files)
 
-    def from_pretrained(self, auto_model: Any) -> nn.Module:
+    def from_pretrained(self, auto_model: Any) -> torch.nn.Module:
         """The unmodified model on its device, in eval mode; weights from safetensors or GGUF alone."""
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         options: dict[str, Any] = {"dtype": dtype, "device_map": self.device_map}

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ablation_sweeps.data import NOT_SCORED, Batch, Document, Picture, Split, UserError
+from ablation_sweeps.lazy import torch
 from ablation_sweeps.transformer import Budget
 
 
@@ -26,7 +25,7 @@ class ImageEncoder:
         left_out: so many at its beginning (CLS, registers) do not enter the statistics.
     """
 
-    transform: Callable[..., Tensor]
+    transform: Callable[..., torch.Tensor]
     key: str
     mode: str
     n_classes: int
@@ -41,7 +40,7 @@ class ImageEncoder:
         limit = min((n for n in limits if n is not None), default=None)
         size = max(2, batch_tokens // self.tokens)
         batches: list[Batch] = []
-        rows: list[tuple[Tensor, Picture]] = []
+        rows: list[tuple[torch.Tensor, Picture]] = []
         count = 0
         for picture in examples:
             if count == limit:
@@ -77,7 +76,7 @@ class ImageEncoder:
         pixels = self.transform(fromarray(noise))[None]
         return Batch({self.key: pixels}, torch.tensor([NOT_SCORED]), None, ("other",), (0,))
 
-    def _stack(self, rows: list[tuple[Tensor, Picture]], count: int, split: Split) -> Batch:
+    def _stack(self, rows: list[tuple[torch.Tensor, Picture]], count: int, split: Split) -> Batch:
         keep = None
         if self.left_out and split == "calibration":
             keep = (torch.arange(self.tokens) >= self.left_out).expand(len(rows), -1)

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
-import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
@@ -19,6 +17,7 @@ from ablation_sweeps import activations, evaluation, sites, store
 from ablation_sweeps.ablation import Fitting, Method
 from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.data import NOT_SCORED, Batch, Split, UserError
+from ablation_sweeps.lazy import pd, torch
 from ablation_sweeps.selection import Random, Schedule, masks
 from ablation_sweeps.tracking import RunRecord
 from ablation_sweeps.transformer import Budget, Transformer

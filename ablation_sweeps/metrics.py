@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
+from ablation_sweeps.lazy import pd
+
 if TYPE_CHECKING:
     from pandas import DataFrame
 
@@ -42,8 +44,6 @@ def curve(documents: DataFrame, top_k: int, skip: int, chance: Mapping[str, floa
         skip: the n of `_skip<n>`; 0 for none.
         chance: of each metric but perplexity, where it is known.
     """
-    import pandas as pd
-
     names = ["loss", "perplexity", "top1", f"top{top_k}", "kl"]
     names += [f"{name}_skip{skip}" for name in ("loss", "top1", f"top{top_k}") if skip]
     levels = {**chance, "perplexity": math.exp(chance.get("loss", math.nan))}

@@ -11,6 +11,7 @@ from ablation_sweeps.comparison import shared
 from ablation_sweeps.console import encodable
 from ablation_sweeps.curves import Study, read_curves, studies, summarise
 from ablation_sweeps.figures import draw, save
+from ablation_sweeps.lazy import pd
 from ablation_sweeps.tables import print_tables
 
 if TYPE_CHECKING:
@@ -64,8 +65,6 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
 
 def comparisons(found: list[tuple[Study, page.Measured]]) -> DataFrame:
     """Of all studies: their hash, as in the rows, their name, and the columns of `comparison.compare`."""
-    import pandas as pd
-
     tables = []
     for study, measured_ in found:
         tables.append(measured_.comparisons.copy())
@@ -81,8 +80,6 @@ def write_csv(table: DataFrame, path: Path) -> None:
 
 def measured(study: Study, folders: dict[str, Path]) -> page.Measured | None:
     """With all intervals; None where a run has left no sums of documents, as earlier versions did."""
-    import pandas as pd
-
     parts: dict[tuple[str, int], list[DataFrame]] = {}
     for run in study.rows.drop_duplicates(["method", "seed", "run_id"]).to_dict("records"):
         folder = folders.get(run["run_id"][:8])

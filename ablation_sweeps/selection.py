@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated
 
-import torch
 from jaxtyping import Bool, Int
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass as validated
-from torch import Tensor
+
+from ablation_sweeps.lazy import torch
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -18,18 +18,18 @@ class Random:
 
     label: str
 
-    def orders(self, widths: list[int], seed: int) -> list[Int[Tensor, " _neurons"]]:
+    def orders(self, widths: list[int], seed: int) -> list[Int[torch.Tensor, " _neurons"]]:
         """One permutation of the neurons a layer. Depends on the seed, the layer and its width alone."""
         return [_permutation(width, f"{seed}/{layer}") for layer, width in enumerate(widths)]
 
 
-def _permutation(width: int, key: str) -> Int[Tensor, " neurons"]:
+def _permutation(width: int, key: str) -> Int[torch.Tensor, " neurons"]:
     digest = hashlib.sha256(key.encode()).digest()  # neighbouring seeds must not give related orders
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randperm(width, generator=generator)
 
 
-def masks(orders: list[Int[Tensor, " _neurons"]], fraction: float) -> list[Bool[Tensor, " _neurons"]]:
+def masks(orders: list[Int[torch.Tensor, " _neurons"]], fraction: float) -> list[Bool[torch.Tensor, " _neurons"]]:
     """The first `round(fraction * n)` neurons of each order are ablated: masks of growing fractions are nested."""
     chosen = []
     for order in orders:

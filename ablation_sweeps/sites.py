@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
-from torch import Tensor, nn
 
 from ablation_sweeps.data import Batch, UserError
+from ablation_sweeps.lazy import torch
 from ablation_sweeps.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ class Projection:
     """One layer's site. A module that a model calls once a layer (ALBERT) appears once for each call."""
 
     path: str
-    module: nn.Module
+    module: torch.nn.Module
     width: int
 
 
@@ -68,13 +67,15 @@ def find(model: Transformer, site: Site, paths: tuple[str, ...] | None) -> list[
     return [Projection(path, found[path], x.shape[-1]) for path, x in calls]
 
 
-def _calls(model: Transformer, site: Site, found: dict[str, nn.Module], batch: Batch) -> list[tuple[str, Tensor]]:
+def _calls(
+    model: Transformer, site: Site, found: dict[str, torch.nn.Module], batch: Batch
+) -> list[tuple[str, torch.Tensor]]:
     """Path and input of each call of a projection in one forward pass, in order."""
-    calls: list[tuple[str, Tensor]] = []
+    calls: list[tuple[str, torch.Tensor]] = []
     paths_of = {module: path for path, module in found.items()}
 
-    def note(module: nn.Module, args: tuple) -> None:
-        if not args or not isinstance(args[0], Tensor):
+    def note(module: torch.nn.Module, args: tuple) -> None:
+        if not args or not isinstance(args[0], torch.Tensor):
             raise UserError(
                 f"site={site.name}: {paths_of[module]} is not called with a tensor as its first argument, so it is no "
                 "projection; set model.site_paths to the linear layers themselves"
@@ -96,7 +97,7 @@ def _together(one: Batch, other: Batch) -> Batch:
     return Batch(inputs, torch.cat([one.labels, other.labels]), None, ("one", "other"), (0, 1))
 
 
-def _by_path(module: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
+def _by_path(module: torch.nn.Module, paths: tuple[str, ...]) -> dict[str, torch.nn.Module]:
     modules = dict(module.named_modules())
     found = {name: modules[name] for pattern in paths for name in fnmatch.filter(modules, pattern)}
     if not found:
@@ -104,10 +105,10 @@ def _by_path(module: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
     return found
 
 
-def _by_structure(module: nn.Module, site: Site) -> dict[str, nn.Module]:
+def _by_structure(module: torch.nn.Module, site: Site) -> dict[str, torch.nn.Module]:
     """Projections inside the numbered layers of a tower: a classifier head of the same name is in no layer."""
     pattern = re.compile(site.projection)
-    towers: dict[str, dict[str, nn.Module]] = defaultdict(dict)
+    towers: dict[str, dict[str, torch.nn.Module]] = defaultdict(dict)
     for path, candidate in module.named_modules():
         layer = re.match(r"(.*\.)?\d+\.(?=\D)", path)
         is_projection = getattr(candidate, "weight", None) is not None and not list(candidate.children())
@@ -128,7 +129,7 @@ def _by_structure(module: nn.Module, site: Site) -> dict[str, nn.Module]:
     return found
 
 
-def _layers_without(module: nn.Module, tower: str, found: dict[str, nn.Module]) -> list[str]:
+def _layers_without(module: torch.nn.Module, tower: str, found: dict[str, torch.nn.Module]) -> list[str]:
     """Layers that lie beside the found ones but hold no such projection (hybrids with linear attention)."""
     inside_layer = tower.rpartition("*")[2]
     layers = {path.removesuffix(inside_layer) for path in found}
@@ -137,7 +138,9 @@ def _layers_without(module: nn.Module, tower: str, found: dict[str, nn.Module]) 
     return sorted(siblings - layers)
 
 
-def _check(found: dict[str, nn.Module], calls: list[tuple[str, torch.Size]], site: Site, n_heads: int | None) -> None:
+def _check(
+    found: dict[str, torch.nn.Module], calls: list[tuple[str, torch.Size]], site: Site, n_heads: int | None
+) -> None:
     fired = [path for path, _ in calls]
     never = [path for path in found if path not in fired]
     if never:
@@ -155,7 +158,7 @@ def _check(found: dict[str, nn.Module], calls: list[tuple[str, torch.Size]], sit
         raise UserError(f"site={site.name}: the width of {wrong[0]} is no multiple of the {n_heads} heads")
 
 
-def _check_examples(calls: list[tuple[str, Tensor]], swapped: list[tuple[str, Tensor]], site: Site) -> None:
+def _check_examples(calls: list[tuple[str, torch.Tensor]], swapped: list[tuple[str, torch.Tensor]], site: Site) -> None:
     """When two examples change places, so must their rows: `as_rows` takes the examples to be the outermost axis."""
     for (path, x), (_, y) in zip(calls, swapped, strict=False):
         rows_fit = x.shape == y.shape and x.numel() % (2 * x.shape[-1]) == 0
@@ -172,18 +175,18 @@ def _check_examples(calls: list[tuple[str, Tensor]], swapped: list[tuple[str, Te
 
 
 @contextmanager
-def hooked(projections: list[Projection], at: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+def hooked(projections: list[Projection], at: Callable[[int, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
     """Calls `at(layer, x)` with the input of each projection; a tensor it returns takes the place of `x`.
 
     Raises:
         AssertionError: on leaving, if the hooks did not all fire in every forward pass.
     """
-    layers: dict[nn.Module, list[int]] = defaultdict(list)
+    layers: dict[torch.nn.Module, list[int]] = defaultdict(list)
     for layer, projection in enumerate(projections):
         layers[projection.module].append(layer)
     calls = dict.fromkeys(layers, 0)
 
-    def pre_hook(module: nn.Module, args: tuple) -> tuple | None:
+    def pre_hook(module: torch.nn.Module, args: tuple) -> tuple | None:
         mine = layers[module]
         layer = mine[calls[module] % len(mine)]
         calls[module] += 1
@@ -200,7 +203,7 @@ def hooked(projections: list[Projection], at: Callable[[int, Tensor], Tensor | N
     assert len(passes) == 1 and passes.pop() >= 1, "a hook never fired, or not in every forward pass"
 
 
-def as_rows(x: Float[Tensor, "*any neurons"], batch: int) -> Float[Tensor, "batch rows neurons"]:
+def as_rows(x: Float[torch.Tensor, "*any neurons"], batch: int) -> Float[torch.Tensor, "batch rows neurons"]:
     """One leading axis for the examples and one for their positions.
 
     OPT flattens both into one before its second MLP layer; Swin splits positions into windows. Both keep the examples

@@ -10,9 +10,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
-import torch
 
 from ablation_sweeps.data import NOT_SCORED, Batch, Document, Picture, Split, UserError
+from ablation_sweeps.lazy import torch
 from ablation_sweeps.transformer import Budget
 
 if TYPE_CHECKING:

@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor, nn
-
 from ablation_sweeps.data import Batch, Document, Modality, Picture, Split
+from ablation_sweeps.lazy import torch
 
 Kind = Literal["causal_lm", "masked_lm", "image_classifier"]
 
@@ -62,14 +60,14 @@ class Transformer:
     label: str
     revision: str
     kind: Kind
-    module: nn.Module
-    logits: Callable[[Batch], Tensor]
+    module: torch.nn.Module
+    logits: Callable[[Batch], torch.Tensor]
     body: Callable[[Batch], object]
     encode: Encoder
     other_input: OtherInput
     n_heads: int | None
     special_ids: frozenset[int]
-    head: nn.Module | None = None
+    head: torch.nn.Module | None = None
 
     @property
     def modality(self) -> Modality:

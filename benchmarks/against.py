@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ablation_sweeps import activations
-from ablation_sweeps.ablation import Fitting, Masks
+from ablation_sweeps.ablation import Fitting
 from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.hub import load_tokenizer
 from ablation_sweeps.job import encode, load
@@ -124,7 +124,7 @@ class Ours:
         )
 
 
-def stacked(masks: dict[float, Masks]) -> np.ndarray:
+def stacked(masks: dict[float, list[torch.Tensor]]) -> np.ndarray:
     """`[fractions, layers, neurons]`"""
     return torch.stack([torch.stack(layers) for layers in masks.values()]).numpy()
 

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ablation_sweeps import activations, evaluation, sites
-from ablation_sweeps.ablation import Constant, Fitting, Masks
+from ablation_sweeps.ablation import Constant, Fitting
 from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.config import to_job
 from ablation_sweeps.data import NOT_SCORED, Batch, Picture, Split
@@ -122,7 +122,7 @@ def collect(case: Case, passes: activations.Passes = 2) -> activations.Statistic
         return activations.collect(case.model, case.projections, case.batches, Path(cache), histogram, passes=passes)
 
 
-def masks_of(case: Case, fractions: Sequence[float]) -> dict[float, Masks]:
+def masks_of(case: Case, fractions: Sequence[float]) -> dict[float, list[torch.Tensor]]:
     orders = case.job.selection.orders([projection.width for projection in case.projections], 0)
     return {fraction: masks(orders, fraction) for fraction in fractions}
 

@@ -7,10 +7,10 @@ from typing import Annotated
 from jaxtyping import Float, Num
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
-from torch import Tensor
 
 from ablation_sweeps.ablation import Constant, Fitting
 from ablation_sweeps.activations import Histogram
+from ablation_sweeps.lazy import torch
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -31,8 +31,10 @@ class Median:
 
 
 def median(
-    counts: Num[Tensor, "neurons bins"], low: Float[Tensor, " neurons"], high: Float[Tensor, " neurons"]
-) -> Float[Tensor, " neurons"]:
+    counts: Num[torch.Tensor, "neurons bins"],
+    low: Float[torch.Tensor, " neurons"],
+    high: Float[torch.Tensor, " neurons"],
+) -> Float[torch.Tensor, " neurons"]:
     """Read off the cumulated counts, linearly inside the bin. Same units as the activations, float32."""
     cumulated = counts.cumsum(-1).double()
     half = cumulated[:, -1:] / 2

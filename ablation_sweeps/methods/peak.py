@@ -5,17 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Num
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
-from torch import Tensor
 
 from ablation_sweeps.ablation import Constant, Fitting
 from ablation_sweeps.activations import Histogram, Statistics
+from ablation_sweeps.lazy import torch
 
-Counts = Num[Tensor, "neurons bins"]  # after one pass over the data, they are estimates
 Estimator = Literal[
     "histogram", "coarse_to_fine", "averaged", "smoothed", "global_range", "kde", "half_sample_mode"
 ]  # fmt: skip
@@ -61,7 +58,7 @@ class Peak:
         }
         return Constant(find[self.estimator]())
 
-    def _averaged(self, fitting: Fitting) -> list[Tensor]:
+    def _averaged(self, fitting: Fitting) -> list[torch.Tensor]:
         coarse, fine = Histogram(10 * self.n_bins), Histogram(100 * self.n_bins)
         statistics = fitting.statistics(coarse, fine)
         return [
@@ -70,7 +67,7 @@ class Peak:
         ]
 
 
-def _each(fitting: Fitting, histogram: Histogram, place) -> list[Tensor]:
+def _each(fitting: Fitting, histogram: Histogram, place) -> list[torch.Tensor]:
     """`place(counts, width of the range)` gives, for each layer, where in the range the peak lies, from 0 to 1."""
     statistics: Statistics = fitting.statistics(histogram)
     values = []
@@ -83,19 +80,21 @@ def _each(fitting: Fitting, histogram: Histogram, place) -> list[Tensor]:
 
 
 def _value(
-    place: Float[Tensor, " neurons"], low: Float[Tensor, " neurons"], high: Float[Tensor, " neurons"]
-) -> Float[Tensor, " neurons"]:
+    place: Float[torch.Tensor, " neurons"], low: Float[torch.Tensor, " neurons"], high: Float[torch.Tensor, " neurons"]
+) -> Float[torch.Tensor, " neurons"]:
     return (low.double() + place.double() * (high.double() - low.double())).float()
 
 
 def centre_of_fullest(
-    counts: Counts, low: Float[Tensor, " neurons"], high: Float[Tensor, " neurons"]
-) -> Float[Tensor, " neurons"]:
+    counts: Num[torch.Tensor, "neurons bins"],
+    low: Float[torch.Tensor, " neurons"],
+    high: Float[torch.Tensor, " neurons"],
+) -> Float[torch.Tensor, " neurons"]:
     """What `Peak` writes by default."""
     return _value(_place(counts), low, high)
 
 
-def _place(density: Counts) -> Float[Tensor, " neurons"]:
+def _place(density: Num[torch.Tensor, "neurons bins"]) -> Float[torch.Tensor, " neurons"]:
     """Centre of the first fullest bin, as a share of the range."""
     n_bins = density.shape[-1]
     index = torch.arange(n_bins)
@@ -103,24 +102,28 @@ def _place(density: Counts) -> Float[Tensor, " neurons"]:
     return (first.double() + 0.5) / n_bins
 
 
-def _fullest(counts: Counts, width: Float[Tensor, " neurons"]) -> Float[Tensor, " neurons"]:
+def _fullest(
+    counts: Num[torch.Tensor, "neurons bins"], width: Float[torch.Tensor, " neurons"]
+) -> Float[torch.Tensor, " neurons"]:
     return _place(counts)
 
 
-def smooth(counts: Counts) -> Float[Tensor, "neurons bins"]:
+def smooth(counts: Num[torch.Tensor, "neurons bins"]) -> Float[torch.Tensor, "neurons bins"]:
     """Gaussian of 5 bins with sigma 1; outside of the range there is nothing."""
     kernel = torch.exp(-0.5 * torch.arange(-2.0, 3.0, dtype=torch.float64) ** 2)
-    return F.conv1d(counts.double()[:, None], (kernel / kernel.sum())[None, None], padding=2)[:, 0]
+    return torch.nn.functional.conv1d(counts.double()[:, None], (kernel / kernel.sum())[None, None], padding=2)[:, 0]
 
 
-def coarse_to_fine(counts: Counts) -> Float[Tensor, " neurons"]:
+def coarse_to_fine(counts: Num[torch.Tensor, "neurons bins"]) -> Float[torch.Tensor, " neurons"]:
     blocks = counts.unflatten(-1, (-1, FINE))
     n_coarse = blocks.shape[1]
     fullest = ((_place(blocks.sum(-1)) * n_coarse).long())[:, None, None].expand(-1, 1, FINE)
     return (fullest[:, 0, 0] + _place(blocks.gather(1, fullest)[:, 0])) / n_coarse
 
 
-def kernel_density(counts: Counts, width: Float[Tensor, " neurons"], bandwidth: float) -> Float[Tensor, " neurons"]:
+def kernel_density(
+    counts: Num[torch.Tensor, "neurons bins"], width: Float[torch.Tensor, " neurons"], bandwidth: float
+) -> Float[torch.Tensor, " neurons"]:
     """The bin where the density is highest: every value counts as the centre of its bin.
 
     The convolution is done by FFT, and padded so that the two ends of the range do not meet.
@@ -138,7 +141,7 @@ def kernel_density(counts: Counts, width: Float[Tensor, " neurons"], bandwidth: 
     return torch.cat(places)
 
 
-def half_sample_mode(counts: Counts) -> Float[Tensor, " neurons"]:
+def half_sample_mode(counts: Num[torch.Tensor, "neurons bins"]) -> Float[torch.Tensor, " neurons"]:
     """Robust mode: halve the sample to its densest half until nothing more can be halved."""
     return torch.tensor([_half_sample_mode(row) for row in counts.numpy()], dtype=torch.float64)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
 from jaxtyping import Float
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
-from torch import Tensor
 
 from ablation_sweeps.ablation import Fitting, Replacement, reading
 from ablation_sweeps.data import Batch, Modality, UserError
+from ablation_sweeps.lazy import torch
 
 Source = Literal["dataset", "random_input", "random_characters", "random_tokens", "generated", "random_pixels"]
 
@@ -65,7 +64,7 @@ class AnotherExample:
 
     reads_clean = True
 
-    def __call__(self, batch: Batch, clean: list[Tensor]) -> list[Tensor]:
+    def __call__(self, batch: Batch, clean: list[torch.Tensor]) -> list[torch.Tensor]:
         size = len(batch.names)
         if size < 2:
             raise UserError("method.source=dataset: needs another example; evaluate two documents or more")
@@ -81,10 +80,10 @@ class AnotherExample:
 class PositionByPosition:
     """`other`: `[rows, neurons]` a layer, at least as many rows as the examples have positions."""
 
-    other: list[Float[Tensor, "_rows _neurons"]]
+    other: list[Float[torch.Tensor, "_rows _neurons"]]
     reads_clean = False
 
-    def __call__(self, batch: Batch, clean: list[Tensor]) -> list[Tensor]:
+    def __call__(self, batch: Batch, clean: list[torch.Tensor]) -> list[torch.Tensor]:
         if batch.keep is None:
             return self.other
         return [x[: batch.keep.shape[1]] for x in self.other]
@@ -94,12 +93,12 @@ class PositionByPosition:
 class OneForEachText:
     """As the paper's published runs: one position of the other input for a whole text."""
 
-    other: list[Float[Tensor, "_rows _neurons"]]
+    other: list[Float[torch.Tensor, "_rows _neurons"]]
     reads_clean = False
 
-    def __call__(self, batch: Batch, clean: list[Tensor]) -> list[Tensor]:
+    def __call__(self, batch: Batch, clean: list[torch.Tensor]) -> list[torch.Tensor]:
         return [torch.stack([_row_or_zero(x, i) for i in batch.index])[:, None] for x in self.other]
 
 
-def _row_or_zero(x: Float[Tensor, "rows neurons"], i: int) -> Float[Tensor, " neurons"]:
+def _row_or_zero(x: Float[torch.Tensor, "rows neurons"], i: int) -> Float[torch.Tensor, " neurons"]:
     return x[i] if i < len(x) else torch.zeros_like(x[0])

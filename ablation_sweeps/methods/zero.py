@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.ablation import Constant, Fitting
+from ablation_sweeps.lazy import torch
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
-from torch import nn
 
 from ablation_sweeps.data import Batch, Modality, UserError
 from ablation_sweeps.hub import Pretrained, context_length, load_tokenizer
+from ablation_sweeps.lazy import torch
 from ablation_sweeps.text import Pack, TextEncoder
 from ablation_sweeps.transformer import Transformer
 
@@ -64,7 +63,7 @@ class CausalLM(Pretrained):
         )
 
 
-def _sample(module: nn.Module, tokenizer, ordinary_ids, length: int, seed: int) -> list[int]:
+def _sample(module: torch.nn.Module, tokenizer, ordinary_ids, length: int, seed: int) -> list[int]:
     """The model's own sample, token by token at temperature 1; never a token that ends the text."""
     device = next(module.parameters()).device
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

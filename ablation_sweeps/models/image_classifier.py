@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.data import Batch, Modality, UserError
 from ablation_sweeps.hub import Pretrained
 from ablation_sweeps.images import ImageEncoder
+from ablation_sweeps.lazy import torch
 from ablation_sweeps.transformer import Encoder, Transformer
 
 

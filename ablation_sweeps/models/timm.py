@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
@@ -14,6 +13,7 @@ from ablation_sweeps.data import Modality, UserError
 from ablation_sweeps.hub import Pretrained
 from ablation_sweeps.hub import device as device_of
 from ablation_sweeps.images import ImageEncoder
+from ablation_sweeps.lazy import torch
 from ablation_sweeps.transformer import Encoder, Transformer
 
 
