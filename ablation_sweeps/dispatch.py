@@ -68,11 +68,12 @@ def retry(sweep: Path) -> None:
     """Runs what is not finished, in the way in which the sweep was last launched: nothing of that is to be typed again.
 
     Raises:
-        UserError: nothing is left to do; or others may write to what would be run.
+        UserError: what is left cannot be run again; or others may write to it.
     """
     runs = [run for run in store.runs(sweep) if not store.finished(run)]
     if not runs:
-        raise UserError(f"{sweep}: nothing failed there, and nothing is missing")
+        print(f"{sweep}: nothing failed there, and nothing is missing")
+        return
     for path in (sweep, sweep / ".dispatch", sweep / ".dispatch" / HOW, *runs, *(run / "config.yaml" for run in runs)):
         if path.exists() and others_may_write(path):
             raise UserError(f"{path}: others may write to it, and so run code as you; launch the sweep again instead")

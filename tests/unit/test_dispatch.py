@@ -329,3 +329,10 @@ def test_retry_runs_nothing_that_others_may_have_written(tmp_path):
     (tmp_path / "sweep" / "a").chmod(0o775)
     with pytest.raises(UserError, match="others may write to it"):
         dispatch.retry(tmp_path / "sweep")
+
+
+def test_retry_of_a_finished_sweep_says_so_and_is_no_error(tmp_path, monkeypatch, capsys):
+    store.finish(tmp_path / "sweep" / "a", pd.DataFrame({"value": [1.0]}), pd.DataFrame({"n": [1.0]}), 1.0)
+    monkeypatch.setattr(dispatch, "launch", lambda *_: pytest.fail("launched"))
+    dispatch.retry(tmp_path / "sweep")
+    assert "nothing is missing" in capsys.readouterr().out
