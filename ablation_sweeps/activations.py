@@ -53,7 +53,7 @@ class Moments:
 
     @classmethod
     def of(cls, x: Float[torch.Tensor, "tokens neurons"]) -> Moments:
-        wide = x.double()
+        wide = x.to(torch.float64, copy=True)  # squared in place below, which x must not be
         total = wide.sum(0)
         return cls(len(x), total, wide.square_().sum(0), x.amin(0).float(), x.amax(0).float())
 

@@ -97,6 +97,14 @@ def test_moments_and_counts_are_those_of_all_activations_at_once(
             assert (counts.sum(1) == len(x)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_is_measured_is_not_altered(dtype):
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = x.clone()
+    Moments.of(x)
+    assert torch.equal(x, before)
+
+
 @every_case
 def test_padding_never_enters(tiny, site, tmp_path, family, name):
     """Each document alone, with nothing to pad, gives the same numbers but for rounding."""
