@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -151,18 +152,28 @@ class CalibrationData:
     def run(self, see: Callable[[int, Float[torch.Tensor, "tokens neurons"]], None], title: str) -> None:
         """One pass; `see` is given each layer's activations at all positions that count, some of them at a time."""
         for batch in tqdm(self.batches, desc=title, delay=2, leave=False, disable=None):
-            here, keep = batch.to(self.model.device), batch.keep
-            positions = None if keep is None or keep.all() else keep.flatten().nonzero()[:, 0].to(self.model.device)
-
-            def at(layer: int, x: torch.Tensor, here: Batch = here, positions: torch.Tensor | None = positions) -> None:
-                rows = as_rows(x, len(here.names)).flatten(0, 1)
-                if positions is not None:
-                    rows = rows[positions.to(x.device)]
-                for some in rows.split(_rows_at_a_time(rows)):
-                    see(layer, some)
-
+            at = functools.partial(self._see_layer, see, batch)
             with torch.inference_mode(), hooked(self.projections, at):
-                self.model.body(here)
+                self.model.body(batch.to(self.model.device))
+
+    def _see_layer(
+        self,
+        see: Callable[[int, Float[torch.Tensor, "tokens neurons"]], None],
+        batch: Batch,
+        layer: int,
+        x: torch.Tensor,
+    ) -> None:
+        rows, keep = as_rows(x, len(batch.names)), batch.keep
+        if keep is not None and rows.shape[1] != keep.shape[1]:  # it pads by itself, or leaves padding out
+            raise UserError(
+                f"model={self.model.label}: has {rows.shape[1]} rows in layer {layer} where its input has "
+                f"{keep.shape[1]} positions, so that it is not known which of them are padding; use another model"
+            )
+        rows = rows.flatten(0, 1)
+        if keep is not None and not keep.all():
+            rows = rows[keep.flatten().nonzero()[:, 0].to(x.device)]
+        for some in rows.split(_rows_at_a_time(rows)):
+            see(layer, some)
 
 
 def _rows_at_a_time(x: Float[torch.Tensor, "tokens neurons"]) -> int:

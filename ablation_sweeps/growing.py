@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 
 from ablation_sweeps.lazy import torch
 
+NUMBERS = 2  # as those of job.py, of what is counted here alone
 FINE = 1024  # bins of a neuron; its own range covers a quarter of them at the least
 
 
@@ -27,9 +28,11 @@ class GrowingCounts:
 
     @classmethod
     def between(cls, low: Float[torch.Tensor, " neurons"], high: Float[torch.Tensor, " neurons"]) -> GrowingCounts:
-        """Of which nothing is counted yet. The ends are those of the first values, so there is more to come."""
+        """Of which nothing is counted yet. The ends are those of the first values: there is more to come, so that room
+        for a quarter more is left on either side, which often spares the coarser bins of a doubled range."""
         low, high = low.double(), high.double()
         span = torch.maximum(high - low, low.abs().clamp(min=1e-6) * 2**-20)  # a neuron that has not changed so far
+        low, span = low - span / 4, span * 1.5
         counts = torch.zeros(len(low), FINE, dtype=torch.int32, device=low.device)
         return cls(low, span / (FINE - 1), counts)
 

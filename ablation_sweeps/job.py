@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps import activations, evaluation, sites, store
+from ablation_sweeps import activations, evaluation, growing, sites, store
 from ablation_sweeps.ablation import Fitting, Method
 from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.data import NOT_SCORED, Batch, Split, UserError
@@ -124,7 +124,8 @@ class Job:
             "model": {"class": _class(self.model), **self.model.identity()},
             "dataset": {"class": _class(self.dataset), "fingerprint": self.dataset.fingerprint()},
             "site": asdict(self.site),
-            "statistics": _numbers(self.statistics),
+            "statistics": _numbers(self.statistics)
+            | ({"growing": growing.NUMBERS} if self.statistics.passes == 1 else {}),
             "batch_tokens": self.batch_tokens,
         }
 

@@ -120,6 +120,16 @@ def test_padding_never_enters(tiny, site, tmp_path, family, name):
         np.testing.assert_allclose(moments.maximum, x.max(0), atol=1e-4)
 
 
+def test_a_model_that_pads_by_itself_is_refused(tiny, site, tmp_path):
+    """Longformer, say, pads to a multiple of its window: nobody knows here which of its rows are padding."""
+    model = tiny("llama")
+    projections, batches = sites.find(model, site("attn_pre_out"), None), batches_of(model)
+    fewer = [dataclasses.replace(batch, keep=batch.keep[:, :-1]) for batch in batches]
+    for passes in (1, 2):
+        with pytest.raises(UserError, match="not known which of them are padding"):
+            collect(model, projections, fewer, tmp_path, Histogram(7), passes=passes)
+
+
 def test_what_stands_in_the_padding_does_not_matter(tiny, site, tmp_path):
     model = tiny("llama")
     projections, (batch,) = sites.find(model, site("attn_pre_out"), None), batches_of(model, 1000)
