@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import transformers
 import typer
-from bench import GPU, ROOT, TENTHS, Case, collect, composed, evaluate, masks_of, near, peaks, seconds
+from bench import GPU, ROOT, TENTHS, Case, collect, composed, evaluate, masks_of, seconds
 from rich.console import Console
 from rich.table import Table
 
@@ -74,7 +74,7 @@ class Ours:
         def run() -> dict[str, Any]:
             found = collect(self.case, self.passes)
             means = torch.stack([m.mean for m in found.moments])
-            return {"mean": means.cpu(), "peak": torch.stack(peaks(self.case, found)).cpu()}
+            return {"mean": means.cpu(), "peak": torch.stack(self._values("peak", lambda *_: found)).cpu()}
 
         return timed(run)
 
@@ -97,13 +97,19 @@ class Ours:
                     )
 
                 for name in METHODS:
-                    fitting = Fitting(self.case.model, self.case.projections, collected, 0, 0)
-                    values = composed(f"method={name}").method.fit(fitting).values  # type: ignore[attr-defined]
-                    sums = evaluate(self.case, TENTHS, values, passes).groupby("fraction")[["n", "loss"]].sum()
+                    sums = (
+                        evaluate(self.case, TENTHS, self._values(name, collected), passes)
+                        .groupby("fraction")[["n", "loss"]]
+                        .sum()
+                    )
                     found[name] = (sums["loss"] / sums["n"]).tolist()
             return found
 
         return timed(run)
+
+    def _values(self, method: str, statistics: Callable[..., activations.Statistics]) -> list[torch.Tensor]:
+        fitting = Fitting(self.case.model, self.case.projections, statistics, 0, 0)
+        return composed(f"method={method}").method.fit(fitting).values  # type: ignore[attr-defined]
 
     def export(self, folder: Path) -> None:
         """The model in float32, its tokenizer, and the work, for the others."""
@@ -243,6 +249,7 @@ def sweeps_in_turns(ours: Ours, brief: Ours, paper: Other, rounds: int) -> dict[
     apart = {
         name: max(abs(a - b) for m in METHODS for a, b in zip(losses["ours"][m], losses[name][m], strict=True))
         for name in took
+        if name != "ours"
     }
     ratios = {
         name: summary([a / b for a, b in zip(took["the paper's library"], took[name], strict=True)])
@@ -256,7 +263,17 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def shown(line: dict[str, float], unit: str = "") -> str:
-    return f"{line['value']:.2f}{unit} ({line['from']:.2f} to {line['to']:.2f})"
+    between = f" ({line['from']:.2f} to {line['to']:.2f})" if line["from"] < line["to"] else ""  # of one round, none
+    return f"{line['value']:.2f}{unit}{between}"
+
+
+def near(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], found: activations.Statistics) -> float:
+    """Share of neurons whose peaks are within one bin: others round otherwise."""
+    within = [
+        ((a - b).abs() <= (m.maximum - m.minimum).cpu() / 100 + 1e-6).float()
+        for a, b, m in zip(ours, theirs, found.moments, strict=True)
+    ]
+    return torch.cat(within).mean().item()
 
 
 def main(
@@ -292,7 +309,11 @@ def main(
         whole: dict[str, Any] = {}
         if sweeps and "taker" in others:
             brief = Ours(model, tokens, length, dtype="bfloat16")
-            whole = sweeps_in_turns(ours, brief, others["taker"], sweeps)  # type: ignore[arg-type]
+            try:
+                whole = sweeps_in_turns(ours, brief, others["taker"], sweeps)  # type: ignore[arg-type]
+            except Skipped as error:
+                skipped["taker, a sweep"] = str(error)
+                print(f"the sweep is skipped: {error}")
 
     ratios = {
         command: {name: summary([a / b for a, b in zip(by[name], by["ours"], strict=True)]) for name in others}
@@ -318,8 +339,9 @@ def main(
     console = Console(width=None if os.isatty(1) else 120)
     console.print(table)
     for name, line in whole.get("the paper's library / this", {}).items():
-        apart = whole["difference of losses to ours"]["the paper's library"]
-        console.print(f"a sweep, the paper's library / {name}: {shown(line)}; losses differ by {apart:.1e} at most")
+        console.print(f"a sweep, the paper's library in float32 / {name}: {shown(line)}")
+    for name, apart in whole.get("difference of losses to ours", {}).items():
+        console.print(f"losses of {name} and ours: {apart:.1e} apart at most (the paper's library rounds to 1e-4)")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ablation_sweeps import activations, evaluation, sites
-from ablation_sweeps.ablation import Constant, Fitting
+from ablation_sweeps.ablation import Constant
 from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.config import to_job
 from ablation_sweeps.data import NOT_SCORED, Batch, Picture, Split
@@ -128,27 +128,14 @@ def masks_of(case: Case, fractions: Sequence[float]) -> dict[float, list[torch.T
 
 
 def evaluate(
-    case: Case, fractions: Sequence[float], values: list[Tensor] | None = None, passes: CleanPasses | None = None
+    case: Case, fractions: Sequence[float], values: list[Tensor] | None = None, kept: CleanPasses | None = None
 ) -> pd.DataFrame:
     """The clean pass and one for each fraction, with all metrics."""
     constant = Constant(values or [torch.zeros(projection.width) for projection in case.projections])
     return evaluation.evaluate(
         case.model, case.projections, case.batches, masks_of(case, fractions), constant, torch.arange(50), 10, [],
-        lambda *_: None, clean=passes,
+        lambda *_: None, clean=kept,
     )  # fmt: skip
-
-
-def peaks(case: Case, found: activations.Statistics) -> list[Tensor]:
-    return composed("method=peak").method.fit(Fitting(case.model, case.projections, lambda *_: found, 0, 0)).values  # type: ignore[attr-defined]
-
-
-def near(ours: Sequence[Tensor], theirs: Sequence[Tensor], found: activations.Statistics) -> float:
-    """Share of neurons whose peaks are within one bin: documents one by one round otherwise than batches."""
-    within = [
-        ((a - b).abs() <= (m.maximum - m.minimum).cpu() / 100 + 1e-6).float()
-        for a, b, m in zip(ours, theirs, found.moments, strict=True)
-    ]
-    return torch.cat(within).mean().item()
 
 
 # How
@@ -164,10 +151,10 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def ratio(ours: Callable[[], Any], floor: Callable[[], Any], passes: float = 1, rounds: int = ROUNDS) -> dict[str, Any]:
+def ratio(ours: Callable[[], Any], floor: Callable[[], Any], passes: float = 1) -> dict[str, Any]:
     """Both in turns; `ours` does `passes` times the work of `floor`. Median, and the range over the rounds."""
     floor()
-    ratios = sorted(1 / passes / seconds(floor) * seconds(ours) for _ in range(rounds))
+    ratios = sorted(1 / passes / seconds(floor) * seconds(ours) for _ in range(ROUNDS))
     return {"value": statistics.median(ratios), "from": ratios[0], "to": ratios[-1]}
 
 

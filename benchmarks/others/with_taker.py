@@ -23,7 +23,9 @@ def load(folder: Path, work: Work):
     model = Model(str(folder), dtype="fp32")
     model.get_ids = lambda text: text
     documents = [{"text": ids[None]} for ids in work.ids.flatten(0, 1)]
-    config = EvalConfig("ids", dataset_custom_load_fn=lambda: {"train": documents}, is_train_mode=True)
+    config = EvalConfig(
+        "ids", dataset_custom_load_fn=lambda: {"train": documents}, is_train_mode=True, sample_size=work.ids.numel()
+    )
     site = model.hooks["attn_pre_out"]
 
     def collect() -> list[Tensor]:
