@@ -43,7 +43,9 @@ class CleanPasses:
 
     def _from(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.model.device)
-        return x if self.model.head is None else self.model.head(x)
+        if self.model.head is not None:
+            x = self.model.head(x).to(self.model.device)  # a model that is spread over devices gives its logits there
+        return x
 
     def _keep(self, number: int, x: torch.Tensor, logits: torch.Tensor) -> None:
         if x.nbytes > self.room:
