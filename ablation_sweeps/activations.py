@@ -16,7 +16,7 @@ from ablation_sweeps import store
 from ablation_sweeps.data import TOO_LARGE, Batch, UserError
 from ablation_sweeps.growing import FINE, GrowingCounts
 from ablation_sweeps.lazy import torch
-from ablation_sweeps.sites import Projection, as_rows, hooked
+from ablation_sweeps.sites import Projection, as_rows, hooked, rows_in_cache
 from ablation_sweeps.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,9 @@ class CalibrationData:
     def run(self, see: Callable[[int, Float[torch.Tensor, "tokens neurons"]], None], title: str) -> None:
         """One pass; `see` is given each layer's activations at all positions that count, some of them at a time."""
         for batch in tqdm(self.batches, desc=title, delay=2, leave=False, disable=None):
-            at = functools.partial(self._see_layer, see, batch)
+            keep = batch.keep
+            counted = None if keep is None or keep.all() else keep.flatten().nonzero()[:, 0].to(self.model.device)
+            at = functools.partial(self._see_layer, see, batch, counted)
             with torch.inference_mode(), hooked(self.projections, at):
                 self.model.body(batch.to(self.model.device))
 
@@ -160,9 +162,13 @@ class CalibrationData:
         self,
         see: Callable[[int, Float[torch.Tensor, "tokens neurons"]], None],
         batch: Batch,
+        counted: Int[torch.Tensor, " counted"] | None,
         layer: int,
         x: torch.Tensor,
     ) -> None:
+        """Args:
+        counted: places of the positions that count, in all of the batch; None: all of them do.
+        """
         rows, keep = as_rows(x, len(batch.names)), batch.keep
         if keep is not None and rows.shape[1] != keep.shape[1]:  # it pads by itself, or leaves padding out
             raise UserError(
@@ -170,15 +176,14 @@ class CalibrationData:
                 f"{keep.shape[1]} positions, so that it is not known which of them are padding; use another model"
             )
         rows = rows.flatten(0, 1)
-        if keep is not None and not keep.all():
-            rows = rows[keep.flatten().nonzero()[:, 0].to(x.device)]
+        if counted is not None:
+            rows = rows[counted.to(x.device)]
         for some in rows.split(_rows_at_a_time(rows)):
             see(layer, some)
 
 
 def _rows_at_a_time(x: Float[torch.Tensor, "tokens neurons"]) -> int:
-    """So few that on a CPU what is computed of them stays in its cache; so many that a GPU has enough to do."""
-    return max(256, (1 << (18 if x.device.type == "cpu" else 24)) // x.shape[1])
+    return max(256, rows_in_cache(x.shape[1], x.device))
 
 
 def _in_two_passes(data: CalibrationData, cache: Path, histograms: Sequence[Histogram]) -> Statistics:

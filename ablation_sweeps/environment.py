@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ablation_sweeps.lazy import torch
+
 PACKAGES = (
     "ablation-sweeps",
     "torch",
@@ -29,8 +31,6 @@ PACKAGES = (
 @functools.cache
 def describe() -> dict[str, Any]:
     """Commit, versions and device of this process: of the code as it was when it began."""
-    import torch
-
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "git_commit": _git("rev-parse", "HEAD"),
@@ -61,8 +61,6 @@ def _version(package: str) -> str | None:
 
 def peak_memory() -> dict[str, int | None]:
     """Of this process until now, in MB, on the host and on the GPU."""
-    import torch
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     gpu = round(torch.cuda.max_memory_allocated() / 2**20) if torch.cuda.is_available() else None
     return {"peak_memory_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10)), "peak_gpu_memory_mb": gpu}

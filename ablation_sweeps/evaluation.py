@@ -18,7 +18,7 @@ from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.data import NOT_SCORED, TOO_LARGE, Batch, UserError
 from ablation_sweeps.lazy import pd, torch
 from ablation_sweeps.metrics import SUMS, curve, ratio
-from ablation_sweeps.sites import Projection
+from ablation_sweeps.sites import Projection, rows_in_cache
 from ablation_sweeps.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -236,8 +236,7 @@ def _targets(batch: Batch) -> Targets:
 
 
 def _chunks(rows: Int[torch.Tensor, " scored"], n_classes: int) -> Iterator[slice]:
-    """Of so many logits that on a CPU the temporaries stay in its cache, and that a GPU has enough to do."""
-    size = max(1, (1 << (18 if rows.device.type == "cpu" else 26)) // n_classes)
+    size = rows_in_cache(n_classes, rows.device)
     return (slice(start, start + size) for start in range(0, len(rows), size))
 
 

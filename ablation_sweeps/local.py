@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
+from ablation_sweeps.lazy import torch
 from ablation_sweeps.packs import Pack
 from ablation_sweeps.queue import Place
 
@@ -38,8 +39,6 @@ class Local:
 
     def _slots(self) -> list[str]:
         """One pack at a time in each: the GPU it sees, or none where it computes on the cores."""
-        import torch
-
         gpus = list(range(torch.cuda.device_count())) if self.gpus is None else self.gpus
         if not gpus:
             return [""] * (self.max_parallel or 1)

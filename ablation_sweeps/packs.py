@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ablation_sweeps import store
 from ablation_sweeps.config import from_dict
 from ablation_sweeps.data import UserError
+from ablation_sweeps.lazy import torch
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -120,8 +121,6 @@ def _run(folder: Path, config: dict[str, Any]) -> None:
 
 def _poisons(error: BaseException) -> bool:
     """After an error of the device itself, but for lack of memory, every later call in the process fails too."""
-    import torch
-
     return "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError)
 
 

@@ -210,3 +210,8 @@ def as_rows(x: Float[torch.Tensor, "*any neurons"], batch: int) -> Float[torch.T
     outermost, so the view is the same.
     """
     return x.reshape(batch, -1, x.shape[-1])
+
+
+def rows_in_cache(width: int, device: torch.device) -> int:
+    """So few that on a CPU what is computed of them stays in its cache; so many that a GPU has enough to do."""
+    return max(1, (1 << (18 if device.type == "cpu" else 24)) // width)

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ablation_sweeps.data import UserError
 from ablation_sweeps.environment import describe, peak_memory
+from ablation_sweeps.lazy import pd
 
 if TYPE_CHECKING:
-    import pandas as pd
     from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -119,8 +119,6 @@ def read_table(path: Path, sha256: str | None) -> pd.DataFrame | None:
     Args:
         sha256: the beginning of it, at least.
     """
-    import pandas as pd
-
     content = _read_whole(path, sha256)
     return None if content is None else pd.read_parquet(io.BytesIO(content))
 

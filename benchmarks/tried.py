@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import typer
-from bench import Case, seconds, text, vision
+from bench import Case, body, seconds, text, vision
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
@@ -25,18 +26,16 @@ def in_turns(*runs: Callable[[], Any], rounds: int = 5) -> list[float]:
     return [statistics.median(of_one) for of_one in zip(*times, strict=True)]
 
 
-def bodies(dtype: str) -> tuple[Case, Callable[[], Any]]:
-    case = text("smollm2_135m", 1024, 512, f"model.dtype={dtype}")
-    batch = case.batches[0]
-    return case, torch.inference_mode()(lambda: case.model.body(batch))
+def one_batch(dtype: str) -> Case:
+    return text("smollm2_135m", 1024, 512, f"model.dtype={dtype}").some(1)
 
 
 def compiled() -> None:
-    case, eager = bodies("float32")
-    body = torch.compile(case.model.module.base_model, dynamic=False)
-    run = torch.inference_mode()(lambda: body(**case.batches[0].inputs, use_cache=False))
+    case = one_batch("float32")
+    fast_body = torch.compile(case.model.module.base_model, dynamic=False)
+    run = torch.inference_mode()(lambda: fast_body(**case.batches[0].inputs, use_cache=False))
     first = seconds(run)
-    plain, fast = in_turns(eager, run)
+    plain, fast = in_turns(lambda: body(case), run)
     print(f"torch.compile, SmolLM2-135M's body: {fast:.2f} s a batch, {plain:.2f} without; the first one {first:.0f} s")
 
 
@@ -65,10 +64,10 @@ def threads() -> None:
 def halves() -> None:
     """Seconds of the multiplications of matrices and of attention, in each dtype."""
     for dtype in ("float32", "bfloat16"):
-        _, run = bodies(dtype)
-        run()
+        case = one_batch(dtype)
+        body(case)
         with profile(activities=[ProfilerActivity.CPU]) as found:
-            took = seconds(run)
+            took = seconds(partial(body, case))
         own = {event.key: event.self_cpu_time_total / 1e6 for event in found.key_averages()}
         attention = sum(t for key, t in own.items() if "scaled_dot_product" in key)
         matrices = own["aten::mm"]
