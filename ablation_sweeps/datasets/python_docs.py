@@ -6,10 +6,12 @@ import ast
 import gc
 import hashlib
 import os
+import sys
 import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -18,6 +20,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from ablation_sweeps.data import Document, Modality, Split, UserError, unit_hash
+from ablation_sweeps.store import fingerprint_of_file, read_json, signature, write_json
 
 MIN_CHARACTERS = 200  # shorter docstrings say too little to be scored
 SHARED_PARAGRAPH = 60  # characters from which a paragraph found in two documents is a copy, not a common phrase
@@ -61,15 +64,32 @@ class PythonCode:
 
 @cache
 def docs() -> tuple[Document, ...]:
-    documents = [Document(f"topic/{key}", text.strip()) for key, text in help_topics().items()]
+    """Parsing the standard library takes seconds, so what it gave is kept, beside what the hub's libraries keep."""
+    from huggingface_hub.constants import HF_HOME
+
+    topics = [Document(f"topic/{key}", text.strip()) for key, text in help_topics().items()]
+    made_of = [sys.version, fingerprint_of_file(Path(__file__)), content_hash(topics), content_hash(code())]
+    file = Path(HF_HOME) / "ablation_sweeps" / f"python_docs-{signature(made_of)[:16]}.json"
+    kept = read_json(file) or {}
+    documents = [Document(name, text) for name, text in kept.get("documents", ())]
+    if content_hash(documents) != kept.get("sha256"):
+        documents = parsed(topics, code())
+        with suppress(OSError, UserError):  # read-only, or full
+            pairs = [(document.name, document.text) for document in documents]
+            write_json(file, {"sha256": content_hash(documents), "documents": pairs})
+    return tuple(documents)
+
+
+def parsed(topics: Iterable[Document], modules: Iterable[Document]) -> list[Document]:
+    documents = list(topics)
     gc.disable()  # it would look through millions of new nodes again and again, which takes longer than parsing
     try:
-        for document in code():
+        for document in modules:
             text = "\n\n".join(docstrings(document.text))
             documents.append(Document(f"doc/{document.name.removeprefix('code/')}", text))
     finally:
         gc.enable()
-    return tuple(d for d in without_copies(documents) if len(d.text) >= MIN_CHARACTERS)
+    return [d for d in without_copies(documents) if len(d.text) >= MIN_CHARACTERS]
 
 
 @cache

@@ -89,6 +89,28 @@ def test_no_paragraph_of_the_docs_stands_in_two_splits():
     assert not paragraphs["calibration"] & paragraphs["evaluation"]
 
 
+def test_the_docs_are_parsed_once_and_kept(tmp_path, monkeypatch):
+    """Another process reads them; what is damaged, or of other sources, is parsed anew."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    once, parse = python_docs.docs.__wrapped__, python_docs.parsed
+    times = []
+    monkeypatch.setattr(python_docs, "parsed", lambda *args: times.append(1) or parse(*args))
+    first = once()
+    (file,) = (tmp_path / "ablation_sweeps").iterdir()
+    assert first == once() == python_docs.docs() and len(times) == 1
+    file.write_text(file.read_text().replace("the", "teh", 1))
+    assert once() == first and len(times) == 2
+    changed = (*python_docs.code(), Document("code/new", '"""' + "New to this Python. " * 20 + '"""'))
+    monkeypatch.setattr(python_docs, "code", lambda: changed)
+    assert len(once()) == len(first) + 1 and len(times) == 3
+
+
+def test_docs_that_cannot_be_kept_are_there_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / "a_file").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "a_file"))
+    assert python_docs.docs.__wrapped__() == python_docs.docs()
+
+
 def test_docstrings_in_the_order_of_the_lines():
     text = '"""Module."""\nclass A:\n  "Class."\n  def f(self):\n    "Method."\nasync def g():\n  "Function."\n'
     assert python_docs.docstrings(text) == ["Module.", "Class.", "Method.", "Function."]
