@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, Num
 from tqdm import tqdm
 
 from ablation_sweeps import store
-from ablation_sweeps.data import TOO_LARGE, Batch, UserError
+from ablation_sweeps.data import TOO_LARGE, Batch, UserError, on_device
 from ablation_sweeps.growing import FINE, GrowingCounts
 from ablation_sweeps.lazy import torch
 from ablation_sweeps.sites import Projection, as_rows, hooked, rows_in_cache
@@ -151,12 +151,13 @@ class CalibrationData:
 
     def run(self, see: Callable[[int, Float[torch.Tensor, "tokens neurons"]], None], title: str) -> None:
         """One pass; `see` is given each layer's activations at all positions that count, some of them at a time."""
-        for batch in tqdm(self.batches, desc=title, delay=2, leave=False, disable=None):
+        batches = on_device(self.batches, self.model.device)
+        for batch in tqdm(batches, desc=title, total=len(self.batches), delay=2, leave=False, disable=None):
             keep = batch.keep
-            counted = None if keep is None or keep.all() else keep.flatten().nonzero()[:, 0].to(self.model.device)
+            counted = None if keep is None or keep.all() else keep.flatten().nonzero()[:, 0]
             at = functools.partial(self._see_layer, see, batch, counted)
             with torch.inference_mode(), hooked(self.projections, at):
-                self.model.body(batch.to(self.model.device))
+                self.model.body(batch)
 
     def _see_layer(
         self,

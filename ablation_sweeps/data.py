@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -53,11 +55,35 @@ class Document:
 
 @dataclass(frozen=True)
 class Picture:
-    """One labelled image."""
+    """One labelled image.
+
+    Attributes:
+        read: opens and decodes it, which is not done before it is needed: many decoded images would fill the memory.
+    """
 
     name: str
-    image: Image
+    read: Callable[[], Image]
     label: int
+
+
+@dataclass(frozen=True)
+class Later(Mapping[str, "Tensor"]):
+    """The one input of a batch, made whenever it is asked for: kept for all batches, it would fill the memory."""
+
+    key: str
+    make: Callable[[Sequence[Picture]], Tensor]
+    examples: Sequence[Picture]
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key != self.key:
+            raise KeyError(key)
+        return self.make(self.examples)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((self.key,))
+
+    def __len__(self) -> int:
+        return 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +99,7 @@ class Batch:
         index: the place of each row in the order of the dataset, whatever the batching.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: Mapping[str, Tensor]
     labels: Tensor
     keep: Tensor | None
     names: tuple[str, ...]
@@ -104,13 +130,26 @@ class Batch:
         return self._part(first), self._part(last)
 
     def _part(self, rows: slice) -> Batch:
+        whole = self.inputs
         return Batch(
-            inputs={key: value[rows] for key, value in self.inputs.items()},
+            inputs=replace(whole, examples=whole.examples[rows])
+            if isinstance(whole, Later)
+            else {key: value[rows] for key, value in whole.items()},
             labels=self.labels[rows],
             keep=None if self.keep is None else self.keep[rows],
             names=self.names[rows],
             index=self.index[rows],
         )
+
+
+def on_device(batches: Sequence[Batch], device: torch.device) -> Iterator[Batch]:
+    """One after the other. While one is computed with, a thread makes the next one and moves it there."""
+    with ThreadPoolExecutor(1) as loader:
+        moves = (loader.submit(batch.to, device) for batch in batches)
+        following = next(moves, None)
+        while following is not None:
+            here, following = following, next(moves, None)
+            yield here.result()
 
 
 def unit_hash(name: str) -> float:

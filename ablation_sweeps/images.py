@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice, pairwise
 
 import numpy as np
+from jaxtyping import Float
 
-from ablation_sweeps.data import NOT_SCORED, Batch, Document, Picture, Split, UserError
+from ablation_sweeps.data import NOT_SCORED, Batch, Document, Later, Picture, Split, UserError
 from ablation_sweeps.lazy import torch
 from ablation_sweeps.transformer import Budget
+
+ROOM = 1 << 30  # bytes of pixels that stay in memory, of a split
 
 
 @dataclass(frozen=True)
@@ -38,32 +44,16 @@ class ImageEncoder:
         """Batches of `batch_tokens` positions; a budget in tokens is met with the last image that exceeds it."""
         limits = [budget.examples, None if budget.tokens is None else -(-budget.tokens // self.tokens)]
         limit = min((n for n in limits if n is not None), default=None)
-        size = max(2, batch_tokens // self.tokens)
-        batches: list[Batch] = []
-        rows: list[tuple[torch.Tensor, Picture]] = []
-        count = 0
-        for picture in examples:
-            if count == limit:
-                break
-            if not isinstance(picture, Picture):
-                raise UserError("dataset: an image classifier needs images; choose e.g. dataset=digits or image_folder")
-            if not 0 <= picture.label < self.n_classes:
-                raise UserError(
-                    f"dataset: {picture.name} has class {picture.label}, but the model knows {self.n_classes} classes; "
-                    "choose data with the model's classes (of an image_folder, dataset.classes=FILE gives their order)"
-                )
-            rows.append((self.transform(picture.image.convert(self.mode)), picture))
-            count += 1
-            if len(rows) == size:
-                batches.append(self._stack(rows, count, split))
-                rows = []
-        if rows:
-            batches.append(self._stack(rows, count, split))
-        if not batches:
+        pictures = [self._checked(example) for example in islice(examples, limit)]
+        if not pictures:
             raise UserError(f"dataset: the {split} split has no images; check dataset.path")
-        if len(batches) > 1 and len(batches[-1].names) == 1:
-            batches[-2:] = [_join(*batches[-2:])]  # never one alone: resampling needs another example
-        return batches
+        size = max(2, batch_tokens // self.tokens)
+        starts = range(0, max(1, len(pictures) - 1), size)  # never one alone: resampling needs another example
+        room = ROOM // self.pixels(pictures[:1]).nbytes
+        return [self._batch(pictures, range(*ends), split, room) for ends in pairwise([*starts, len(pictures)])]
+
+    def pixels(self, pictures: Sequence[Picture]) -> Float[torch.Tensor, "batch channels height width"]:
+        return torch.stack(list(_threads().map(lambda p: self.transform(p.read().convert(self.mode)), pictures)))
 
     def other_input(self, source: str, length: int, seed: int) -> Batch:
         """Random pixels; `length` is of no use, since an image always has the same number of positions."""
@@ -76,22 +66,30 @@ class ImageEncoder:
         pixels = self.transform(fromarray(noise))[None]
         return Batch({self.key: pixels}, torch.tensor([NOT_SCORED]), None, ("other",), (0,))
 
-    def _stack(self, rows: list[tuple[torch.Tensor, Picture]], count: int, split: Split) -> Batch:
+    def _checked(self, example: Document | Picture) -> Picture:
+        if not isinstance(example, Picture):
+            raise UserError("dataset: an image classifier needs images; choose e.g. dataset=digits or image_folder")
+        if not 0 <= example.label < self.n_classes:
+            raise UserError(
+                f"dataset: {example.name} has class {example.label}, but the model knows {self.n_classes} classes; "
+                "choose data with the model's classes (of an image_folder, dataset.classes=FILE gives their order)"
+            )
+        return example
+
+    def _batch(self, pictures: list[Picture], places: range, split: Split, room: int) -> Batch:
+        """Args:
+        room: the pixels of so many pictures, the first ones, stay in memory.
+        """
+        some = pictures[places.start : places.stop]
+        inputs = {self.key: self.pixels(some)} if places.stop <= room else Later(self.key, self.pixels, some)
         keep = None
         if self.left_out and split == "calibration":
-            keep = (torch.arange(self.tokens) >= self.left_out).expand(len(rows), -1)
-        return Batch(
-            {self.key: torch.stack([pixels for pixels, _ in rows])},
-            torch.tensor([picture.label for _, picture in rows]),
-            keep,
-            tuple(picture.name for _, picture in rows),
-            tuple(range(count - len(rows), count)),
-        )
+            keep = (torch.arange(self.tokens) >= self.left_out).expand(len(some), -1)
+        labels = torch.tensor([picture.label for picture in some])
+        return Batch(inputs, labels, keep, tuple(picture.name for picture in some), tuple(places))
 
 
-def _join(a: Batch, b: Batch) -> Batch:
-    return Batch(
-        {key: torch.cat([a.inputs[key], b.inputs[key]]) for key in a.inputs},
-        torch.cat([a.labels, b.labels]), None if a.keep is None or b.keep is None else torch.cat([a.keep, b.keep]),
-        a.names + b.names, a.index + b.index,
-    )  # fmt: skip
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """As many as compute: decoding and resizing leave the others alone."""
+    return ThreadPoolExecutor(torch.get_num_threads())

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,7 +94,7 @@ def vision(name: str, images: int, dtype: str) -> Case:
                        f"model.dtype={dtype}", "dataset=digits")  # fmt: skip
         model = load(job.model)
     pixels = torch.randint(0, 256, (images, 224, 224, 3), dtype=torch.uint8).numpy()
-    pictures = [Picture(str(i), Image.fromarray(image), i % 1000) for i, image in enumerate(pixels)]
+    pictures = [Picture(str(i), partial(Image.fromarray, image), i % 1000) for i, image in enumerate(pixels)]
     return Case(job, model, model.encode(pictures, "calibration", Budget(None, None), 1600, 0))
 
 

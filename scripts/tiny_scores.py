@@ -85,7 +85,7 @@ def digits_examples(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
 
     transform: Any = create_transform(**resolve_data_config({}, model=model), is_training=False)
     pictures = list(Digits("digits").examples(split))
-    return torch.stack([transform(p.image) for p in pictures]), torch.tensor([p.label for p in pictures])
+    return torch.stack([transform(p.read()) for p in pictures]), torch.tensor([p.label for p in pictures])
 
 
 @torch.inference_mode()

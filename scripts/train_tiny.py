@@ -207,7 +207,7 @@ def train_vit(folder: Path) -> None:
 def pixel_statistics() -> tuple[float, float]:
     import numpy as np
 
-    pixels = np.stack([np.asarray(p.image) for p in Digits("digits").examples("train")]) / 255
+    pixels = np.stack([np.asarray(p.read()) for p in Digits("digits").examples("train")]) / 255
     return round(float(pixels.mean()), 4), round(float(pixels.std()), 4)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ConfigDict
@@ -29,7 +29,7 @@ class Digits:
         # In the order of the hash, so that the first n are a random sample.
         for i in sorted(range(len(names)), key=lambda i: unit_hash(names[i])):
             if split_of(names[i]) == split:
-                yield Picture(names[i], Image.fromarray(pixels[i]), int(labels[i]))  # uint8 [8, 8]: mode "L"
+                yield Picture(names[i], partial(Image.fromarray, pixels[i]), int(labels[i]))  # uint8 [8, 8]: mode "L"
 
     def fingerprint(self) -> str:
         pixels, labels = arrays()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, ClassVar
 
 from pydantic import ConfigDict, field_validator
@@ -69,7 +70,7 @@ class HubImages(Rows):
         rows = self.in_order(part, columns, wanted) if self.streaming else self.by_hash(part, columns)
         for name, row in rows:
             if wanted(row) and self.belongs(name, split):
-                yield Picture(name, _decoded(row[self.image_column], name), int(row[self.label_column]))
+                yield Picture(name, partial(_decoded, row[self.image_column], name), int(row[self.label_column]))
 
 
 def _numbers(ranges: str) -> frozenset[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -56,7 +56,7 @@ class ImageFolder:
         for file in sorted(files, key=lambda file: unit_hash(self._name(file))):
             name = self._name(file)
             if (unit_hash(f"split/{name}") < self.calibration_share) == (split == "calibration"):
-                yield Picture(name, _read(file, whole=True), known[self._class_of(file)])
+                yield Picture(name, partial(_read, file, whole=True), known[self._class_of(file)])
 
     def fingerprint(self) -> str:
         """Of the names, sizes and classes of the images."""

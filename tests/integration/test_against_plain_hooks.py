@@ -161,14 +161,14 @@ def test_an_image_classifier(method, repo, tmp_path):
     pictures = list(Digits("digits").examples("evaluation"))[:150]
     with torch.inference_mode():
         forward = lambda pixels: model(pixels)  # noqa: E731
-        pixels = [transform(p.image)[None] for p in Digits("digits").examples("calibration")]
+        pixels = [transform(p.read())[None] for p in Digits("digits").examples("calibration")]
         n_tokens = activations(modules[:1], forward, pixels[:1])[0].shape[0]
         values = [replacement(method, x) for x in activations(modules, forward, pixels[: -(-1700 // n_tokens)])]
         orders = job.selection.orders([modules[0].in_features] * len(modules), 3)
 
         def pairs_at(fraction):
             for p in pictures:
-                one = transform(p.image)[None]
+                one = transform(p.read())[None]
                 logits = logits_with(modules, masks(orders, fraction), values, forward, one)
                 yield forward(one).double().numpy(), logits, [p.label]
 

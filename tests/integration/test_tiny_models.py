@@ -100,9 +100,9 @@ def test_vit_transform_only_normalises():
     model = timm.create_model(f"local-dir:{ASSETS / 'tiny_vit'}")
     config = resolve_data_config({}, model=model)
     picture = next(Digits("digits").examples("evaluation"))
-    tensor = create_transform(**config, is_training=False)(picture.image)
+    tensor = create_transform(**config, is_training=False)(picture.read())
     (mean,), (std,) = config["mean"], config["std"]
-    np.testing.assert_allclose(tensor, (np.asarray(picture.image)[None] / 255 - mean) / std, atol=1e-5)
+    np.testing.assert_allclose(tensor, (np.asarray(picture.read())[None] / 255 - mean) / std, atol=1e-5)
 
 
 def test_assets_are_small_and_name_no_machine():

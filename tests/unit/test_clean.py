@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -49,7 +50,7 @@ def test_the_second_job_makes_no_clean_pass(tiny, site, family):
 @pytest.mark.parametrize("family", ["vit", "timm_vit"])
 def test_of_an_image_classifier_logits_are_kept(tiny, site, family):
     noise = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
-    pictures = [Picture(str(i), Image.fromarray(pixels), i % 3) for i, pixels in enumerate(noise)]
+    pictures = [Picture(str(i), partial(Image.fromarray, pixels), i % 3) for i, pixels in enumerate(noise)]
     model = tiny(family)
     clean, first, second = two_jobs(of(model, site, 0, model.encode(pictures, "evaluation", Budget(None, None), 1, 0)))
     assert len(clean.kept) == len(second) == len(first) / 2 > 1

@@ -130,8 +130,8 @@ def test_digits_are_the_pictures_of_scikit_learn():
     for split in SPLITS:
         for picture in DATASETS[2].examples(split):
             index = int(picture.name.removeprefix("digits/"))
-            assert (picture.image.mode, picture.image.size) == ("L", (8, 8))
-            np.testing.assert_allclose(np.asarray(picture.image) / 255 * 16, data["images"][index], atol=0.04)
+            assert (picture.read().mode, picture.read().size) == ("L", (8, 8))
+            np.testing.assert_allclose(np.asarray(picture.read()) / 255 * 16, data["images"][index], atol=0.04)
             assert picture.label == data["target"][index] and DATASETS[2].class_names()[picture.label]
             seen += 1
     assert seen == 1797

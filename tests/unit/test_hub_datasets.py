@@ -203,7 +203,7 @@ def test_images_keep_their_labels_and_pixels(dataset, name, n_classes):
     for name, picture in found.items():
         number = int(name.split("/")[1])
         assert picture.label == 7 * number % n_classes
-        assert picture.image.getpixel((3, 3)) == (10 * number, number, 200)
+        assert picture.read().getpixel((3, 3)) == (10 * number, number, 200)
 
 
 BIRDS = {*range(7, 25), *range(80, 101), *range(127, 147)}
@@ -469,10 +469,10 @@ def test_images_that_lie_in_files_of_their_own_are_kept_whole(dataset, tmp_path)
             file.parent.mkdir(parents=True, exist_ok=True)
             new("RGB", (8, 8), (number, 0, 0)).save(file)
     images = dataset("hub_images", "streaming=true", path=tmp_path / "folders")
-    first = [(p.name, p.label, p.image.getpixel((0, 0))) for p in images.examples("evaluation")]
+    first = [(p.name, p.label, p.read().getpixel((0, 0))) for p in images.examples("evaluation")]
     assert len(first) == 4
     shutil.rmtree(tmp_path / "folders" / "test")
-    assert [(p.name, p.label, p.image.getpixel((0, 0))) for p in images.examples("evaluation")] == first
+    assert [(p.name, p.label, p.read().getpixel((0, 0))) for p in images.examples("evaluation")] == first
 
 
 def test_named_files_of_the_hub_are_streamed(repo):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from functools import partial
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL.Image import Image, fromarray
+from test_evaluation import evaluated, of
 
-from ablation_sweeps.data import Document, Picture, UserError
+from ablation_sweeps import images
+from ablation_sweeps.activations import Histogram, collect
+from ablation_sweeps.data import Document, Picture, UserError, on_device
 from ablation_sweeps.images import ImageEncoder
 from ablation_sweeps.transformer import Budget
 
@@ -20,7 +27,7 @@ def image(seed: int, size: int = 16, mode: str = "RGB") -> Image:
 
 
 def pictures(n: int, **options) -> list[Picture]:
-    return [Picture(f"p{i}", image(i, **options), i % 5) for i in range(n)]
+    return [Picture(f"p{i}", partial(image, i, **options), i % 5) for i in range(n)]
 
 
 def encoded(model, given, budget=NO_LIMIT, batch_tokens=10):
@@ -32,7 +39,7 @@ def test_pixels_are_scaled_as_the_model_wants_them(tiny, family, key, std):
     given = pictures(4)
     batches = encoded(tiny(family), given)
     pixels = torch.cat([batch.inputs[key] for batch in batches])
-    expected = np.stack([np.asarray(p.image, dtype=np.float64).transpose(2, 0, 1) / 255 for p in given])
+    expected = np.stack([np.asarray(p.read(), dtype=np.float64).transpose(2, 0, 1) / 255 for p in given])
     np.testing.assert_allclose(pixels, (expected - 0.5) / std, atol=1e-5)
 
 
@@ -82,7 +89,7 @@ def test_a_budget_is_met(tiny, budget, n):
 def test_a_label_that_the_model_does_not_know_is_refused(tiny):
     for family in ("vit", "timm_vit"):
         with pytest.raises(UserError, match=r"odd has class 5, but the model knows 5 classes.*dataset\.classes"):
-            encoded(tiny(family), [*pictures(3), Picture("odd", image(0), 5)])
+            encoded(tiny(family), [*pictures(3), Picture("odd", partial(image, 0), 5)])
 
 
 def test_texts_and_nothing_at_all_are_refused(tiny):
@@ -128,3 +135,82 @@ def test_cls_can_be_left_out_of_the_statistics(fresh, site, family, n_tokens):
 def test_windows_have_no_cls(fresh):
     (batch, *_) = fresh("timm_swin", tokens="no_special").encode(pictures(2, size=32), "calibration", NO_LIMIT, 1000, 0)
     assert batch.keep is None
+
+
+def counting(n: int) -> tuple[list[Picture], list[str]]:
+    read: list[str] = []
+
+    def open_(i: int) -> Image:
+        read.append(f"p{i}")
+        return image(i)
+
+    return [Picture(f"p{i}", partial(open_, i), i % 5) for i in range(n)], read
+
+
+def test_pixels_that_do_not_fit_into_memory_are_made_when_they_are_needed(tiny, monkeypatch):
+    """A batch of two, and one more picture: the first batch stays, the others are read once in each pass."""
+    model = tiny("vit")
+    given, read = counting(7)
+    whole = encoded(model, given)
+    assert sorted(read) == ["p0", *[f"p{i}" for i in range(7)]]  # the first one also says how large pixels are
+    monkeypatch.setattr(images, "ROOM", 3 * 3 * 16 * 16 * 4)
+    read.clear()
+    some = encoded(model, given)
+    assert sorted(read) == ["p0", "p0", "p1"]
+    read.clear()
+    for a, b in zip(on_device(whole, model.device), on_device(some, model.device), strict=True):
+        assert torch.equal(a.inputs["pixel_values"], b.inputs["pixel_values"])
+        assert (a.names, a.index, a.labels.tolist()) == (b.names, b.index, b.labels.tolist())
+    assert sorted(read) == [f"p{i}" for i in range(2, 7)]
+
+
+def test_half_of_a_batch_reads_half_of_its_pictures(tiny, monkeypatch):
+    given, read = counting(4)
+    (whole,) = encoded(tiny("vit"), given, batch_tokens=100)
+    monkeypatch.setattr(images, "ROOM", 0)
+    (batch,) = encoded(tiny("vit"), given, batch_tokens=100)
+    read.clear()
+    for part, pixels in zip(batch.halves(), whole.inputs["pixel_values"].split(2), strict=True):
+        assert torch.equal(part.inputs["pixel_values"], pixels)
+    assert sorted(read) == ["p0", "p1", "p2", "p3"]
+
+
+def test_a_sweep_gives_the_same_whether_pixels_stay_in_memory_or_not(tiny, site, tmp_path, monkeypatch):
+    model, found = tiny("timm_vit"), []
+    for room in (images.ROOM, 0):
+        monkeypatch.setattr(images, "ROOM", room)
+        study = of(model, site, 0, encoded(model, pictures(9)))
+        statistics = collect(model, study["projections"], study["batches"], tmp_path / str(room), Histogram(10))
+        found.append((statistics, evaluated(study)))
+    (kept, kept_sums), (made, made_sums) = found
+    for a, b in zip(kept.counts[Histogram(10)], made.counts[Histogram(10)], strict=True):
+        assert torch.equal(a, b)
+    pd.testing.assert_frame_equal(kept_sums, made_sums, check_exact=True)
+
+
+def test_the_next_batch_is_made_while_one_is_computed_with(tiny, monkeypatch):
+    monkeypatch.setattr(images, "ROOM", 0)
+    fourth_read, (given, read) = threading.Event(), counting(8)
+    given[3] = Picture("p3", lambda: fourth_read.set() or image(3), 3)
+    batches = encoded(tiny("vit"), given)
+    seen = []
+    for batch in on_device(batches, torch.device("cpu")):
+        if not seen:
+            assert fourth_read.wait(10), "nobody works ahead"
+            assert not {"p4", "p6"} & set(read), "too far ahead"
+        seen += batch.names
+    assert seen == [f"p{i}" for i in range(8)]
+
+
+def test_a_picture_that_is_not_whole_stops_the_pass_at_its_batch(tiny, monkeypatch):
+    def broken() -> Image:
+        raise UserError("dataset.path: p3 is no whole image")
+
+    monkeypatch.setattr(images, "ROOM", 0)
+    given = pictures(6)
+    given[3] = Picture("p3", broken, 3)
+    done = []
+    with pytest.raises(UserError, match="p3 is no whole image"):
+        for batch in on_device(encoded(tiny("vit"), given), torch.device("cpu")):
+            done += batch.names
+    assert done == ["p0", "p1"]

@@ -173,7 +173,7 @@ def test_pictures_are_refused(tiny):
     from PIL.Image import new
 
     with pytest.raises(UserError, match="needs text"):
-        tiny("llama").encode([Picture("a", new("L", (2, 2)), 0)], "evaluation", NO_LIMIT, 100, 0)
+        tiny("llama").encode([Picture("a", lambda: new("L", (2, 2)), 0)], "evaluation", NO_LIMIT, 100, 0)
 
 
 # Masked models
