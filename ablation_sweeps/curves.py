@@ -101,12 +101,12 @@ def areas(curves: DataFrame) -> DataFrame:
 
 def interval(values: list[float]) -> tuple[float, float]:
     """95 % t-interval of a mean; NaN where there are fewer than two values."""
-    from scipy import stats
+    from scipy.special import stdtrit  # as scipy.stats does, which takes a second to import
 
     if len(values) < 2:
         return math.nan, math.nan
     mean, n = statistics.fmean(values), len(values)
-    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
     return mean - half, mean + half
 
 
