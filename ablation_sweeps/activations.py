@@ -13,10 +13,10 @@ from jaxtyping import Float, Int, Num
 from tqdm import tqdm
 
 from ablation_sweeps import store
-from ablation_sweeps.data import TOO_LARGE, Batch, UserError, on_device
+from ablation_sweeps.data import TOO_LARGE, Batch, UserError, made_ahead
 from ablation_sweeps.growing import FINE, GrowingCounts
 from ablation_sweeps.lazy import torch
-from ablation_sweeps.sites import Projection, as_rows, hooked, rows_in_cache
+from ablation_sweeps.sites import Projection, as_rows, hooked, rows_at_a_time
 from ablation_sweeps.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -151,13 +151,13 @@ class CalibrationData:
 
     def run(self, see: Callable[[int, Float[torch.Tensor, "tokens neurons"]], None], title: str) -> None:
         """One pass; `see` is given each layer's activations at all positions that count, some of them at a time."""
-        batches = on_device(self.batches, self.model.device)
+        batches = made_ahead(self.batches)
         for batch in tqdm(batches, desc=title, total=len(self.batches), delay=2, leave=False, disable=None):
             keep = batch.keep
-            counted = None if keep is None or keep.all() else keep.flatten().nonzero()[:, 0]
+            counted = None if keep is None or keep.all() else keep.flatten().nonzero()[:, 0].to(self.model.device)
             at = functools.partial(self._see_layer, see, batch, counted)
             with torch.inference_mode(), hooked(self.projections, at):
-                self.model.body(batch)
+                self.model.body(batch.to(self.model.device))
 
     def _see_layer(
         self,
@@ -179,12 +179,12 @@ class CalibrationData:
         rows = rows.flatten(0, 1)
         if counted is not None:
             rows = rows[counted.to(x.device)]
-        for some in rows.split(_rows_at_a_time(rows)):
+        for some in rows.split(_part_size(rows)):
             see(layer, some)
 
 
-def _rows_at_a_time(x: Float[torch.Tensor, "tokens neurons"]) -> int:
-    return max(256, rows_in_cache(x.shape[1], x.device))
+def _part_size(rows: Float[torch.Tensor, "tokens neurons"]) -> int:
+    return max(256, rows_at_a_time(rows.shape[1], rows.device))
 
 
 def _in_two_passes(data: CalibrationData, cache: Path, histograms: Sequence[Histogram]) -> Statistics:

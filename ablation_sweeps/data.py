@@ -67,8 +67,8 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Later(Mapping[str, "Tensor"]):
-    """The one input of a batch, made whenever it is asked for: kept for all batches, it would fill the memory."""
+class LazyPixels(Mapping[str, "Tensor"]):
+    """The inputs of a batch of pictures, made whenever they are asked for: those of all would fill the memory."""
 
     key: str
     make: Callable[[Sequence[Picture]], Tensor]
@@ -84,6 +84,9 @@ class Later(Mapping[str, "Tensor"]):
 
     def __len__(self) -> int:
         return 1
+
+    def __contains__(self, key: object) -> bool:
+        return key == self.key
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class Batch:
         whole = self.inputs
         return Batch(
             inputs=replace(whole, examples=whole.examples[rows])
-            if isinstance(whole, Later)
+            if isinstance(whole, LazyPixels)
             else {key: value[rows] for key, value in whole.items()},
             labels=self.labels[rows],
             keep=None if self.keep is None else self.keep[rows],
@@ -142,14 +145,20 @@ class Batch:
         )
 
 
-def on_device(batches: Sequence[Batch], device: torch.device) -> Iterator[Batch]:
-    """One after the other. While one is computed with, a thread makes the next one and moves it there."""
-    with ThreadPoolExecutor(1) as loader:
-        moves = (loader.submit(batch.to, device) for batch in batches)
-        following = next(moves, None)
+def made_ahead(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """With inputs that are there: while one batch is computed with, a thread makes those of the next.
+
+    In main memory, and not on the model's device, whose memory is for the computing.
+    """
+    loader = ThreadPoolExecutor(1)
+    made = (loader.submit(lambda batch=batch: replace(batch, inputs=dict(batch.inputs))) for batch in batches)
+    try:
+        following = next(made, None)
         while following is not None:
-            here, following = following, next(moves, None)
+            here, following = following, next(made, None)
             yield here.result()
+    finally:
+        loader.shutdown(cancel_futures=True)
 
 
 def unit_hash(name: str) -> float:

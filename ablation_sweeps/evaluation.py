@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from ablation_sweeps.ablation import Replacement, ablated, reading
 from ablation_sweeps.clean import CleanPasses
-from ablation_sweeps.data import NOT_SCORED, TOO_LARGE, Batch, UserError, on_device
+from ablation_sweeps.data import NOT_SCORED, TOO_LARGE, Batch, UserError, made_ahead
 from ablation_sweeps.lazy import pd, torch
 from ablation_sweeps.metrics import SUMS, curve, ratio
-from ablation_sweeps.sites import Projection, rows_in_cache
+from ablation_sweeps.sites import Projection, rows_at_a_time
 from ablation_sweeps.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -95,11 +95,11 @@ def evaluate(
     passes = Passes(model, projections, masks, replacement, common.to(device), top_k, note)
     parts = list(done)
     bar = tqdm(batches, desc=f"{model.label}, {len(masks) + 1} passes a batch", delay=2, leave=False, disable=None)
-    to_do = on_device(batches[len(done) :], device)
+    to_do = made_ahead(batches[len(done) :])
     for number, batch in enumerate(bar):
         if number >= len(done):
             with torch.inference_mode():
-                sums = passes.sums(next(to_do), functools.partial(clean.logits, number))
+                sums = passes.sums(next(to_do).to(device), functools.partial(clean.logits, number))
             _check_finite(sums, model)
             parts.append(_frame(sums, batch))
             save(number, parts[-1])
@@ -237,7 +237,7 @@ def _targets(batch: Batch) -> Targets:
 
 
 def _chunks(rows: Int[torch.Tensor, " scored"], n_classes: int) -> Iterator[slice]:
-    size = rows_in_cache(n_classes, rows.device)
+    size = rows_at_a_time(n_classes, rows.device)
     return (slice(start, start + size) for start in range(0, len(rows), size))
 
 

@@ -11,7 +11,7 @@ from itertools import islice, pairwise
 import numpy as np
 from jaxtyping import Float
 
-from ablation_sweeps.data import NOT_SCORED, Batch, Document, Later, Picture, Split, UserError
+from ablation_sweeps.data import NOT_SCORED, Batch, Document, LazyPixels, Picture, Split, UserError
 from ablation_sweeps.lazy import torch
 from ablation_sweeps.transformer import Budget
 
@@ -49,8 +49,8 @@ class ImageEncoder:
             raise UserError(f"dataset: the {split} split has no images; check dataset.path")
         size = max(2, batch_tokens // self.tokens)
         starts = range(0, max(1, len(pictures) - 1), size)  # never one alone: resampling needs another example
-        room = ROOM // self.pixels(pictures[:1]).nbytes
-        return [self._batch(pictures, range(*ends), split, room) for ends in pairwise([*starts, len(pictures)])]
+        n_kept = ROOM // self.pixels(pictures[:1]).nbytes
+        return [self._batch(pictures, range(*ends), split, n_kept) for ends in pairwise([*starts, len(pictures)])]
 
     def pixels(self, pictures: Sequence[Picture]) -> Float[torch.Tensor, "batch channels height width"]:
         return torch.stack(list(_threads().map(lambda p: self.transform(p.read().convert(self.mode)), pictures)))
@@ -76,12 +76,12 @@ class ImageEncoder:
             )
         return example
 
-    def _batch(self, pictures: list[Picture], places: range, split: Split, room: int) -> Batch:
+    def _batch(self, pictures: list[Picture], places: range, split: Split, n_kept: int) -> Batch:
         """Args:
-        room: the pixels of so many pictures, the first ones, stay in memory.
+        n_kept: of so many pictures, the first ones, the pixels stay in memory.
         """
         some = pictures[places.start : places.stop]
-        inputs = {self.key: self.pixels(some)} if places.stop <= room else Later(self.key, self.pixels, some)
+        inputs = {self.key: self.pixels(some)} if places.stop <= n_kept else LazyPixels(self.key, self.pixels, some)
         keep = None
         if self.left_out and split == "calibration":
             keep = (torch.arange(self.tokens) >= self.left_out).expand(len(some), -1)
@@ -91,5 +91,5 @@ class ImageEncoder:
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    """As many as compute: decoding and resizing leave the others alone."""
-    return ThreadPoolExecutor(torch.get_num_threads())
+    """They decode and resize without Python's lock. No more of them, since torch gives each as many of its own."""
+    return ThreadPoolExecutor(min(8, torch.get_num_threads()))

@@ -317,8 +317,9 @@ def _clean_passes(model: Any, *batches: Any) -> CleanPasses:
 @functools.lru_cache(maxsize=64)
 def _check_examples(dataset: Any) -> None:
     """There is something to calibrate on and something to evaluate, as far as that is seen without a tokenizer."""
+    counts = lambda example: example.read() if dataset.modality == "image" else len(example.text) > 1  # noqa: E731
     for split in ("calibration", "evaluation"):
-        if not any(dataset.modality == "image" or len(example.text) > 1 for example in dataset.examples(split)):
+        if not any(map(counts, dataset.examples(split))):
             raise UserError(
                 f"dataset={dataset.label}: nothing to score in its {split} split: no example, or all documents are "
                 "shorter than two tokens; give longer or more documents"

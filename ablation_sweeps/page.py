@@ -21,6 +21,8 @@ from ablation_sweeps.metrics import MAIN
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    Documents = Mapping[tuple[str, int], DataFrame]
+
 TEMPLATE = Path(__file__).with_suffix(".html")
 SYMBOLS = dict(zip("os^DvPX*", ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star"),
                    strict=True))  # fmt: skip
@@ -90,7 +92,6 @@ def measured(
 
 
 UNKNOWN = Estimate(math.nan, math.nan, math.nan, math.nan)
-Documents = Mapping[tuple[str, int], "DataFrame"]
 
 
 def _curves(documents: Documents, metric: str) -> dict[str, Curve]:

@@ -90,7 +90,7 @@ class Rows:
         """Names and rows, with these columns, as the dataset orders them."""
 
         def stream(start: int) -> Iterator[tuple[int, Row]]:
-            dataset = undecoded(self.load(part)).select_columns(list(columns))
+            dataset = undecoded(self.load(part)).select_columns(list(dict.fromkeys(columns)))
             rows = dataset.skip(start) if start else dataset
             for number, row in enumerate(rows, start):
                 if wanted(row):
@@ -101,13 +101,14 @@ class Rows:
             for number, row in rows:
                 yield f"{part}/{number}", row
 
-    def by_hash(self, part: str, columns: tuple[str, ...]) -> Iterator[tuple[str, Row]]:
-        """The same in the order of a hash of the name: the first n are a random sample. Not for streams."""
-        dataset = undecoded(self.load(part)).select_columns(list(columns))
-        order = sorted(range(len(dataset)), key=lambda number: unit_hash(f"{part}/{number}"))
+    def by_hash(self, part: str, column: str, later: str) -> Iterator[tuple[str, Any, Callable[[], Any]]]:
+        """Names, the values of a column, and what reads those of another one from the disk, in the order of a hash of
+        the name: the first n are a random sample. Not for streams."""
         with explained(self):
-            for number in order:
-                yield f"{part}/{number}", dataset[number]
+            dataset = undecoded(self.load(part))
+            now, then = (dataset.select_columns([name]) for name in (column, later))
+            for number in sorted(range(len(dataset)), key=lambda number: unit_hash(f"{part}/{number}")):
+                yield f"{part}/{number}", now[number][column], lambda number=number: then[number][later]
 
     def class_names(self, column: str) -> list[str]:
         """In the order of the labels."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ConfigDict, field_validator
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.data import Modality, Pairs, Picture, Split, UserError
-from ablation_sweeps.rows import Row, Rows
+from ablation_sweeps.rows import Rows
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -61,30 +64,36 @@ class HubImages(Rows):
 
     def examples(self, split: Split) -> Iterator[Picture]:
         """Of a stream in its own order; else in the order of a hash of their names. A budget takes the first ones."""
-        labels, part = self.labels(), self.part(split)
-        columns = (self.image_column, self.label_column)
+        taken, part = self.labels(), self.part(split)
+        rows = self._stream(part, taken) if self.streaming else self.by_hash(part, self.label_column, self.image_column)
+        for name, label, image in rows:
+            if (taken is None or label in taken) and self.belongs(name, split):
+                yield Picture(name, partial(self._decoded, image, name), int(label))
 
-        def wanted(row: Row) -> bool:
-            return labels is None or row[self.label_column] in labels
+    def _stream(self, part: str, taken: frozenset[int] | None) -> Iterator[tuple[str, Any, Callable[[], Any]]]:
+        """As `by_hash` gives them; of a stream, the files of the images stay in memory."""
+        wanted = lambda row: taken is None or row[self.label_column] in taken  # noqa: E731
+        for name, row in self.in_order(part, (self.image_column, self.label_column), wanted):
+            yield name, row[self.label_column], partial(row.__getitem__, self.image_column)
 
-        rows = self.in_order(part, columns, wanted) if self.streaming else self.by_hash(part, columns)
-        for name, row in rows:
-            if wanted(row) and self.belongs(name, split):
-                yield Picture(name, partial(_decoded, row[self.image_column], name), int(row[self.label_column]))
+    def _decoded(self, image: Callable[[], Any], name: str) -> Image:
+        import PIL.Image
+
+        value = image()
+        if not isinstance(value, dict):
+            raise UserError(
+                f"dataset.image_column={self.image_column}: holds {type(value).__name__}s, no images; choose a column "
+                "of images"
+            )
+        try:
+            picture = PIL.Image.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"])
+            picture.load()
+        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises of damaged files
+            raise UserError(f"dataset: the image {name} is not whole ({error}); mend or remove it") from error
+        return picture
 
 
 def _numbers(ranges: str) -> frozenset[int]:
     """Of "0-2,7": 0, 1, 2, 7."""
     ends = [[int(end) for end in part.split("-")] for part in ranges.split(",")]
     return frozenset(number for first, *last in ends for number in range(first, (last or [first])[0] + 1))
-
-
-def _decoded(image: dict[str, Any], name: str) -> Any:
-    import PIL.Image
-
-    try:
-        picture = PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
-        picture.load()
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises of damaged files
-        raise UserError(f"dataset: the image {name} is not whole ({error}); mend or remove it") from error
-    return picture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import gc
 import hashlib
+import json
 import os
 import sys
 import sysconfig
@@ -20,7 +21,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from ablation_sweeps.data import Document, Modality, Split, UserError, unit_hash
-from ablation_sweeps.store import fingerprint_of_file, read_json, signature, write_json
+from ablation_sweeps.store import fingerprint_of_file, signature, write_json
 
 MIN_CHARACTERS = 200  # shorter docstrings say too little to be scored
 SHARED_PARAGRAPH = 60  # characters from which a paragraph found in two documents is a copy, not a common phrase
@@ -70,14 +71,23 @@ def docs() -> tuple[Document, ...]:
     topics = [Document(f"topic/{key}", text.strip()) for key, text in help_topics().items()]
     made_of = [sys.version, fingerprint_of_file(Path(__file__)), content_hash(topics), content_hash(code())]
     file = Path(HF_HOME) / "ablation_sweeps" / f"python_docs-{signature(made_of)[:16]}.json"
-    kept = read_json(file) or {}
-    documents = [Document(name, text) for name, text in kept.get("documents", ())]
-    if content_hash(documents) != kept.get("sha256"):
+    documents = _kept(file)
+    if documents is None:
         documents = parsed(topics, code())
         with suppress(OSError, UserError):  # read-only, or full
             pairs = [(document.name, document.text) for document in documents]
             write_json(file, {"sha256": content_hash(documents), "documents": pairs})
     return tuple(documents)
+
+
+def _kept(file: Path) -> list[Document] | None:
+    """None where it is absent, or not what was written."""
+    try:
+        kept = json.loads(file.read_text())
+        documents = [Document(*pair) for pair in kept["documents"]]
+        return documents if content_hash(documents) == kept["sha256"] else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def parsed(topics: Iterable[Document], modules: Iterable[Document]) -> list[Document]:

@@ -77,7 +77,7 @@ def test_moments_and_counts_are_those_of_all_activations_at_once(
     tiny, site, tmp_path, monkeypatch, family, name, at_a_time
 ):
     if at_a_time:
-        monkeypatch.setattr(activations, "_rows_at_a_time", lambda x: at_a_time)
+        monkeypatch.setattr(activations, "_part_size", lambda x: at_a_time)
     model = tiny(family)
     projections, batches = sites.find(model, site(name), None), batches_of(model)
     assert len(batches) > 1 and not all(batch.keep.all() for batch in batches)  # there is padding

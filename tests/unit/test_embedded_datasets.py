@@ -105,6 +105,19 @@ def test_the_docs_are_parsed_once_and_kept(tmp_path, monkeypatch):
     assert len(once()) == len(first) + 1 and len(times) == 3
 
 
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", "null", '{"documents": null}', '{"documents": [["a"]], "sha256": ""}']
+)
+def test_a_file_that_holds_no_docs_is_written_again(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    monkeypatch.setattr(python_docs, "parsed", lambda *_: list(python_docs.docs()))
+    first = python_docs.docs.__wrapped__()
+    (file,) = (tmp_path / "ablation_sweeps").iterdir()
+    good = file.read_text()
+    file.write_text(content)
+    assert python_docs.docs.__wrapped__() == first and file.read_text() == good
+
+
 def test_docs_that_cannot_be_kept_are_there_all_the_same(tmp_path, monkeypatch):
     (tmp_path / "a_file").touch()
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "a_file"))

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import PIL.Image
 import pytest
 from hydra import compose, initialize_config_dir
 
@@ -458,6 +459,22 @@ def test_a_column_that_holds_no_text_is_refused(dataset, tmp_path):
     write_parquet(tmp_path / "chat" / "data" / "train-0.parquet", {"text": [["hello", "you"]] * 3})
     with pytest.raises(UserError, match=r"dataset\.column=text: holds lists, no text"):
         texts(dataset("hub_text", "evaluation_split=train", path=tmp_path / "chat"), "evaluation")
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_a_column_that_holds_no_images_is_refused_before_a_model_is_loaded(dataset, streaming):
+    from ablation_sweeps.job import _check_examples
+
+    images = dataset("cifar10", f"streaming={streaming}", "image_column=label")
+    with pytest.raises(UserError, match=r"dataset\.image_column=label: holds ints, no images"):
+        _check_examples(images)
+
+
+def test_images_that_need_not_be_streamed_are_read_from_the_disk_when_they_are_needed(dataset, monkeypatch):
+    found = list(dataset("cifar10").examples("evaluation"))
+    real, opened = PIL.Image.open, []
+    monkeypatch.setattr(PIL.Image, "open", lambda file: opened.append(file) or real(file))
+    assert found[3].read().size == found[3].read().size and len(opened) == 2
 
 
 def test_images_that_lie_in_files_of_their_own_are_kept_whole(dataset, tmp_path):

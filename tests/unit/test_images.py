@@ -14,7 +14,7 @@ from test_evaluation import evaluated, of
 
 from ablation_sweeps import images
 from ablation_sweeps.activations import Histogram, collect
-from ablation_sweeps.data import Document, Picture, UserError, on_device
+from ablation_sweeps.data import Document, Picture, UserError, made_ahead
 from ablation_sweeps.images import ImageEncoder
 from ablation_sweeps.transformer import Budget
 
@@ -158,7 +158,7 @@ def test_pixels_that_do_not_fit_into_memory_are_made_when_they_are_needed(tiny, 
     some = encoded(model, given)
     assert sorted(read) == ["p0", "p0", "p1"]
     read.clear()
-    for a, b in zip(on_device(whole, model.device), on_device(some, model.device), strict=True):
+    for a, b in zip(made_ahead(whole), made_ahead(some), strict=True):
         assert torch.equal(a.inputs["pixel_values"], b.inputs["pixel_values"])
         assert (a.names, a.index, a.labels.tolist()) == (b.names, b.index, b.labels.tolist())
     assert sorted(read) == [f"p{i}" for i in range(2, 7)]
@@ -194,12 +194,24 @@ def test_the_next_batch_is_made_while_one_is_computed_with(tiny, monkeypatch):
     given[3] = Picture("p3", lambda: fourth_read.set() or image(3), 3)
     batches = encoded(tiny("vit"), given)
     seen = []
-    for batch in on_device(batches, torch.device("cpu")):
+    for batch in made_ahead(batches):
         if not seen:
             assert fourth_read.wait(10), "nobody works ahead"
             assert not {"p4", "p6"} & set(read), "too far ahead"
         seen += batch.names
     assert seen == [f"p{i}" for i in range(8)]
+
+
+def test_who_stops_early_waits_for_no_batch_that_nobody_needs(tiny, monkeypatch):
+    monkeypatch.setattr(images, "ROOM", 0)
+    given, read = counting(8)
+    batches, slow = encoded(tiny("vit"), given), threading.Event()
+    given[2] = Picture("p2", lambda: slow.wait(0.5) or image(2), 2)
+    ahead = made_ahead(encoded(tiny("vit"), given))
+    read.clear()
+    assert next(ahead).names == batches[0].names
+    ahead.close()
+    assert not {"p4", "p5", "p6", "p7"} & set(read)
 
 
 def test_a_picture_that_is_not_whole_stops_the_pass_at_its_batch(tiny, monkeypatch):
@@ -211,6 +223,6 @@ def test_a_picture_that_is_not_whole_stops_the_pass_at_its_batch(tiny, monkeypat
     given[3] = Picture("p3", broken, 3)
     done = []
     with pytest.raises(UserError, match="p3 is no whole image"):
-        for batch in on_device(encoded(tiny("vit"), given), torch.device("cpu")):
+        for batch in made_ahead(encoded(tiny("vit"), given)):
             done += batch.names
     assert done == ["p0", "p1"]
