@@ -98,8 +98,10 @@ class Batch:
         labels: `[batch, pos]` token ids, or `[batch]` classes; NOT_SCORED where nothing is scored.
             Already shifted: the logits at a position are scored against the label at that position.
         keep: `[batch, pos]`, True where a position enters the statistics (no padding). None: all of them.
-        names: one document or picture a row.
+        names: one document or picture a row, or one piece of a document.
         index: the place of each row in the order of the dataset, whatever the batching.
+        documents: the place of the document that each row is a piece of: rows of one are not independent. None: each
+            row is a document.
     """
 
     inputs: Mapping[str, Tensor]
@@ -107,6 +109,7 @@ class Batch:
     keep: Tensor | None
     names: tuple[str, ...]
     index: tuple[int, ...]
+    documents: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> Batch:
         return replace(
@@ -142,6 +145,7 @@ class Batch:
             keep=None if self.keep is None else self.keep[rows],
             names=self.names[rows],
             index=self.index[rows],
+            documents=self.documents and self.documents[rows],
         )
 
 

@@ -107,7 +107,8 @@ def evaluate(
             passes.masks = _imprecise(passes.masks, parts[: number + 1], target_stderr)
             if not passes.masks:
                 break
-    documents = pd.concat(parts, ignore_index=True).sort_values(["fraction", "document"], ignore_index=True)
+    pieces = pd.concat(parts, ignore_index=True).groupby(["fraction", "document"], as_index=False)
+    documents = pieces.agg({"name": "first", **dict.fromkeys(SUMS, "sum")})
     if target_stderr is not None:
         scored = sum(int((batch.labels != NOT_SCORED).sum()) for batch in batches)
         share = documents.loc[documents["fraction"] > 0, "n"].sum() / scored / len(masks)
@@ -311,7 +312,7 @@ def _rank(
 
 def _frame(sums: Sums, batch: Batch) -> pd.DataFrame:
     frames = [
-        pd.DataFrame({"fraction": fraction, "document": batch.index, "name": batch.names}).join(
+        pd.DataFrame({"fraction": fraction, "document": batch.documents or batch.index, "name": batch.names}).join(
             pd.DataFrame(values, columns=list(SUMS))
         )
         for fraction, values in sums.items()

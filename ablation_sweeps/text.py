@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import string
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -26,9 +27,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sequence:
-    """One document as it enters the model: cut to the context, labelled, not yet padded."""
+    """One document, or a piece of one, as it enters the model: cut to the context, labelled, not yet padded.
+
+    Attributes:
+        document: the place of its document.
+    """
 
     name: str
+    document: int
     ids: np.ndarray  # [pos]
     labels: np.ndarray  # [pos]
 
@@ -71,7 +77,7 @@ class TextEncoder:
         if self.masking and self.tokenizer.mask_token_id is None:
             raise UserError("model: this tokenizer has no mask token; use a causal_lm model, or another tokenizer")
         pieces = (self._concatenated if self.pack == "concatenate" else self._documents)(_texts(examples), budget)
-        sequences = [self._label(name, np.array(ids), split, seed) for name, ids in pieces]
+        sequences = [self._label(name, document, np.array(ids), split, seed) for name, document, ids in pieces]
         if not sequences:
             raise UserError(
                 f"dataset: nothing to score in the {split} split: it has no text, or all documents are shorter "
@@ -79,7 +85,7 @@ class TextEncoder:
             )
         return self._batches(sequences, budget.window, batch_tokens, self.tokens if split == "calibration" else "all")
 
-    def _documents(self, documents: Iterable[Document], budget: Budget) -> Iterator[tuple[str, list[int]]]:
+    def _documents(self, documents: Iterable[Document], budget: Budget) -> Iterator[tuple[str, int, list[int]]]:
         used = count = 0
         for document in documents:
             room = self._room(budget, used)
@@ -87,27 +93,30 @@ class TextEncoder:
                 return
             ids = self.ids(document.text, room)
             if len(ids) >= 2:
-                yield document.name, ids
+                yield document.name, count, ids
                 used, count = used + len(ids), count + 1
 
-    def _concatenated(self, documents: Iterable[Document], budget: Budget) -> Iterator[tuple[str, list[int]]]:
-        """Each piece is called after the document that it begins in, and its place in the order."""
+    def _concatenated(self, documents: Iterable[Document], budget: Budget) -> Iterator[tuple[str, int, list[int]]]:
+        """A piece belongs to the document that most of it is from, and is called after it; further ones of the same
+        document have their place in the order behind its name."""
         end = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
-        used = count = 0
+        names: list[str] = []
         ids: list[int] = []
-        name = ""
+        places: list[int] = []  # of the document that each token is from
+        used, pieces = 0, Counter[int]()
         for document in islice(documents, budget.examples):
-            name = name if ids else document.name
+            names.append(document.name)
             ids += self.ids(document.text)
             if end is not None and ids and ids[-1] != end:
                 ids.append(int(end))  # type: ignore[arg-type]
+            places += [len(names) - 1] * (len(ids) - len(places))
             while len(ids) >= (room := self._room(budget, used)) >= 2:
-                yield f"{name}/{count}", ids[:room]
-                ids, used, count, name = ids[room:], used + room, count + 1, document.name
+                yield _piece(names, places[:room], ids[:room], pieces)
+                ids, places, used = ids[room:], places[room:], used + room
             if room < 2:
                 return
         if len(ids) >= 2:
-            yield f"{name}/{count}", ids
+            yield _piece(names, places, ids, pieces)
 
     def _room(self, budget: Budget, used: int) -> int:
         return self.max_tokens if budget.tokens is None else min(self.max_tokens, budget.tokens - used)
@@ -146,14 +155,14 @@ class TextEncoder:
         others = (t.bos_token_id, t.eos_token_id, t.cls_token_id, t.sep_token_id, t.pad_token_id, t.mask_token_id)
         return {token for token in t.all_special_ids if token != t.unk_token_id or token in others}
 
-    def _label(self, name: str, ids: np.ndarray, split: Split, seed: int) -> Sequence:
+    def _label(self, name: str, document: int, ids: np.ndarray, split: Split, seed: int) -> Sequence:
         if self.masking is None:
-            return Sequence(name, ids, np.append(ids[1:], NOT_SCORED))
+            return Sequence(name, document, ids, np.append(ids[1:], NOT_SCORED))
         if split != "evaluation":  # statistics come from unmasked text
-            return Sequence(name, ids, np.full_like(ids, NOT_SCORED))
-        return self._masked(name, ids, seed)
+            return Sequence(name, document, ids, np.full_like(ids, NOT_SCORED))
+        return Sequence(name, document, *self._masked(name, ids, seed))
 
-    def _masked(self, name: str, ids: np.ndarray, seed: int) -> Sequence:
+    def _masked(self, name: str, ids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """The same tokens for every method, fraction and batch size: they depend on the seed and the name alone."""
         assert self.masking is not None
         rng = np.random.default_rng([seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")])
@@ -168,7 +177,7 @@ class TextEncoder:
         shown[chosen[masked]] = self.tokenizer.mask_token_id
         random = ~masked & (fate < self.masking.mask_share + self.masking.random_share)
         shown[chosen[random]] = rng.choice(self.ordinary_ids(), int(random.sum()))
-        return Sequence(name, shown, labels)
+        return shown, labels
 
     def _batches(self, sequences: list[Sequence], window: int | None, batch_tokens: int, tokens: Tokens) -> list[Batch]:
         batches: list[Batch] = []
@@ -195,7 +204,18 @@ class TextEncoder:
         inputs = {"input_ids": ids, "attention_mask": keep.long()}
         if tokens == "no_special":
             keep = keep & ~torch.isin(ids, torch.tensor(sorted(self._special_ids())))
-        return Batch(inputs, labels, keep, tuple(s.name for s in sequences), index)
+        documents = tuple(s.document for s in sequences)
+        return Batch(inputs, labels, keep, tuple(s.name for s in sequences), index, documents)
+
+
+def _piece(names: list[str], places: list[int], ids: list[int], pieces: Counter[int]) -> tuple[str, int, list[int]]:
+    """Args:
+    pieces: how many there were of each document; this one is added.
+    """
+    ((document, _),) = Counter(places).most_common(1)
+    pieces[document] += 1
+    name = names[document] if pieces[document] == 1 else f"{names[document]}/{pieces.total()}"
+    return name, document, ids
 
 
 def _windows(items: list[T], size: int | None) -> Iterator[list[T]]:

@@ -292,6 +292,18 @@ def test_concatenated_documents_are_the_same_tokens_in_pieces_of_the_context(fre
     assert pieces[0][0].startswith("doc0") and pieces[-1][0].startswith("doc3")
 
 
+def test_a_piece_belongs_to_the_document_that_most_of_it_is_from(fresh):
+    """52, 2, 7 and 35 tokens, 20 in a piece: the third has 12 of doc0, the fourth the last one of doc2."""
+    batches = encoded(fresh("llama", max_tokens=20, pack="concatenate"), ["x" * 50, "", "hello", "y" * 33])
+    found = {i: of for b in batches for i, *of in zip(b.index, b.names, b.documents, strict=True)}
+    assert [found[i] for i in range(5)] == [["doc0", 0], ["doc0/2", 0], ["doc0/3", 0], ["doc3", 3], ["doc3/5", 3]]
+
+
+def test_a_document_is_a_piece_of_itself(fresh):
+    for batch in encoded(fresh("llama"), ["hello", "", "a", "world"]):
+        assert batch.documents == batch.index
+
+
 def test_a_piece_is_scored_like_a_document(fresh):
     for _, ids, labels in packed(fresh("llama", max_tokens=20, pack="concatenate"), ["x" * 50, "hello"]):
         assert labels == [*ids[1:], NOT_SCORED]
