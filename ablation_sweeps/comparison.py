@@ -45,10 +45,24 @@ class Curve:
         self, seeds: Float[np.ndarray, "draws seeds"], documents: Float[np.ndarray, "draws documents"]
     ) -> Values:
         """The curve, with each seed and each document taken so many times."""
-        total, count = (
-            np.einsum("sfr,rs->rf", sums @ documents.T, seeds, optimize=True) for sums in (self.totals, self.counts)
-        )
-        return over(total, count)
+        return _mean(self.totals, self.counts, seeds, documents)
+
+    def clean(self, seeds: Float[np.ndarray, "draws seeds"], documents: Float[np.ndarray, "draws documents"]) -> Values:
+        """The clean values likewise, of each point on its own documents."""
+        here = self.counts > 0
+        if (here == here[:, :1]).all():  # all points have the same: the usual case
+            return np.repeat(_mean(self.totals[:, :1], self.counts[:, :1], seeds, documents), here.shape[1], 1)
+        return _mean(self.totals[:, :1] * here, self.counts[:, :1] * here, seeds, documents)
+
+
+def _mean(
+    totals: Sums,
+    counts: Sums,
+    seeds: Float[np.ndarray, "draws seeds"],
+    documents: Float[np.ndarray, "draws documents"],
+) -> Values:
+    total, count = (np.einsum("sfr,rs->rf", sums @ documents.T, seeds, optimize=True) for sums in (totals, counts))
+    return over(total, count)
 
 
 @dataclass(frozen=True)
@@ -85,10 +99,10 @@ def differences(a: Curve, b: Curve, metric: str, seed: int = 0) -> tuple[list[Es
 
 
 def _points_and_area(curve: Curve, metric: str, seeds: Weights, documents: Weights) -> Values:
-    values = curve.values(seeds, documents)
+    values, clean = curve.values(seeds, documents), curve.clean(seeds, documents)
     if metric == "perplexity":
-        values = np.exp(np.minimum(values, 700))
-    return np.concatenate([values, area(curve.fractions, values, metric)[:, None]], 1)
+        values, clean = np.exp(np.minimum(values, 700)), np.exp(np.minimum(clean, 700))
+    return np.concatenate([values, area(curve.fractions, values, clean, metric)[:, None]], 1)
 
 
 def _estimates(statistic: Callable[..., Values], like: Curve, seed: int) -> tuple[list[Estimate], Estimate]:

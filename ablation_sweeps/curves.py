@@ -16,7 +16,7 @@ from ablation_sweeps.comparison import half_gone_at, shared
 from ablation_sweeps.console import counted
 from ablation_sweeps.data import UserError
 from ablation_sweeps.lazy import pd
-from ablation_sweeps.metrics import auc, measure
+from ablation_sweeps.metrics import auc, over, point
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -45,7 +45,8 @@ def read_curves(*sweeps: Path) -> DataFrame:
         UserError: no finished run lies there.
     """
     paths = sorted(path for sweep in sweeps for path in Path(sweep).rglob("rows.parquet"))
-    whole = {path.parent: rows for path in paths if (rows := store.result(path.parent, path.name)) is not None}
+    read = {path.parent: store.result(path.parent, path.name) for path in paths}
+    whole = {folder: _with_clean(rows) for folder, rows in read.items() if rows is not None}
     if not whole:
         where = ", ".join(map(str, sweeps))
         raise UserError(f"no finished run below {where}: name the folder of a sweep (results/<sweep>) that has run")
@@ -58,6 +59,13 @@ def read_curves(*sweeps: Path) -> DataFrame:
     return rows.drop_duplicates(POINT).sort_values(POINT).reset_index(drop=True)
 
 
+def _with_clean(rows: DataFrame) -> DataFrame:
+    """Earlier versions did not keep the clean value on the documents of each point: that of all documents."""
+    if "clean" in rows:
+        return rows
+    return rows.assign(clean=rows["metric"].map(rows[rows["fraction"] == 0].set_index("metric")["value"]))
+
+
 def _on_the_same_documents(runs: dict[Path, DataFrame]) -> dict[Path, DataFrame]:
     sizes = {point for rows in runs.values() for point in zip(rows["metric"], rows["fraction"], rows["n"], strict=True)}
     if len(sizes) == len({(metric, fraction) for metric, fraction, _ in sizes}):
@@ -67,9 +75,8 @@ def _on_the_same_documents(runs: dict[Path, DataFrame]) -> dict[Path, DataFrame]
         return runs
     found = {}
     for (folder, rows), table in zip(runs.items(), shared(tables), strict=True):
-        points = {fraction: group for fraction, group in table.groupby("fraction")}
-        measured = [measure(points[f], metric) for f, metric in zip(rows["fraction"], rows["metric"], strict=True)]
-        found[folder] = rows.assign(**{key: [m[key] for m in measured] for key in ("value", "stderr", "n")})
+        measured = [point(table, f, metric) for f, metric in zip(rows["fraction"], rows["metric"], strict=True)]
+        found[folder] = rows.assign(**{key: [m[key] for m in measured] for key in ("value", "stderr", "n", "clean")})
     return found
 
 
@@ -95,7 +102,8 @@ def areas(curves: DataFrame) -> DataFrame:
     found = []
     for key, curve in groups(curves, [*STUDY, "method", "seed", "metric"]):
         curve = curve.sort_values("fraction")
-        found.append({**key, "auc": auc(curve["fraction"].tolist(), curve["value"].tolist(), key["metric"])})
+        fractions, values, clean = (curve[name].tolist() for name in ("fraction", "value", "clean"))
+        found.append({**key, "auc": auc(fractions, values, clean, key["metric"])})
     return pd.DataFrame(found)
 
 
@@ -125,8 +133,9 @@ def summarise(curves: DataFrame) -> DataFrame:
         mean = {at: float(points["value"].mean()) for at, points in curve.groupby("fraction")}
         row = {"n_seeds": curve["seed"].nunique(), "clean": mean.get(0.0, math.nan), "at_50": mean.get(0.5, math.nan)}
         row |= {"auc": statistics.fmean(auc) if auc else math.nan, "auc_low": low, "auc_high": high}
-        points = sorted(mean.items())
-        half_gone = half_gone_at(*zip(*points, strict=True)) if key["metric"].startswith("top") else math.nan
+        left = cast("DataFrame", curve.groupby("fraction")[["value", "clean"]].mean())
+        shares = over(left["value"].to_numpy(), left["clean"].to_numpy())
+        half_gone = half_gone_at(list(left.index), shares.tolist()) if key["metric"].startswith("top") else math.nan
         found.append({**key, **row, "half_gone_at": half_gone})
     return pd.DataFrame(found)
 

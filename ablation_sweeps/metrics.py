@@ -48,11 +48,18 @@ def curve(documents: DataFrame, top_k: int, skip: int, chance: Mapping[str, floa
     names += [f"{name}_skip{skip}" for name in ("loss", "top1", f"top{top_k}") if skip]
     levels = {**chance, "perplexity": math.exp(chance.get("loss", math.nan))}
     rows = [
-        {"fraction": fraction, "metric": name, **measure(group, name), "chance": levels.get(name, math.nan)}
-        for fraction, group in documents.groupby("fraction")
+        {"fraction": fraction, "metric": name, **point(documents, fraction, name), "chance": levels.get(name, math.nan)}
+        for fraction in sorted(documents["fraction"].unique())
         for name in dict.fromkeys(names)  # top1 may be there twice
     ]
     return pd.DataFrame(rows)
+
+
+def point(documents: DataFrame, fraction: float, metric: str) -> dict[str, float]:
+    """`value`, `stderr`, `n` of one metric at one fraction, and `clean`: the clean value on the same documents."""
+    here = documents.loc[documents["fraction"] == fraction]
+    clean = documents.loc[(documents["fraction"] == 0) & documents["document"].isin(here["document"])]
+    return {**measure(here, metric), "clean": measure(clean, metric)["value"]}
 
 
 def measure(documents: DataFrame, metric: str) -> dict[str, float]:
@@ -77,17 +84,24 @@ def ratio(totals: Float[np.ndarray, " documents"], counts: Float[np.ndarray, " d
 
 
 def area(
-    fractions: Sequence[float], values: Float[np.ndarray, "draws fractions"], metric: str
+    fractions: Sequence[float],
+    values: Float[np.ndarray, "draws fractions"],
+    clean: Float[np.ndarray, "draws fractions"],
+    metric: str,
 ) -> Float[np.ndarray, " draws"]:
-    """Mean height of each curve between its first fraction and its last, by the trapezoid rule, as a share of its clean
-    value (the first); KL, whose clean value is 0, as it is. NaN of one point."""
+    """Mean height of each curve between its first fraction and its last, by the trapezoid rule, as a share of the clean
+    value; KL, whose clean value is 0, as it is. NaN of one point.
+
+    Args:
+        clean: the clean value on the documents of each point: with `eval.target_stderr`, points differ in these.
+    """
     if len(fractions) < 2:
         return np.full(len(values), math.nan)
-    height = np.trapezoid(values, fractions, axis=-1) / (fractions[-1] - fractions[0])
-    return height if metric == "kl" else over(height, values[:, 0])
+    heights = values if metric == "kl" else over(values, clean)
+    return np.trapezoid(heights, fractions, axis=-1) / (fractions[-1] - fractions[0])
 
 
-def auc(fractions: Sequence[float], values: Sequence[float], metric: str) -> float:
+def auc(fractions: Sequence[float], values: Sequence[float], clean: Sequence[float], metric: str) -> float:
     """The area under one curve; NaN where its fractions (in increasing order) do not reach from 0 to 1, or none lies
     between: with `fraction=0.5,1` each of them is a job, and a line from 0 to 1 is not their curve.
 
@@ -95,7 +109,7 @@ def auc(fractions: Sequence[float], values: Sequence[float], metric: str) -> flo
     """
     if len(fractions) < 3 or fractions[0] != 0 or fractions[-1] != 1:
         return math.nan
-    return float(area(fractions, np.array([values], float), metric)[0])
+    return float(area(fractions, np.array([values], float), np.array([clean], float), metric)[0])
 
 
 def over(a: np.ndarray, b: np.ndarray) -> np.ndarray:

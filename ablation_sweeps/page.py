@@ -16,7 +16,7 @@ import numpy as np
 from ablation_sweeps.comparison import Curve, Estimate, compare, half_gone_at, levels, paired
 from ablation_sweeps.console import counted
 from ablation_sweeps.figures import GREY, in_order, looks
-from ablation_sweeps.metrics import MAIN
+from ablation_sweeps.metrics import MAIN, over
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -281,8 +281,9 @@ def areas(study: Measured) -> list[dict[str, Any]]:
 
 def _half_gone(curve: Curve) -> float:
     """In % of the neurons."""
-    (values,) = curve.values(np.ones((1, len(curve.totals))), np.ones((1, curve.totals.shape[-1])))
-    return 100 * half_gone_at(curve.fractions, values.tolist())
+    all_of_it = np.ones((1, len(curve.totals))), np.ones((1, curve.totals.shape[-1]))
+    (shares,) = over(curve.values(*all_of_it), curve.clean(*all_of_it))
+    return 100 * half_gone_at(curve.fractions, shares.tolist())
 
 
 # The page

@@ -259,21 +259,27 @@ def _forget(run: RunRecord) -> None:
 def points(rows: Rows) -> list[dict[str, float]]:
     """What is logged at each fraction, in increasing order of the fractions; NaN is left out."""
     by_fraction: dict[float, dict[str, float]] = {}
-    for row in rows if isinstance(rows, Sequence) else rows.to_dict("records"):
+    for row in _records(rows):
         point = by_fraction.setdefault(float(row["fraction"]), {"fraction": float(row["fraction"])})
         point[f"eval/{row['metric']}"] = float(row["value"])
         point[f"eval/{row['metric']}_stderr"] = float(row["stderr"])
     return [{k: v for k, v in point.items() if not math.isnan(v)} for _, point in sorted(by_fraction.items())]
 
 
+def _records(rows: Rows) -> Sequence[Mapping[Any, Any]]:
+    return rows if isinstance(rows, Sequence) else rows.to_dict("records")
+
+
 def summary(rows: Rows) -> dict[str, float]:
     """One number a curve: `auc/<metric>` (see `metrics.auc`), `at_50/...`, `clean/...`; left out where unknown."""
-    found, logged = {}, points(rows)
+    found = {}
     for metric in MAIN:
-        curve = {point["fraction"]: point[f"eval/{metric}"] for point in logged if f"eval/{metric}" in point}
-        found[f"clean/{metric}"] = curve.get(0.0, math.nan)
-        found[f"at_50/{metric}"] = curve.get(0.5, math.nan)
-        found[f"auc/{metric}"] = auc(list(curve), list(curve.values()), metric)
+        curve = {row["fraction"]: row for row in _records(rows) if row["metric"] == metric}
+        values = {at: float(curve[at]["value"]) for at in sorted(curve)}
+        found[f"clean/{metric}"] = first = values.get(0.0, math.nan)
+        found[f"at_50/{metric}"] = values.get(0.5, math.nan)
+        clean = [float(curve[at].get("clean", first)) for at in values]  # earlier versions did not keep it
+        found[f"auc/{metric}"] = auc(list(values), list(values.values()), clean, metric)
     return {key: value for key, value in found.items() if not math.isnan(value)}
 
 

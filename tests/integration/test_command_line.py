@@ -18,7 +18,7 @@ RUN_FILES = {"config.yaml", "environment.json", "status.json", "rows.parquet", "
 COLUMNS = [
     *("run_id", "study", "kind", "model", "revision", "dataset", "site", "selection", "granularity"),
     *("method", "method_params", "seed", "fraction", "n_ablated", "n_neurons"),
-    *("metric", "value", "stderr", "n", "chance"),
+    *("metric", "value", "stderr", "n", "clean", "chance"),
 ]
 PROGRESS = re.compile(r"[\x1b\r]|\d+%\||it/s")
 

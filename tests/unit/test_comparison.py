@@ -100,9 +100,20 @@ def test_a_model_that_is_never_right_has_no_share_of_its_accuracy(recwarn):
 @pytest.mark.parametrize("metric", ["loss", "kl"])
 def test_the_area_is_the_mean_height(metric):
     values = np.array([[2.0, 4.0, 8.0], [1.0, 1.0, 1.0]])
-    assert area((0.0, 0.5, 1.0), values, "loss").tolist() == [4.5 / 2, 1.0]
-    assert area((0.0, 0.5, 1.0), values, "kl").tolist() == [4.5, 1.0]
-    assert area((0.0, 0.2, 0.8), values, "kl").tolist() == pytest.approx([(3 * 0.2 + 6 * 0.6) / 0.8, 1.0])
+    clean = values[:, :1].repeat(3, 1)
+    assert area((0.0, 0.5, 1.0), values, clean, "loss").tolist() == [4.5 / 2, 1.0]
+    assert area((0.0, 0.5, 1.0), values, clean, "kl").tolist() == [4.5, 1.0]
+    assert area((0.0, 0.2, 0.8), values, clean, "kl").tolist() == pytest.approx([(3 * 0.2 + 6 * 0.6) / 0.8, 1.0])
+
+
+def test_an_area_is_a_share_of_the_clean_value_on_the_documents_of_each_point():
+    """Half of them was evaluated at 50 % alone; whatever they are like, nothing is damaged."""
+    totals = np.array([[[1.0, 3, 5, 7]] * 3])
+    counts = np.ones_like(totals)
+    totals[:, 1, 2:] = counts[:, 1, 2:] = 0
+    found = comparison.levels(Curve(FRACTIONS, totals, counts), "loss")
+    assert [e.value for e in found[0]] == [4, 2, 4] and found[1].value == 1
+    assert comparison.levels(Curve(FRACTIONS, totals, counts), "perplexity")[1].value == 1
 
 
 def test_holm():

@@ -14,7 +14,7 @@ from torch import nn
 from ablation_sweeps import evaluation, sites
 from ablation_sweeps.ablation import Constant
 from ablation_sweeps.data import NOT_SCORED, Batch, Document, UserError
-from ablation_sweeps.evaluation import Guess, metrics, ratio, uniform, unigram
+from ablation_sweeps.evaluation import SUMS, Guess, metrics, ratio, uniform, unigram
 from ablation_sweeps.methods.resample import AnotherExample, OneForEachText
 from ablation_sweeps.selection import Random, masks
 from ablation_sweeps.transformer import Budget, Transformer
@@ -346,6 +346,31 @@ def test_a_huge_loss_does_not_overflow(study):
     assert np.isfinite(table.query("metric == 'perplexity'")["value"]).all()
 
 
+def test_pieces_of_a_document_are_one_unit(study):
+    """As with model.pack=concatenate: their sums are added up, and one document has no standard error."""
+    apart = evaluated(study)
+    batches = [dataclasses.replace(b, documents=tuple(i // 6 for i in b.index)) for b in study["batches"]]
+    together = evaluated(study, batches=batches)
+    assert sorted(set(together["document"])) == [0, 1]
+    expected = apart.assign(document=apart["document"] // 6).groupby(["fraction", "document"])[list(SUMS)].sum()
+    pd.testing.assert_frame_equal(together.set_index(["fraction", "document"])[list(SUMS)], expected)
+    a, b = (metrics(table, GUESS, scored_labels(study), TOP_K) for table in (apart, together))
+    np.testing.assert_allclose(a["value"], b["value"])
+    loss = a["metric"] == "loss"
+    assert not np.isclose(a.loc[loss, "stderr"], b.loc[loss, "stderr"], rtol=0.01).any()
+
+
+def test_the_clean_value_of_a_point_is_that_of_its_own_documents(study):
+    """With eval.target_stderr, fractions have different numbers of documents."""
+    documents = evaluated(study)
+    some = documents[(documents["fraction"] != 0.5) | (documents["document"] < 4)]
+    table = metrics(some, GUESS, scored_labels(study), TOP_K).set_index(["fraction", "metric"])
+    clean = documents[documents["fraction"] == 0]
+    for fraction, of in ((0.0, clean), (0.25, clean), (0.5, clean[clean["document"] < 4])):
+        assert table.loc[(fraction, "loss"), "clean"] == of["loss"].sum() / of["n"].sum()
+    assert table.loc[(0.5, "loss"), "clean"] != table.loc[(0.0, "loss"), "value"]
+
+
 # Chance
 
 
@@ -364,6 +389,14 @@ def test_common_tokens_of_equal_count_are_taken_in_their_order(tiny):
     batches = tiny("llama").encode([Document("x", "cbadd")], "calibration", Budget(None, None), 100, 0)
     assert unigram(batches, 100, tiny("llama").special_ids, skip=3).common.tolist() == [8, 5, 6]
     assert len(unigram(batches, 100, tiny("llama").special_ids, skip=50).common) == 4
+
+
+def test_special_tokens_that_are_scored_are_guessed_as_well(tiny):
+    """Documents one after the other: `</s>` is a label among others."""
+    batches = tiny("llama").encode([Document("x", "cbadd")], "calibration", Budget(None, None), 100, 0)
+    batches[0].inputs["input_ids"][0, -1] = 2
+    probability = unigram(batches, 100, tiny("llama").special_ids - {2}, skip=0).probability
+    assert probability[2] == 2 * probability[1] == 2 / 105
 
 
 def chance_of(study, guess: Guess) -> dict[str, float]:

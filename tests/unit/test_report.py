@@ -33,7 +33,10 @@ def curve(
     for f in fractions:
         values = {"loss": 3.0 + slope * f**2, "top1": 0.5 * (1 - f) ** (slope / 4), "kl": slope * f**2}
         chances = {"loss": 8.0, "top1": 0.04, "kl": math.nan}
-        rows += [{"fraction": f, "metric": m, "value": v, "chance": chances[m]} for m, v in values.items()]
+        clean = {"loss": 3.0, "top1": 0.5, "kl": 0.0}
+        rows += [
+            {"fraction": f, "metric": m, "value": v, "clean": clean[m], "chance": chances[m]} for m, v in values.items()
+        ]
     run = {"run_id": "r", "study": "a" * 8, "kind": "causal_lm", "model": "opt", "revision": "main", "dataset": "pile"}
     run |= {"site": "attn_pre_out", "selection": "random", "granularity": "neuron", "method": method}
     run |= {"method_params": "{}", "seed": seed, "n_ablated": 0, "n_neurons": 64, "stderr": 0.01, "n": 4000}
