@@ -55,6 +55,7 @@ class Transformer:
         n_heads: query heads of a layer; None where the layers differ.
         special_ids: token ids that carry no text (BOS, CLS, PAD, ...); empty for images.
         head: the language-model head; None where there is none, or nothing is known of it.
+        class_names: of an image classifier, in the order of its logits, where it knows them.
     """
 
     label: str
@@ -68,6 +69,7 @@ class Transformer:
     n_heads: int | None
     special_ids: frozenset[int]
     head: torch.nn.Module | None = None
+    class_names: tuple[str, ...] = ()
 
     @property
     def modality(self) -> Modality:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -11,7 +12,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.data import Modality, Picture, Split, UserError, unit_hash
-from ablation_sweeps.store import signature
+from ablation_sweeps.store import fingerprint_of_samples, signature
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +27,7 @@ class ImageFolder:
     path: holds the images.
     labels: folder: an image's class is the name of its folder; prefix: what stands before the first `_` of its name.
     classes: text file whose line k begins with the name of class k, in the model's order (ImageNet's wnids, say).
-        None: the sorted class names that there are.
+        None: the sorted class names that there are; numbers are sorted as such.
     calibration_share: share of the images that statistics are collected on, chosen by a hash of the name.
     """
 
@@ -59,10 +60,12 @@ class ImageFolder:
                 yield Picture(name, partial(_read, file, whole=True), known[self._class_of(file)])
 
     def fingerprint(self) -> str:
-        """Of the names, sizes and classes of the images."""
+        """Of the names, sizes, ends and classes of the images."""
         files = self._files()
         known = self._classes(files)
-        images = [(self._name(file), file.stat().st_size, known[self._class_of(file)]) for file in files]
+        with ThreadPoolExecutor(8) as threads:  # which wait for the disk
+            contents = threads.map(lambda file: fingerprint_of_samples(file, 2, 1 << 12), files)
+        images = [(self._name(f), of_f, known[self._class_of(f)]) for f, of_f in zip(files, contents, strict=True)]
         return signature([images, self.calibration_share])
 
     def class_names(self) -> list[str]:
@@ -88,7 +91,10 @@ class ImageFolder:
 
     def _classes(self, files: list[Path]) -> dict[str, int]:
         if self.classes is None:
-            return {name: number for number, name in enumerate(sorted({self._class_of(file) for file in files}))}
+            names = sorted({self._class_of(file) for file in files})
+            if all(name.isdecimal() for name in names):  # 0, 1, 2, ..., 10: not 0, 1, 10, ..., 2
+                names.sort(key=int)
+            return {name: number for number, name in enumerate(names)}
         listed = Path(self.classes).expanduser()
         if not listed.is_file():
             raise UserError(

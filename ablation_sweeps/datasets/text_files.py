@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -15,7 +17,10 @@ from pydantic.dataclasses import dataclass as validated
 from ablation_sweeps.data import Document, Modality, Pattern, Split, UserError, unit_hash
 from ablation_sweeps.store import fingerprint_of_file, signature
 
+log = logging.getLogger(__name__)
+
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+REPLACEMENT = "\ufffd"  # what stands for bytes that are no letter
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -96,7 +101,7 @@ class TextFiles:
             if file.suffix in (".jsonl", ".parquet"):
                 documents += [(f"{name}#{number}", text) for number, text in enumerate(_column(file, self.column))]
                 continue
-            text = file.read_text(encoding="utf-8", errors="replace")
+            text = _text(file)
             if self.document_start is None:
                 documents.append((name, text))
                 continue
@@ -104,6 +109,22 @@ class TextFiles:
             pieces = zip([0, *starts], [*starts, len(text)], strict=True)
             documents += [(f"{name}#{number}", text[start:end]) for number, (start, end) in enumerate(pieces)]
         return documents
+
+
+def _text(file: Path) -> str:
+    """A damaged letter here and there is let pass, and said; another encoding is refused."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    damaged = text.count(REPLACEMENT)
+    if damaged > len(text) / 100:
+        raise UserError(f"dataset.path: {file} is no UTF-8; convert it (iconv -f latin1 -t utf-8), or remove it")
+    if damaged:
+        _say_once(f"{file}: {damaged} of {len(text):,} letters are no UTF-8; the model sees {REPLACEMENT} there")
+    return text
+
+
+@cache
+def _say_once(message: str) -> None:
+    log.warning(message)
 
 
 def _column(file: Path, column: str) -> list[str]:

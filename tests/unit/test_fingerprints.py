@@ -1,11 +1,16 @@
 """What is another result must have another name: fingerprints of texts and of weights."""
 
+import importlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
+from PIL.Image import new
 
+from ablation_sweeps import job, rows
 from ablation_sweeps.data import UserError
+from ablation_sweeps.datasets.image_folder import ImageFolder
 from ablation_sweeps.datasets.text_files import TextFiles
 from ablation_sweeps.hub import fingerprint
 
@@ -35,6 +40,21 @@ def test_a_letter_of_a_text_changes_its_fingerprint(folder: Path):
     assert texts(folder).fingerprint() != before
 
 
+def test_text_that_is_no_utf8_is_refused(folder: Path):
+    (folder / "a" / "7.txt").write_bytes("Größe".encode("latin1"))
+    with pytest.raises(UserError, match=r"7\.txt is no UTF-8; convert it"):
+        list(texts(folder).examples("evaluation"))
+
+
+def test_a_damaged_letter_is_said_and_no_more(folder: Path, caplog):
+    (folder / "a" / "7.txt").write_bytes(b"a" * 2000 + b"\xe4")
+    for split in ("evaluation", "calibration"):
+        list(texts(folder).examples(split))
+    assert [record.message for record in caplog.records] == [
+        f"{folder}/a/7.txt: 1 of 2,001 letters are no UTF-8; the model sees \ufffd there"
+    ]
+
+
 @pytest.mark.parametrize("inside", [".", "a", "a/3.txt"])
 def test_calibration_text_that_would_be_evaluated_is_refused(folder: Path, inside: str):
     with pytest.raises(UserError, match=r"dataset\.calibration_path=.*would be evaluated as well"):
@@ -49,6 +69,53 @@ def test_one_weight_in_the_middle_changes_the_fingerprint_of_a_model(tmp_path: P
     (tmp_path / "model.safetensors").write_bytes(weights)
     os.utime(tmp_path / "model.safetensors", ns=(1, 1))
     assert fingerprint(str(tmp_path)) != before
+
+
+def test_a_picture_of_the_same_size_changes_the_fingerprint_of_a_folder(tmp_path: Path):
+    for i in range(3):
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        new("L", (90, 90), i).save(tmp_path / "cat" / f"{i}.bmp")
+    folder = ImageFolder("images", str(tmp_path), "folder", None, 0.2)
+    before, size = folder.fingerprint(), (tmp_path / "cat" / "1.bmp").stat().st_size
+    new("L", (90, 90), 9).save(tmp_path / "cat" / "1.bmp")
+    assert (tmp_path / "cat" / "1.bmp").stat().st_size == size and folder.fingerprint() != before
+
+
+def test_a_large_file_is_known_by_parts_of_it_all(tmp_path: Path, monkeypatch):
+    content = bytearray(os.urandom(68 << 20))
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    before = rows.content.__wrapped__(str(tmp_path))
+    content[30 << 20 : 33 << 20] = bytes(3 << 20)
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    assert rows.content.__wrapped__(str(tmp_path)) != before
+
+
+METHOD = """
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Own:
+    label: str
+    {}
+"""
+
+
+def test_a_class_of_ones_own_that_is_edited_is_another_one(tmp_path: Path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    names = []
+    for comment in ("# wrong", "# right"):
+        (tmp_path / "own_method.py").write_text(METHOD.format(comment))
+        sys.modules.pop("own_method", None)
+        names.append(job._class(importlib.import_module("own_method").Own("own")))
+    assert names[0] != names[1] and all(name.startswith("own_method.Own ") for name in names)
+    assert job._class(folder_of_images := ImageFolder("a", None, "folder", None, 0.2)) == (
+        f"{type(folder_of_images).__module__}.ImageFolder"
+    )
+
+
+def test_what_numbers_stand_for_exists():
+    for name in job.OURS:
+        importlib.import_module(f"ablation_sweeps.{name}")
 
 
 def test_documentation_beside_a_model_does_not_change_its_fingerprint(tmp_path: Path):
