@@ -172,6 +172,11 @@ class Pretrained:
                 f"{self.option}: has no weights for {sorted(info['missing_keys'])[0]}, which would be random; "
                 "choose the kind of model that it was trained as (model=causal_lm, masked_lm or image_classifier)"
             )
+        if getattr(module.config, "attention_type", None) == "block_sparse":
+            raise UserError(
+                f"{self.option}: has block-sparse attention, which becomes full attention for good at the first short "
+                'text; say "attention_type": "original_full" in its config.json, and give its folder: model.path=FOLDER'
+            )
         log.debug("attention implementation: %s", getattr(module.config, "_attn_implementation", None))
         placed = options["device_map"] is not None
         return (module if placed else module.to(device(self.device))).eval()

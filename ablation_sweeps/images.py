@@ -53,7 +53,18 @@ class ImageEncoder:
         return [self._batch(pictures, range(*ends), split, n_kept) for ends in pairwise([*starts, len(pictures)])]
 
     def pixels(self, pictures: Sequence[Picture]) -> Float[torch.Tensor, "batch channels height width"]:
-        return torch.stack(list(_threads().map(lambda p: self.transform(p.read().convert(self.mode)), pictures)))
+        return torch.stack(list(_threads().map(self._pixels, pictures)))
+
+    def _pixels(self, picture: Picture) -> torch.Tensor:
+        from PIL.ImageOps import exif_transpose
+
+        image = picture.read()
+        if image.mode[0] in "IF":  # PIL would cut off what is above 255
+            raise UserError(
+                f"dataset: the image {picture.name} has more than 8 bits a pixel (PIL's mode {image.mode}), so that it "
+                "is not known which value is white; save it with 8 bits"
+            )
+        return self.transform(exif_transpose(image).convert(self.mode))  # upright, as `datasets` gives them
 
     def other_input(self, source: str, length: int, seed: int) -> Batch:
         """Random pixels; `length` is of no use, since an image always has the same number of positions."""

@@ -48,7 +48,7 @@ class CausalLM(Pretrained):
 
         # Some keep the body under another name than the one that `base_model` looks for (Gemma 3 in transformers 4).
         body = module.base_model if module.base_model is not module else module.get_decoder()  # type: ignore[operator]
-        return Transformer(
+        model = Transformer(
             label=self.label,
             revision=self.commit or "",
             kind="causal_lm",
@@ -61,6 +61,21 @@ class CausalLM(Pretrained):
             special_ids=frozenset(tokenizer.all_special_ids),
             head=module.get_output_embeddings(),  # type: ignore[operator]
         )
+        if not _is_causal(model, encoder):
+            raise UserError(
+                f"{self.option}: its logits depend on later tokens, so that it would be scored on what it has seen; an "
+                "encoder is model=masked_lm"
+            )
+        return model
+
+
+def _is_causal(model: Transformer, encoder: TextEncoder) -> bool:
+    """Whether logits stay where they are when a later token changes."""
+    ids, others = encoder.random_ids("probe", 7, 0), encoder.ordinary_ids()[:2].tolist()
+    batches = [encoder.other_input([*ids, other]).to(model.device) for other in others]
+    with torch.inference_mode():
+        one, two = (model.logits(batch)[0, :7].float() for batch in batches)
+    return not (one - two).abs().max() > 0.1 * one.std()  # rounding is far below; NaN is another error
 
 
 def _sample(module: torch.nn.Module, tokenizer, ordinary_ids, length: int, seed: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ class Timm(Pretrained):
     """Any classifier of `timm.create_model`, with its own image transform.
 
     With `path`, the weights are those of `model.safetensors` in that folder; the architecture is `name`, or what
-    `config.json` in the folder says.
+    `config.json` in the folder says, as it does of the image transform.
     """
 
     modality: ClassVar[Modality] = "image"
@@ -98,7 +99,9 @@ class Timm(Pretrained):
         from safetensors.torch import load_file
 
         if self.path and self.name:
-            module = timm.create_model(self.name)
+            config = Path(self.path) / "config.json"
+            own = json.loads(config.read_text()).get("pretrained_cfg") if config.is_file() else None
+            module = timm.create_model(self.name, pretrained_cfg_overlay=own)
             module.load_state_dict(load_file(Path(self.path) / "model.safetensors"))
             return module
         if self.path:

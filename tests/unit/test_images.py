@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from functools import partial
 
@@ -9,12 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL.Image import Image, fromarray
+from PIL.Image import Exif, Image, Transpose, fromarray
+from PIL.Image import open as open_image
 from test_evaluation import evaluated, of
 
 from ablation_sweeps import images
 from ablation_sweeps.activations import Histogram, collect
 from ablation_sweeps.data import Document, Picture, UserError, made_ahead
+from ablation_sweeps.datasets.image_folder import ImageFolder
 from ablation_sweeps.images import ImageEncoder
 from ablation_sweeps.transformer import Budget
 
@@ -60,6 +63,32 @@ def test_pictures_of_any_size_are_brought_to_that_of_the_model(tiny):
 def test_positions_of_an_image_are_known(tiny, family, positions):
     """4 patches and CLS; Swin's 8 x 8 patches are 4 x 4 in its last layers."""
     assert tiny(family).encode.tokens == positions
+
+
+def test_pictures_stand_upright(tiny):
+    """As cameras write it: the pixels as they fell, and how to turn them."""
+    (upright,) = encoded(tiny("vit"), pictures(2))
+    file = io.BytesIO()
+    exif = Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    image(1).transpose(Transpose.ROTATE_90).save(file, "PNG", exif=exif)
+    (turned,) = encoded(tiny("vit"), [pictures(1)[0], Picture("p1", lambda: open_image(file), 1)])
+    assert torch.equal(upright.inputs["pixel_values"], turned.inputs["pixel_values"])
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
+def test_more_than_8_bits_a_pixel_are_refused(tiny, dtype):
+    deep = fromarray((np.arange(256).reshape(16, 16) * 257).astype(dtype))
+    with pytest.raises(UserError, match=r"the image deep has more than 8 bits a pixel .* save it with 8 bits"):
+        encoded(tiny("vit"), [*pictures(2), Picture("deep", lambda: deep, 0)])
+
+
+@pytest.mark.parametrize("names", [["0", "1", "2", "10", "11"], ["a", "b10", "b2"]])
+def test_folders_that_are_numbers_are_in_their_order(tmp_path, names):
+    for name in names:
+        (tmp_path / name).mkdir()
+        image(0).save(tmp_path / name / "x.png")
+    assert ImageFolder("images", str(tmp_path), "folder", None, 0.2).class_names() == names
 
 
 def test_labels_names_and_order_are_those_of_the_dataset(tiny):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from PIL.Image import fromarray
 
-from ablation_sweeps import hub, sites
+from ablation_sweeps import hub, job, sites
 from ablation_sweeps.ablation import ablated
 from ablation_sweeps.activations import Histogram, collect
 from ablation_sweeps.config import to_job
@@ -257,3 +262,54 @@ def test_a_model_that_cannot_be_fetched_is_named(option, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
     with pytest.raises(UserError, match=r"model\.name=google/gemma-2b: cannot be fetched: 403 Access.*hf auth login"):
         option("model=gemma_2b").prefetch()
+
+
+def test_an_encoder_is_no_causal_model(option, saved):
+    with pytest.raises(UserError, match=r"its logits depend on later tokens.*model=masked_lm"):
+        option("model=causal_lm", f"model.path={saved('bert')}").load()
+
+
+def test_attention_that_becomes_another_one_is_refused(option, saved, tmp_path):
+    from transformers import BigBirdConfig, BigBirdForMaskedLM
+
+    shutil.copytree(saved("bert"), tmp_path, dirs_exist_ok=True)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    for kind in ("block_sparse", "original_full"):
+        config = BigBirdConfig(vocab_size=100, **sizes, attention_type=kind)
+        BigBirdForMaskedLM(config).save_pretrained(tmp_path)
+        model = option("model=masked_lm", f"model.path={tmp_path}")
+        if kind == "original_full":
+            assert torch.isfinite(logits(model.load())).all()
+            break
+        with pytest.raises(UserError, match=r"model\.path=.*block-sparse attention.*\"original_full\" in its config"):
+            model.load()
+
+
+def test_a_folder_of_timm_says_how_pictures_are_shown(option, tmp_path):
+    """Where model.name gives the architecture as well."""
+    import timm
+    from safetensors.torch import save_file
+
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "model.safetensors")
+    white = fromarray(np.full((16, 16, 3), 255, np.uint8))
+    for own in ({}, {"mean": [0.1, 0.2, 0.3], "std": [0.7, 0.7, 0.7]}):
+        (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": own}))
+        model = option("model=timm", f"model.path={tmp_path}", "model.name=test_vit").load()
+        mean, std = own.get("mean", [0.5] * 3), own.get("std", [0.5] * 3)
+        expected = (1 - np.array(mean)) / np.array(std)
+        np.testing.assert_allclose(model.encode.transform(white)[:, 0, 0], expected, rtol=1e-5)
+
+
+def test_classes_in_another_order_than_the_models_are_refused(repo, tiny):
+    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
+        digits = to_job(compose("config", ["model=tiny_vit", "dataset=digits"]))
+
+    def chance(*names: str) -> None:
+        dataset = SimpleNamespace(label="mine", class_names=lambda: list(names))
+        job.chance(dataclasses.replace(digits, dataset=dataset), model, [], [])
+
+    model = dataclasses.replace(tiny("vit"), class_names=("ant", "bee", "cat", "dog", "eel"))
+    chance("ant", "bee", "cat", "dog", "eel")
+    chance("1", "2", "3", "4", "5")  # other names for them, it seems
+    with pytest.raises(UserError, match=r"dataset=mine: has the model's classes in another order.*dataset\.classes"):
+        chance("bee", "ant", "cat", "dog", "eel")
