@@ -300,6 +300,20 @@ def test_a_folder_of_timm_says_how_pictures_are_shown(option, tmp_path):
         np.testing.assert_allclose(model.encode.transform(white)[:, 0, 0], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("pack", "ends"), [("documents", False), ("concatenate", True)])
+def test_the_end_of_a_text_is_guessed_where_it_is_scored(repo, pack, ends):
+    some = ["statistics.tokens=2000", "eval.tokens=2000", "model.max_tokens=64"]
+    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
+        made = to_job(compose("config", ["model=tiny_causal", "dataset=python_docs", f"model.pack={pack}", *some]))
+    model = job.load(made.model)
+    evaluation, calibration = (job.encode(made, model, split) for split in ("evaluation", "calibration"))
+    end = model.encode.tokenizer.eos_token_id
+    ids = torch.cat([batch.inputs["input_ids"][batch.keep] for batch in calibration])
+    counted = torch.isin(ids, torch.tensor(sorted(model.special_ids - ({end} if ends else set()))), invert=True)
+    probability = job.chance(made, model, evaluation, calibration).probability
+    assert (probability[end] * (counted.sum() + len(probability))).round() == 1 + ends * (ids == end).sum() > ends
+
+
 def test_classes_in_another_order_than_the_models_are_refused(repo, tiny):
     with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
         digits = to_job(compose("config", ["model=tiny_vit", "dataset=digits"]))

@@ -297,6 +297,9 @@ def test_a_piece_belongs_to_the_document_that_most_of_it_is_from(fresh):
     batches = encoded(fresh("llama", max_tokens=20, pack="concatenate"), ["x" * 50, "", "hello", "y" * 33])
     found = {i: of for b in batches for i, *of in zip(b.index, b.names, b.documents, strict=True)}
     assert [found[i] for i in range(5)] == [["doc0", 0], ["doc0/2", 0], ["doc0/3", 0], ["doc3", 3], ["doc3/5", 3]]
+    for batch in batches:
+        first, last = batch.halves()
+        assert first.documents + last.documents == batch.documents
 
 
 def test_a_document_is_a_piece_of_itself(fresh):
