@@ -31,7 +31,7 @@ from ablation_sweeps import activations, evaluation, sites
 from ablation_sweeps.ablation import Constant
 from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.config import to_job
-from ablation_sweeps.data import NOT_SCORED, Batch, Picture, Split
+from ablation_sweeps.data import NOT_SCORED, Batch, Picture, Split, made_ahead
 from ablation_sweeps.datasets.python_docs import code
 from ablation_sweeps.job import Job, encode, load
 from ablation_sweeps.selection import masks
@@ -313,7 +313,18 @@ def memories() -> dict[str, dict[str, Any]]:
     body(smollm2)
     found["MB of a pass through the body over 1k tokens: SmolLM2-135M"] = {"value": memory(lambda: body(smollm2))}
     found["MB while collecting them: SmolLM2-135M"] = {"value": memory(lambda: collect(smollm2))}
+    deit = vision("deit_tiny_patch16_224", 2, "float32")
+    for n in (1_000, 6_000):
+        found[f"MB of the pixels of {n} images: DeiT-Tiny"] = {"value": memory(partial(go_through, deit, n))}
     return found
+
+
+def go_through(case: Case, n: int) -> None:
+    """All batches of so many images, without the model."""
+    one = Image.fromarray(torch.randint(0, 256, (224, 224, 3), dtype=torch.uint8).numpy())
+    pictures = (Picture(str(i), lambda: one, i % 1000) for i in range(n))
+    for _ in made_ahead(case.model.encode(pictures, "evaluation", Budget(None, None), 4096, 0)):
+        pass
 
 
 def startup() -> dict[str, dict[str, Any]]:
