@@ -16,7 +16,7 @@ from ablation_sweeps.comparison import half_gone_at, shared
 from ablation_sweeps.console import counted
 from ablation_sweeps.data import UserError
 from ablation_sweeps.lazy import pd
-from ablation_sweeps.metrics import auc, over, point
+from ablation_sweeps.metrics import auc, over, point, with_clean
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -46,7 +46,7 @@ def read_curves(*sweeps: Path) -> DataFrame:
     """
     paths = sorted(path for sweep in sweeps for path in Path(sweep).rglob("rows.parquet"))
     read = {path.parent: store.result(path.parent, path.name) for path in paths}
-    whole = {folder: _with_clean(rows) for folder, rows in read.items() if rows is not None}
+    whole = {folder: _filled(rows) for folder, rows in read.items() if rows is not None}
     if not whole:
         where = ", ".join(map(str, sweeps))
         raise UserError(f"no finished run below {where}: name the folder of a sweep (results/<sweep>) that has run")
@@ -59,7 +59,7 @@ def read_curves(*sweeps: Path) -> DataFrame:
     return rows.drop_duplicates(POINT).sort_values(POINT).reset_index(drop=True)
 
 
-def _with_clean(rows: DataFrame) -> DataFrame:
+def _filled(rows: DataFrame) -> DataFrame:
     """Earlier versions did not keep the clean value on the documents of each point: that of all documents."""
     if "clean" in rows:
         return rows
@@ -75,7 +75,8 @@ def _on_the_same_documents(runs: dict[Path, DataFrame]) -> dict[Path, DataFrame]
         return runs
     found = {}
     for (folder, rows), table in zip(runs.items(), shared(tables), strict=True):
-        measured = [point(table, f, metric) for f, metric in zip(rows["fraction"], rows["metric"], strict=True)]
+        at = with_clean(table)
+        measured = [point(*at[f], metric) for f, metric in zip(rows["fraction"], rows["metric"], strict=True)]
         found[folder] = rows.assign(**{key: [m[key] for m in measured] for key in ("value", "stderr", "n", "clean")})
     return found
 

@@ -48,18 +48,23 @@ def curve(documents: DataFrame, top_k: int, skip: int, chance: Mapping[str, floa
     names += [f"{name}_skip{skip}" for name in ("loss", "top1", f"top{top_k}") if skip]
     levels = {**chance, "perplexity": math.exp(chance.get("loss", math.nan))}
     rows = [
-        {"fraction": fraction, "metric": name, **point(documents, fraction, name), "chance": levels.get(name, math.nan)}
-        for fraction in sorted(documents["fraction"].unique())
+        {"fraction": fraction, "metric": name, **point(*tables, name), "chance": levels.get(name, math.nan)}
+        for fraction, tables in with_clean(documents).items()
         for name in dict.fromkeys(names)  # top1 may be there twice
     ]
     return pd.DataFrame(rows)
 
 
-def point(documents: DataFrame, fraction: float, metric: str) -> dict[str, float]:
-    """`value`, `stderr`, `n` of one metric at one fraction, and `clean`: the clean value on the same documents."""
-    here = documents.loc[documents["fraction"] == fraction]
-    clean = documents.loc[(documents["fraction"] == 0) & documents["document"].isin(here["document"])]
-    return {**measure(here, metric), "clean": measure(clean, metric)["value"]}
+def with_clean(documents: DataFrame) -> dict[float, tuple[DataFrame, DataFrame]]:
+    """The documents at each fraction, and the same ones at fraction 0."""
+    tables = {float(fraction): table for fraction, table in documents.groupby("fraction")}  # type: ignore[arg-type]
+    clean = tables[0.0]
+    return {at: (table, clean.loc[clean["document"].isin(table["document"])]) for at, table in tables.items()}
+
+
+def point(documents: DataFrame, clean: DataFrame, metric: str) -> dict[str, float]:
+    """`value`, `stderr` and `n` of one metric at one fraction, and `clean`: the clean value on the same documents."""
+    return {**measure(documents, metric), "clean": measure(clean, metric)["value"]}
 
 
 def measure(documents: DataFrame, metric: str) -> dict[str, float]:

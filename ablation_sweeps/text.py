@@ -110,11 +110,13 @@ class TextEncoder:
             if end is not None and ids and ids[-1] != end:
                 ids.append(int(end))  # type: ignore[arg-type]
             places += [len(names) - 1] * (len(ids) - len(places))
-            while len(ids) >= (room := self._room(budget, used)) >= 2:
-                yield _piece(names, places[:room], ids[:room], pieces)
-                ids, places, used = ids[room:], places[room:], used + room
+            start = 0
+            while len(ids) - start >= (room := self._room(budget, used)) >= 2:
+                yield _piece(names, places[start : start + room], ids[start : start + room], pieces)
+                start, used = start + room, used + room
             if room < 2:
                 return
+            ids, places = ids[start:], places[start:]
         if len(ids) >= 2:
             yield _piece(names, places, ids, pieces)
 
