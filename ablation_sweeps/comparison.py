@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -196,10 +196,11 @@ def compare(documents: Mapping[tuple[str, int], DataFrame], metrics: Sequence[st
         if len(one.fractions) < 2:
             continue
         at_fractions, in_area = differences(one, other, metric)
-        fractions, counts = [*one.fractions, math.nan], one.n_documents.tolist()
-        counts.append(min(counts))  # of the area
+        estimates, fractions, counts = [*at_fractions], [*one.fractions], one.n_documents.tolist()
+        if not are_too_few(one.fractions, [documents[method, seed] for method in (a, b) for seed in seeds]):
+            estimates, fractions, counts = [*estimates, in_area], [*fractions, math.nan], [*counts, min(counts)]
         n_seeds = len(one.totals)
-        for fraction, found, n_documents in zip(fractions, [*at_fractions, in_area], counts, strict=True):
+        for fraction, found, n_documents in zip(fractions, estimates, counts, strict=True):
             if fraction == 0:
                 continue  # nothing is ablated: all methods are the same
             pair = {"metric": metric, "method": a, "other": b, "fraction": fraction}
@@ -214,16 +215,27 @@ def compare(documents: Mapping[tuple[str, int], DataFrame], metrics: Sequence[st
     return table
 
 
+def are_too_few(fractions: Collection[float], tables: Sequence[DataFrame]) -> bool:
+    """For an area, where these are all that the tables share: a line between two points is no curve of a method that
+    was measured between them."""
+    return len(fractions) < 3 and any(
+        (~table["fraction"].isin(fractions) & (table["fraction"] < max(fractions))).any() for table in tables
+    )
+
+
 def shared(tables: Sequence[DataFrame]) -> list[DataFrame]:
-    """Without the documents that one of them lacks, at each fraction."""
+    """Without the documents that one of them lacks, at each fraction. At fraction 0, each also keeps those that it has
+    at another one: their clean values are what its points are shares of."""
     common: dict[float, set[int]] = {}
     for table in tables:
         for fraction, documents in table.groupby("fraction")["document"]:
             common[fraction] = common.get(fraction, set(documents)) & set(documents)  # type: ignore[index,arg-type]
-    return [
-        table.loc[[d in common[f] for f, d in zip(table["fraction"], table["document"], strict=True)]]
-        for table in tables
-    ]
+    found = []
+    for table in tables:
+        is_common = np.array([d in common[f] for f, d in zip(table["fraction"], table["document"], strict=True)])
+        own = table.loc[is_common & (table["fraction"] > 0), "document"]
+        found.append(table.loc[is_common | ((table["fraction"] == 0) & table["document"].isin(own))])
+    return found
 
 
 def paired(of_methods: Sequence[Sequence[DataFrame]], metric: str) -> list[Curve]:

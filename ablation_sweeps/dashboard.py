@@ -72,7 +72,8 @@ def differing(study: Study) -> list[str]:
     """The parameters in which methods of one label differ; `curves.read_curves` has put them into their names."""
     of_names = study.rows.drop_duplicates("method")[["method", "method_params"]].itertuples(index=False)
     named = [(name.split(" ")[-1].split(","), json.loads(params)) for name, params in of_names if " " in name]
-    return sorted({key for said, params in named for key, value in params.items() if f"{key}={value}" in said})
+    found = {key for said, params in named for key, value in params.items() if f"{key}={value}" in said}
+    return sorted("_target_" if key == "class" else key for key in found)
 
 
 def _curves(study: Study) -> list[Any]:

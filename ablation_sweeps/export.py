@@ -35,7 +35,7 @@ def _table(study: page.Measured) -> str:
         if not all(math.isnan(area.low) for area in found):
             lines.append(["", *(rf"\scriptsize [{area.low:.3f}, {area.high:.3f}]" for area in found)])
     caption = (
-        f"{study.title}. Areas under the curves up to {study.reach:.0%}, as a share of the clean value (KL: "
+        f"{study.title}. Areas under the curves up to {100 * study.reach:.4g}%, as a share of the clean value (KL: "
         f"nats), with 95 % intervals over documents and seeds.{rarer}"
     )
     table = pd.DataFrame(lines, columns=["", *map(_escaped, study.methods)])
@@ -44,7 +44,10 @@ def _table(study: page.Measured) -> str:
     return text.replace("\\caption", "\\centering\n\\footnotesize\n\\setlength{\\tabcolsep}{4pt}\n\\caption", 1)
 
 
+SPECIAL = {character: "\\" + character for character in "&%$#_{}"}
+SPECIAL |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+
+
 def _escaped(text: str) -> str:
-    for character in "&%$#_{}":
-        text = text.replace(character, "\\" + character)
+    text = "".join(SPECIAL.get(character, character) for character in text)
     return text.replace("·", r"\textperiodcentered{}").replace("‖", r"\textbar\textbar{}")

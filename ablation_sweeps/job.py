@@ -272,7 +272,8 @@ def describe(
     rows: pd.DataFrame, job: Job, model: Transformer, n_ablated: dict[float, int], n_neurons: int
 ) -> pd.DataFrame:
     """The columns that tell the runs apart, in front of the measurements."""
-    parameters = {key: value for key, value in asdict(job.method).items() if key != "label"}  # type: ignore[call-overload]
+    name, _, content = _class(job.method).partition(" ")
+    parameters = {**_options(job.method), "class": name.split(".")[-1] + (content and f"@{content[:6]}")}
     own = {
         "run_id": job.signature[:16],
         "study": store.signature([job.study, job.model.label, job.dataset.label])[:8],

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ablation_sweeps.comparison import Curve, Estimate, compare, half_gone_at, levels, paired
+from ablation_sweeps.comparison import Curve, Estimate, are_too_few, compare, half_gone_at, levels, paired
 from ablation_sweeps.console import counted
 from ablation_sweeps.figures import GREY, in_order, looks
 from ablation_sweeps.metrics import MAIN, over
@@ -110,7 +110,7 @@ def _common(documents: Documents) -> Documents:
     shared_seeds = set.intersection(*seeds.values())
     kept = {key: table for key, table in documents.items() if key[1] in shared_seeds}
     fractions = set.intersection(*(set(table["fraction"]) for table in kept.values())) if kept else set()
-    if len(fractions) < 2:
+    if len(fractions) < 2 or are_too_few(fractions, list(kept.values())):
         return {}
     return {key: table.loc[table["fraction"].isin(fractions)] for key, table in kept.items()}
 
@@ -130,7 +130,7 @@ def verdict(study: Measured) -> str:
     versus = {other: pairs[frozenset((best, other))] for other in others}
     tied = [other for other, row in versus.items() if row["better"] != best]
     n_seeds, n_documents = int(study.ranking["n_seeds"].min()), int(study.ranking["n_documents"].min())
-    loss = "the loss" if study.reach == 1 else f"the loss up to {study.reach:.0%}"
+    loss = "the loss" if study.reach == 1 else f"the loss up to {100 * study.reach:.4g}%"
     basis = f"{counted(n_seeds, 'seed')}, {n_documents} {'images' if study.unit == 'image' else 'documents'}"
     alone = "" if n_seeds > 1 else " One seed: nothing is said about other neurons."
     if tied:

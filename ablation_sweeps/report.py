@@ -56,7 +56,7 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
     failures = [
         (run.name, found["state"], str(found.get("reason", "")))
         for sweep in (sweep_dir, *more)
-        for run in store.runs(sweep)
+        for run in sorted(path.parent for path in Path(sweep).rglob("status.json"))  # as deep as curves are read
         if (found := store.status(run))["state"] != "finished"
     ]
     store.write_text(sweep_dir / "report.html", page.render(sweep_dir.absolute().name, shown, failures))

@@ -62,7 +62,7 @@ def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Co
     auc = summary[summary["metric"] == metric].set_index("method")[["auc", "auc_low", "auc_high"]].round(3).T.to_dict()
     fractions = sorted(rows["fraction"].unique())
     shown = [*fractions[:-1:step], fractions[-1]]
-    columns = {f"{100 * f:.3g} %" if f else "clean": [means.get((f, m), math.nan) for m in methods] for f in shown}
+    columns = {f"{100 * f:.4g} %" if f else "clean": [means.get((f, m), math.nan) for m in methods] for f in shown}
     if any(not math.isnan(auc[method]["auc"]) for method in methods):
         columns["AUC"] = [auc[method]["auc"] for method in methods]
 

@@ -116,6 +116,28 @@ def test_an_area_is_a_share_of_the_clean_value_on_the_documents_of_each_point():
     assert comparison.levels(Curve(FRACTIONS, totals, counts), "perplexity")[1].value == 1
 
 
+def of(fractions: dict[float, range]) -> pd.DataFrame:
+    return pd.DataFrame([{"fraction": f, "document": d} for f, documents in fractions.items() for d in documents])
+
+
+def test_documents_that_all_have_and_the_clean_values_of_each_point():
+    """Jobs of one fraction each, one of which was precise with fewer documents."""
+    one, other = of({0.0: range(8), 0.1: range(8)}), of({0.0: range(4), 0.5: range(4)})
+    third = of({0.0: range(6), 0.1: range(6)})
+    kept = comparison.shared([one, other, third])
+    expected = [of({0.0: range(6), 0.1: range(6)}), other, third]
+    for found, wanted in zip(kept, expected, strict=True):
+        pd.testing.assert_frame_equal(found.reset_index(drop=True), wanted)
+
+
+def test_two_points_are_no_curve_unless_there_are_no_more():
+    fifths, ends, halves = ({f: range(3) for f in fs} for fs in ((0.0, 0.2, 0.6, 1.0), (0.0, 1.0), (0.0, 0.5, 1.0)))
+    assert comparison.are_too_few({0.0, 1.0}, [of(fifths), of(ends)])
+    assert not comparison.are_too_few({0.0, 1.0}, [of(ends), of(ends)])
+    assert not comparison.are_too_few({0.0, 0.5, 1.0}, [of(halves), of(fifths)])
+    assert not comparison.are_too_few({0.0, 0.5}, [of(halves), of({0.0: range(3), 0.5: range(3)})])
+
+
 def test_holm():
     """The first are those of R's p.adjust(p, "holm")."""
     assert holm([0.01, 0.04, 0.03, 0.02]) == pytest.approx([0.04, 0.06, 0.06, 0.06])

@@ -68,6 +68,15 @@ def test_areas_and_verdict_are_of_the_seeds_and_fractions_that_all_methods_have(
     assert "up to 50%" in page.verdict(study(shorter))
 
 
+def test_a_line_from_end_to_end_is_not_taken_for_a_curve():
+    """Mean was run at 100 % alone: the areas of 0 and 100 % would say something else than those of zero's curve."""
+    two = {key: documents for key, documents in runs().items() if key[0] != "same"}
+    ends = {key: t[t["fraction"] != 0.5] if key[0] == "mean" else t for key, t in two.items()}
+    found = study(ends)
+    assert "not compared" in page.verdict(found) and math.isnan(found.areas["loss"]["zero"].value)
+    assert found.comparisons["fraction"].tolist() == [1.0, 1.0]  # of loss and top1; no area
+
+
 def test_where_nothing_was_ablated_there_is_no_area():
     clean = {key: table[table["fraction"] == 0] for key, table in runs().items()}
     found = study(clean)

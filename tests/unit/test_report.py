@@ -84,6 +84,13 @@ def test_one_label_never_hides_two_sets_of_parameters(tmp_path: Path):
     assert set(read_curves(tmp_path)["method"]) == {"peak n_bins=50", "peak n_bins=100", "zero"}
 
 
+def test_two_classes_under_one_label_are_two_methods(tmp_path: Path):
+    """Or one whose file was edited in between."""
+    for kind in ("Largest@1f3c0a", "Largest@77aa00"):
+        save_run(tmp_path / kind, curve("largest", method_params=json.dumps({"class": kind})))
+    assert set(read_curves(tmp_path)["method"]) == {"largest class=Largest@1f3c0a", "largest class=Largest@77aa00"}
+
+
 # Numbers
 
 
