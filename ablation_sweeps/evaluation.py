@@ -43,8 +43,7 @@ def unigram(batches: Sequence[Batch], n_classes: int, special_ids: Iterable[int]
     """From the tokens of the calibration data, special ones left out."""
     counts: Counter[int] = Counter()
     for batch in batches:
-        assert batch.keep is not None
-        counts.update(batch.inputs["input_ids"][batch.keep].tolist())
+        counts.update(batch.inputs["input_ids"][batch.inputs["attention_mask"].bool()].tolist())
     for special in special_ids:
         counts.pop(special, None)
     frequency = torch.ones(n_classes, dtype=torch.float64)

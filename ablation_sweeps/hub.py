@@ -177,6 +177,11 @@ class Pretrained:
                 f"{self.option}: has block-sparse attention, which becomes full attention for good at the first short "
                 'text; say "attention_type": "original_full" in its config.json, and give its folder: model.path=FOLDER'
             )
+        if getattr(module.config, "chunk_size_feed_forward", 0):
+            raise UserError(
+                f"{self.option}: calls its feed-forward layers several times (chunk_size_feed_forward), so that calls "
+                "and layers are not told apart; set it to 0 in its config.json, which changes no result"
+            )
         log.debug("attention implementation: %s", getattr(module.config, "_attn_implementation", None))
         placed = options["device_map"] is not None
         return (module if placed else module.to(device(self.device))).eval()

@@ -258,11 +258,13 @@ def chance(job: Job, model: Transformer, batches: list[Batch], calibration: list
                 "would be wrong; choose data with the model's classes (of an image_folder, dataset.classes=FILE gives "
                 "their order)"
             )
-        if names != list(model.class_names) and sorted(names) == sorted(model.class_names):
-            raise UserError(
-                f"dataset={job.dataset.label}: has the model's classes in another order, so labels would be wrong; of "
-                "an image_folder, dataset.classes=FILE gives their order"
-            )
+        known = set(model.class_names)
+        for number, (name, own) in enumerate(zip(names, model.class_names)):  # noqa: B905  (which may be empty)
+            if name != own and name in known:
+                raise UserError(
+                    f"dataset={job.dataset.label}: its class {number} is {name}, but the model's is {own}: in another "
+                    "order, so that labels would be wrong; of an image_folder, dataset.classes=FILE gives the order"
+                )
         return evaluation.uniform(n_classes)
     scored = frozenset(torch.cat([batch.labels.flatten() for batch in batches]).unique().tolist())
     return evaluation.unigram(calibration, n_classes, model.special_ids - scored, job.eval.skip)

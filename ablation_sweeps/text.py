@@ -124,7 +124,10 @@ class TextEncoder:
         return self.max_tokens if budget.tokens is None else min(self.max_tokens, budget.tokens - used)
 
     def ids(self, text: str, limit: int | None = None) -> list[int]:
-        """Cut by the tokenizer, which keeps the token that ends a text for the models that expect one."""
+        """Of an encoder, cut by the tokenizer, which keeps the token that ends a text. A causal model must not be asked
+        to foresee where a text is cut: there, the token that some tokenizers end a text by falls away as well."""
+        if self.masking is None:
+            return self.tokenizer(text, verbose=False)["input_ids"][:limit]  # type: ignore[return-value]
         return self.tokenizer(text, truncation=limit is not None, max_length=limit, verbose=False)["input_ids"]  # type: ignore[return-value]
 
     def other_input(self, ids: list[int]) -> Batch:

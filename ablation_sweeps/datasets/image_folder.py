@@ -27,7 +27,7 @@ class ImageFolder:
     path: holds the images.
     labels: folder: an image's class is the name of its folder; prefix: what stands before the first `_` of its name.
     classes: text file whose line k begins with the name of class k, in the model's order (ImageNet's wnids, say).
-        None: the sorted class names that there are; numbers are sorted as such.
+        None: the sorted class names that there are.
     calibration_share: share of the images that statistics are collected on, chosen by a hash of the name.
     """
 
@@ -60,11 +60,11 @@ class ImageFolder:
                 yield Picture(name, partial(_read, file, whole=True), known[self._class_of(file)])
 
     def fingerprint(self) -> str:
-        """Of the names, sizes, ends and classes of the images."""
+        """Of the names and classes of the images, and of 64 KiB of each."""
         files = self._files()
         known = self._classes(files)
         with ThreadPoolExecutor(8) as threads:  # which wait for the disk
-            contents = threads.map(lambda file: fingerprint_of_samples(file, 2, 1 << 12), files)
+            contents = threads.map(lambda file: fingerprint_of_samples(file, 16, 1 << 12), files)
         images = [(self._name(f), of_f, known[self._class_of(f)]) for f, of_f in zip(files, contents, strict=True)]
         return signature([images, self.calibration_share])
 
@@ -92,16 +92,19 @@ class ImageFolder:
     def _classes(self, files: list[Path]) -> dict[str, int]:
         if self.classes is None:
             names = sorted({self._class_of(file) for file in files})
-            if all(name.isdecimal() for name in names):  # 0, 1, 2, ..., 10: not 0, 1, 10, ..., 2
-                names.sort(key=int)
+            if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
+                raise UserError(
+                    f"dataset.path={self.path}: its classes are numbers, and models differ in whether 10 comes after 9 "
+                    "or, as torchvision has it, after 1; give dataset.classes=FILE, the numbers in the model's order"
+                )
             return {name: number for number, name in enumerate(names)}
         listed = Path(self.classes).expanduser()
         if not listed.is_file():
             raise UserError(
                 f"dataset.classes={self.classes}: there is no such file; give a text file, one class a line"
             )
-        lines = listed.read_text().splitlines()
-        return {line.split()[0]: number for number, line in enumerate(lines) if line.strip()}
+        lines = [line for line in listed.read_text().splitlines() if line.strip()]
+        return {line.split()[0]: number for number, line in enumerate(lines)}
 
 
 def _read(file: Path, whole: bool) -> Image:

@@ -113,12 +113,12 @@ class TextFiles:
 
 def _text(file: Path) -> str:
     """A damaged letter here and there is let pass, and said; another encoding is refused."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    damaged = text.count(REPLACEMENT)
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
+    damaged = text.count(REPLACEMENT) + text.count("\0")  # of which UTF-16 is full
     if damaged > len(text) / 100:
         raise UserError(f"dataset.path: {file} is no UTF-8; convert it (iconv -f latin1 -t utf-8), or remove it")
     if damaged:
-        _say_once(f"{file}: {damaged} of {len(text):,} letters are no UTF-8; the model sees {REPLACEMENT} there")
+        _say_once(f"{file}: {damaged} of {len(text):,} letters are no text in UTF-8")
     return text
 
 

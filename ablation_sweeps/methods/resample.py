@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -60,7 +61,8 @@ class Resample:
 
 @dataclass(frozen=True)
 class AnotherExample:
-    """The example before it in the batch, the last one for the first. Where that one is shorter, it starts again."""
+    """The example before it in the batch, the last one for the first; of another document, where the batch has one.
+    Where that one is shorter, it starts again."""
 
     reads_clean = True
 
@@ -68,12 +70,18 @@ class AnotherExample:
         size = len(batch.names)
         if size < 2:
             raise UserError("method.source=dataset: needs another example; evaluate two documents or more")
-        donor = (torch.arange(size) - 1) % size
+        donor = torch.tensor(_donors(batch.documents or batch.index))
         if batch.keep is None:
             return [x[donor.to(x.device)] for x in clean]
         lengths = batch.keep.sum(1).cpu()[donor]
         position = torch.arange(batch.keep.shape[1]) % lengths[:, None]
         return [x[donor[:, None].to(x.device), position.to(x.device)] for x in clean]
+
+
+def _donors(documents: Sequence[int]) -> list[int]:
+    size = len(documents)
+    before = [[(row - step) % size for step in range(1, size)] for row in range(size)]
+    return [next((d for d in rows if documents[d] != documents[row]), rows[0]) for row, rows in enumerate(before)]
 
 
 @dataclass(frozen=True)

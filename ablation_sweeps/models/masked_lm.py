@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.data import Batch, Modality, UserError
 from ablation_sweeps.hub import Pretrained, context_length, load_tokenizer
+from ablation_sweeps.lazy import torch
 from ablation_sweeps.text import Masking, Pack, TextEncoder
 from ablation_sweeps.transformer import Transformer
+
+log = logging.getLogger(__name__)
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -33,6 +38,12 @@ class MaskedLM(Pretrained):
     replaced_by_mask: Annotated[float, Field(ge=0, le=1)]
     replaced_at_random: Annotated[float, Field(ge=0, le=1)]
 
+    @model_validator(mode="after")
+    def _shares_fit(self) -> MaskedLM:
+        if self.replaced_by_mask + self.replaced_at_random > 1:
+            raise ValueError("replaced_by_mask and replaced_at_random must not be more than 1 together")
+        return self
+
     def encoder(self) -> TextEncoder:
         """Needs the tokenizer alone."""
         masking = Masking(self.masked, self.replaced_by_mask, self.replaced_at_random)
@@ -52,7 +63,7 @@ class MaskedLM(Pretrained):
                 )
             return encoder.other_input(encoder.random_ids(source, length, seed))
 
-        return Transformer(
+        model = Transformer(
             label=self.label,
             revision=self.commit or "",
             kind="masked_lm",
@@ -65,3 +76,23 @@ class MaskedLM(Pretrained):
             special_ids=frozenset(tokenizer.all_special_ids),
             head=module.get_output_embeddings(),  # type: ignore[operator]
         )
+        if _sees_padding(model, encoder):
+            log.warning(
+                "model=%s: what it says of a text depends a little on the padding beside it, and so on batch_tokens",
+                self.label,
+            )
+        return model
+
+
+def _sees_padding(model: Transformer, encoder: TextEncoder) -> bool:
+    alone = encoder.other_input(encoder.random_ids("probe", 8, 0))
+    padding: int = encoder.tokenizer.pad_token_id or 0  # type: ignore[assignment]
+    widened = {
+        key: torch.nn.functional.pad(x, (0, 8), value=padding * (key == "input_ids")) for key, x in alone.inputs.items()
+    }
+    with torch.inference_mode():
+        a, b = (
+            model.logits(dataclasses.replace(alone, inputs=inputs).to(model.device))[:, :8].float()
+            for inputs in (alone.inputs, widened)
+        )
+    return bool((a - b).abs().max() > 0.05 * a.std())  # rounding is far below

@@ -391,6 +391,14 @@ def test_common_tokens_of_equal_count_are_taken_in_their_order(tiny):
     assert len(unigram(batches, 100, tiny("llama").special_ids, skip=50).common) == 4
 
 
+def test_what_the_statistics_leave_out_is_guessed_all_the_same(fresh):
+    batches = fresh("llama", tokens="no_special").encode(
+        [Document("x", "cbadd"), Document("y", "abc")], "calibration", Budget(None, None), 100, 0
+    )
+    assert not batches[0].keep[:, 0].any()
+    assert unigram(batches, 100, frozenset(), skip=0).probability[1] == 3 / 110  # <s>, once in each; no padding
+
+
 def test_special_tokens_that_are_scored_are_guessed_as_well(tiny):
     """Documents one after the other: `</s>` is a label among others."""
     batches = tiny("llama").encode([Document("x", "cbadd")], "calibration", Budget(None, None), 100, 0)

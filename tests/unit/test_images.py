@@ -83,12 +83,20 @@ def test_more_than_8_bits_a_pixel_are_refused(tiny, dtype):
         encoded(tiny("vit"), [*pictures(2), Picture("deep", lambda: deep, 0)])
 
 
-@pytest.mark.parametrize("names", [["0", "1", "2", "10", "11"], ["a", "b10", "b2"]])
-def test_folders_that_are_numbers_are_in_their_order(tmp_path, names):
+@pytest.mark.parametrize("names", [["0", "1", "2"], ["00", "01", "10"], ["a", "b10", "b2"], ["0", "1", "10", "2"]])
+def test_folders_are_in_an_order_that_all_agree_on(tmp_path, names):
     for name in names:
         (tmp_path / name).mkdir()
         image(0).save(tmp_path / name / "x.png")
-    assert ImageFolder("images", str(tmp_path), "folder", None, 0.2).class_names() == names
+    if names[-1] != "2" or len(names) < 4:
+        assert ImageFolder("images", str(tmp_path), "folder", None, 0.2).class_names() == names
+        return
+    with pytest.raises(UserError, match=r"its classes are numbers.*dataset\.classes=FILE"):
+        ImageFolder("images", str(tmp_path), "folder", None, 0.2).class_names()
+    (tmp_path / "order.txt").write_text("\n0\n1\n\n2\n10\n")  # blank lines are none
+    listed = ImageFolder("images", str(tmp_path), "folder", str(tmp_path / "order.txt"), 0.2)
+    assert listed.class_names() == ["0", "1", "2", "10"]
+    assert {p.label for p in [*listed.examples("calibration"), *listed.examples("evaluation")]} == {0, 1, 2, 3}
 
 
 def test_labels_names_and_order_are_those_of_the_dataset(tiny):

@@ -264,6 +264,37 @@ def test_a_model_that_cannot_be_fetched_is_named(option, monkeypatch):
         option("model=gemma_2b").prefetch()
 
 
+def test_feed_forward_in_chunks_is_refused(option, saved, tmp_path):
+    """A projection is then called more often than there are layers."""
+    shutil.copytree(saved("bert"), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"chunk_size_feed_forward": 8}))
+    with pytest.raises(UserError, match=r"chunk_size_feed_forward\), so that calls and layers are not told apart"):
+        option("model=masked_lm", f"model.path={tmp_path}").load()
+
+
+def test_shares_of_what_is_replaced_fit(option):
+    with pytest.raises(UserError, match=r"must not be more than 1 together"):
+        option("model=tiny_masked", "model.replaced_by_mask=0.8", "model.replaced_at_random=0.5")
+
+
+def test_an_encoder_that_sees_padding_is_said(option, saved, tmp_path, caplog):
+    from transformers import ConvBertConfig, ConvBertForMaskedLM
+
+    option("model=masked_lm", f"model.path={saved('bert')}").load()
+    assert not caplog.records
+    shutil.copytree(saved("bert"), tmp_path, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    config = ConvBertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                            intermediate_size=48, embedding_size=32)  # fmt: skip
+    module = ConvBertForMaskedLM(config)
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    module.save_pretrained(tmp_path)
+    option("model=masked_lm", f"model.path={tmp_path}").load()
+    assert "depends a little on the padding beside it" in caplog.text
+
+
 def test_an_encoder_is_no_causal_model(option, saved):
     with pytest.raises(UserError, match=r"its logits depend on later tokens.*model=masked_lm"):
         option("model=causal_lm", f"model.path={saved('bert')}").load()
@@ -325,5 +356,6 @@ def test_classes_in_another_order_than_the_models_are_refused(repo, tiny):
     model = dataclasses.replace(tiny("vit"), class_names=("ant", "bee", "cat", "dog", "eel"))
     chance("ant", "bee", "cat", "dog", "eel")
     chance("1", "2", "3", "4", "5")  # other names for them, it seems
-    with pytest.raises(UserError, match=r"dataset=mine: has the model's classes in another order.*dataset\.classes"):
-        chance("bee", "ant", "cat", "dog", "eel")
+    chance("Ant", "bee", "cat", "dogs", "eel")
+    with pytest.raises(UserError, match=r"dataset=mine: its class 0 is bee, but the model's is ant.*dataset\.classes"):
+        chance("bee", "Ant", "cat", "dog", "eel")

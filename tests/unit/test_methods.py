@@ -18,7 +18,7 @@ from ablation_sweeps.data import NOT_SCORED, Batch, Document, UserError
 from ablation_sweeps.methods.mean import Mean
 from ablation_sweeps.methods.median import Median
 from ablation_sweeps.methods.peak import Peak
-from ablation_sweeps.methods.resample import Resample
+from ablation_sweeps.methods.resample import Resample, _donors
 from ablation_sweeps.methods.zero import Zero
 from ablation_sweeps.transformer import Budget, Transformer
 
@@ -531,3 +531,10 @@ def test_labels_tell_the_variants_apart():
     labels = [composed(option).label for option in options()]
     # `method=peak` and its default estimator are one, and so is as_run=true of the same source.
     assert len(set(labels)) >= len(labels) - 2
+
+
+def test_another_example_is_of_another_document_where_there_is_one():
+    """Pieces of three documents, as model.pack=concatenate cuts them."""
+    assert _donors((0, 0, 0, 1, 2, 2)) == [5, 5, 5, 2, 3, 3]
+    assert _donors((4, 2, 7)) == [2, 0, 1]
+    assert _donors((3, 3, 3)) == [2, 0, 1]
