@@ -43,7 +43,9 @@ def unigram(batches: Sequence[Batch], n_classes: int, special_ids: Iterable[int]
     """From the tokens of the calibration data, special ones left out."""
     counts: Counter[int] = Counter()
     for batch in batches:
-        counts.update(batch.inputs["input_ids"][batch.inputs["attention_mask"].bool()].tolist())
+        mask = batch.inputs.get("attention_mask", batch.keep)  # which a kind of model of one's own may lack
+        assert mask is not None
+        counts.update(batch.inputs["input_ids"][mask.bool()].tolist())
     for special in special_ids:
         counts.pop(special, None)
     frequency = torch.ones(n_classes, dtype=torch.float64)

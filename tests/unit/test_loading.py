@@ -282,7 +282,7 @@ def test_an_encoder_that_sees_padding_is_said(option, saved, tmp_path, caplog):
     from transformers import ConvBertConfig, ConvBertForMaskedLM
 
     option("model=masked_lm", f"model.path={saved('bert')}").load()
-    assert not caplog.records
+    assert "padding" not in caplog.text
     shutil.copytree(saved("bert"), tmp_path, dirs_exist_ok=True)
     torch.manual_seed(0)
     config = ConvBertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,

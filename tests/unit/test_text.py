@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import save_tokenizer
 
 from ablation_sweeps.data import NOT_SCORED, Batch, Document, Picture, UserError
 from ablation_sweeps.transformer import Budget, Transformer
@@ -307,7 +307,9 @@ def test_a_piece_belongs_to_the_document_that_most_of_it_is_from(fresh):
 def test_nobody_has_to_foresee_where_a_text_is_cut(fresh, saved, tmp_path):
     """A tokenizer that ends each text: where it is cut, the end is not there, and is no label."""
     shutil.copytree(saved("llama"), tmp_path, dirs_exist_ok=True)
-    save_tokenizer(tmp_path, "<s> $A </s>")
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokenizer["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     (batch,) = encoded(fresh("llama", path=str(tmp_path), max_tokens=8), ["hello", "x" * 50], batch_tokens=100)
     ends = [batch.inputs["input_ids"][row][batch.keep[row]][-1].item() == 2 for row in (0, 1)]
     assert dict(zip(batch.names, ends, strict=True)) == {"doc0": True, "doc1": False}
