@@ -59,7 +59,7 @@ class ImageClassifier(Pretrained):
             other_input=encoder.other_input,
             n_heads=heads if isinstance(heads, int) else None,  # Swin has a list, one for each stage
             special_ids=frozenset(),
-            class_names=tuple(config.id2label[i] for i in range(config.num_labels)),  # type: ignore[union-attr,index,arg-type]
+            class_names=tuple(config.id2label.get(i, "") for i in range(config.num_labels)),  # type: ignore[union-attr,index,arg-type]
         )
 
 
