@@ -77,7 +77,13 @@ class Timm(Pretrained):
         encoder = ImageEncoder(transform, "x", mode, module.num_classes, tokens=1)
         probe = encoder.other_input("probe", 1, 0).to(device_of(self.device))
         with torch.inference_mode():
-            tokens = body(probe).shape[1:-1].numel()
+            features = body(probe)
+        if not isinstance(features, torch.Tensor):
+            raise UserError(
+                f"{self.option}: gives several feature maps, so that it is not known how many positions an image has; "
+                "use another model"
+            )
+        tokens = features.shape[1:-1].numel()
         heads = {m.num_heads for m in module.modules() if hasattr(m, "num_heads")}
         left_out = getattr(module, "num_prefix_tokens", 0) if self.tokens == "no_special" else 0
         encoder = ImageEncoder(transform, "x", mode, module.num_classes, tokens, left_out)

@@ -345,6 +345,15 @@ def test_the_end_of_a_text_is_guessed_where_it_is_scored(repo, pack, ends):
     assert (probability[end] * (counted.sum() + len(probability))).round() == 1 + ends * (ids == end).sum() > ends
 
 
+def test_a_model_of_several_feature_maps_is_refused(option, tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    save_file(timm.create_model("crossvit_tiny_240").state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"gives several feature maps"):
+        option("model=timm", f"model.path={tmp_path}", "model.name=crossvit_tiny_240").load()
+
+
 def test_classes_in_another_order_than_the_models_are_refused(repo, tiny):
     with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
         digits = to_job(compose("config", ["model=tiny_vit", "dataset=digits"]))
