@@ -172,12 +172,14 @@ def _options(part: Any) -> dict[str, Any]:
 
 
 def _class(part: Any) -> str:
-    """Its name; also what its file holds, where NUMBERS does not stand for it: it may be changed at any time."""
-    cls = type(part)
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    if cls.__module__.removeprefix("ablation_sweeps.") in OURS:
-        return name
-    return f"{name} {store.fingerprint_of_file(Path(inspect.getfile(cls)))}"
+    return " ".join([f"{type(part).__module__}.{type(part).__qualname__}", *_edited(part)])
+
+
+def _edited(part: Any) -> list[str]:
+    """What the file of its class holds, where NUMBERS does not stand for it: it may be changed at any time."""
+    if type(part).__module__.removeprefix("ablation_sweeps.") in OURS:
+        return []
+    return [store.fingerprint_of_file(Path(inspect.getfile(type(part))))]
 
 
 def run_job(job: Job) -> Path:
@@ -259,7 +261,7 @@ def chance(job: Job, model: Transformer, batches: list[Batch], calibration: list
                 "their order)"
             )
         known = set(model.class_names)
-        for number, (name, own) in enumerate(zip(names, model.class_names)):  # noqa: B905  (which may be empty)
+        for number, (name, own) in enumerate(zip(names, model.class_names, strict=False)):  # which may be empty
             if name != own and name in known:
                 raise UserError(
                     f"dataset={job.dataset.label}: its class {number} is {name}, but the model's is {own}: in another "
@@ -274,8 +276,8 @@ def describe(
     rows: pd.DataFrame, job: Job, model: Transformer, n_ablated: dict[float, int], n_neurons: int
 ) -> pd.DataFrame:
     """The columns that tell the runs apart, in front of the measurements."""
-    name, _, content = _class(job.method).partition(" ")
-    parameters = {**_options(job.method), "class": name.split(".")[-1] + (content and f"@{content[:6]}")}
+    kind = "@".join([type(job.method).__name__, *(content[:6] for content in _edited(job.method))])
+    parameters = {**_options(job.method), "class": kind}
     own = {
         "run_id": job.signature[:16],
         "study": store.signature([job.study, job.model.label, job.dataset.label])[:8],

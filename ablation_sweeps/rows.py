@@ -274,7 +274,8 @@ def _size(rows: list[tuple[int, Row]]) -> int:
 def content(path: str) -> str:
     """Of a folder's files; of those above 64 MiB, 64 KiB out of each of 64 parts."""
     files = sorted(file for file in Path(path).rglob("*") if file.is_file())
-    of = lambda file: (  # noqa: E731
-        fingerprint_of_samples(file, 64, 1 << 16) if file.stat().st_size > 1 << 26 else fingerprint_of_file(file)
-    )
-    return signature([(str(file.relative_to(path)), of(file)) for file in files])
+    return signature([(str(file.relative_to(path)), _of_file(file)) for file in files])
+
+
+def _of_file(file: Path) -> str:
+    return fingerprint_of_samples(file, 64, 1 << 16) if file.stat().st_size > 1 << 26 else fingerprint_of_file(file)

@@ -111,11 +111,12 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path) -> dict | None:
-    """None where the file is absent or is no json (a run that was killed before its first write)."""
+    """None where the file is absent or holds no object of json (a run that was killed before its first write)."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def write_table(path: Path, table: pd.DataFrame) -> str:

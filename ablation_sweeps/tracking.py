@@ -272,9 +272,9 @@ def _records(rows: Rows) -> Sequence[Mapping[Any, Any]]:
 
 def summary(rows: Rows) -> dict[str, float]:
     """One number a curve: `auc/<metric>` (see `metrics.auc`), `at_50/...`, `clean/...`; left out where unknown."""
-    found = {}
+    found, records = {}, _records(rows)
     for metric in MAIN:
-        curve = {row["fraction"]: row for row in _records(rows) if row["metric"] == metric}
+        curve = {row["fraction"]: row for row in records if row["metric"] == metric}
         values = {at: float(curve[at]["value"]) for at in sorted(curve)}
         found[f"clean/{metric}"] = first = values.get(0.0, math.nan)
         found[f"at_50/{metric}"] = values.get(0.5, math.nan)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import gc
 import hashlib
-import json
 import os
 import sys
 import sysconfig
@@ -21,7 +20,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from ablation_sweeps.data import Document, Modality, Split, UserError, unit_hash
-from ablation_sweeps.store import fingerprint_of_file, signature, write_json
+from ablation_sweeps.store import fingerprint_of_file, read_json, signature, write_json
 
 MIN_CHARACTERS = 200  # shorter docstrings say too little to be scored
 SHARED_PARAGRAPH = 60  # characters from which a paragraph found in two documents is a copy, not a common phrase
@@ -82,11 +81,11 @@ def docs() -> tuple[Document, ...]:
 
 def _kept(file: Path) -> list[Document] | None:
     """None where it is absent, or not what was written."""
+    kept = read_json(file) or {}
     try:
-        kept = json.loads(file.read_text())
         documents = [Document(*pair) for pair in kept["documents"]]
         return documents if content_hash(documents) == kept["sha256"] else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (TypeError, KeyError):
         return None
 
 

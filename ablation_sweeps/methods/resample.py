@@ -80,8 +80,10 @@ class AnotherExample:
 
 def _donors(documents: Sequence[int]) -> list[int]:
     size = len(documents)
-    before = [[(row - step) % size for step in range(1, size)] for row in range(size)]
-    return [next((d for d in rows if documents[d] != documents[row]), rows[0]) for row, rows in enumerate(before)]
+    return [
+        next((d for d in range(row - 1, row - size, -1) if documents[d] != document), row - 1) % size
+        for row, document in enumerate(documents)
+    ]
 
 
 @dataclass(frozen=True)
