@@ -27,14 +27,22 @@ class GrowingCounts:
     counts: Int[torch.Tensor, "neurons bins"]
 
     @classmethod
-    def between(cls, low: Float[torch.Tensor, " neurons"], high: Float[torch.Tensor, " neurons"]) -> GrowingCounts:
-        """Of which nothing is counted yet. The ends are those of the first values: there is more to come, so that room
-        for a quarter more is left on either side, which often spares the coarser bins of a doubled range."""
+    def between(
+        cls,
+        low: Float[torch.Tensor, " neurons"],
+        high: Float[torch.Tensor, " neurons"],
+        nothing: Int[torch.Tensor, "neurons bins"],
+    ) -> GrowingCounts:
+        """The ends are those of the first values: there is more to come, so that room for a quarter more is left on
+        either side, which often spares the coarser bins of a doubled range.
+
+        Args:
+            nothing: zeros, `[neurons, FINE]`, which become the counts.
+        """
         low, high = low.double(), high.double()
         span = torch.maximum(high - low, low.abs().clamp(min=1e-6) * 2**-20)  # a neuron that has not changed so far
         low, span = low - span / 4, span * 1.5
-        counts = torch.zeros(len(low), FINE, dtype=torch.int32, device=low.device)
-        return cls(low, span / (FINE - 1), counts)
+        return cls(low, span / (FINE - 1), nothing)
 
     def add(
         self,
@@ -70,12 +78,13 @@ class GrowingCounts:
     ) -> Float[torch.Tensor, "neurons n_bins"]:
         """What lies in each of `n_bins` equal bins between `low` and `high`, the smallest and the largest value: the
         values of a fine bin are taken to be spread evenly over it."""
-        up_to = torch.cat([torch.zeros_like(self.low)[:, None], self.counts.double().cumsum(1)], 1)
+        up_to = torch.nn.functional.pad(self.counts, (1, 0)).cumsum(1, dtype=torch.int32)
         shares = torch.arange(1, n_bins, device=self.low.device) / n_bins
         edges = low.double()[:, None] + (high - low).double()[:, None] * shares
         place = ((edges - self.low[:, None]) / self.width[:, None]).clamp(0, FINE)
         before = place.long().clamp_(max=FINE - 1)
-        inside = torch.lerp(up_to.gather(1, before), up_to.gather(1, before + 1), place - before)
-        counts = torch.cat([up_to[:, :1], inside, up_to[:, -1:]], 1).diff(dim=1)
+        ends = up_to.gather(1, before).double(), up_to.gather(1, before + 1).double()
+        inside, all_of_them = torch.lerp(*ends, place - before), up_to[:, -1:].double()
+        counts = torch.cat([torch.zeros_like(all_of_them), inside, all_of_them], 1).diff(dim=1)
         constant = (high == low)[:, None]
-        return torch.where(constant, torch.nn.functional.pad(up_to[:, -1:], (0, n_bins - 1)), counts)
+        return torch.where(constant, torch.nn.functional.pad(all_of_them, (0, n_bins - 1)), counts)

@@ -17,7 +17,7 @@ def grown(x: torch.Tensor, size: int) -> GrowingCounts:
     counts = None
     for some in x.split(size):
         low, high = some.amin(0), some.amax(0)
-        counts = counts or GrowingCounts.between(low, high)
+        counts = counts or GrowingCounts.between(low, high, torch.zeros(len(low), FINE, dtype=torch.int32))
         counts.add(some, low, high)
     assert counts is not None
     return counts
