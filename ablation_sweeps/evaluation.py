@@ -187,13 +187,15 @@ class Passes:
         else:
             logits = clean_logits(batch)
             values = values or self.replacement(batch, [])
+        values = [value.to(self.model.device) for value in values]
         clean = _clean(logits, targets.rows)
         sums = {0.0: _sums(logits, clean, targets, self.common, self.top_k)}
         for fraction, layers in self.masks.items():
             with ablated(self.projections, layers, values, size):
                 logits = self.model.logits(batch)
             sums[fraction] = _sums(logits, clean, targets, self.common, self.top_k)
-        return sums
+        # Not before the last pass: a GPU would stand still whenever its numbers are waited for.
+        return {fraction: of_all.cpu().numpy() for fraction, of_all in sums.items()}
 
     def _clean_activations(self, batch: Batch) -> list[torch.Tensor]:
         """Of all examples, `[batch, rows, neurons]` a layer, though only `fits` of them fit into one pass."""
@@ -267,7 +269,7 @@ def _sums(
     targets: Targets,
     common: Int[torch.Tensor, " common"],
     top_k: int,
-) -> Float[np.ndarray, "batch sums"]:
+) -> Float[torch.Tensor, "batch sums"]:
     """The sums of `SUMS` over each example's scored positions, in float64."""
     flat = logits.flatten(0, -2)
     sums = torch.zeros(targets.n_examples, len(SUMS), dtype=torch.float64, device=flat.device)
@@ -277,7 +279,7 @@ def _sums(
         )
         for chunk in _chunks(targets.rows, flat.shape[-1])
     ]
-    return (sums.index_add_(0, targets.examples, torch.cat(values)) if values else sums).cpu().numpy()
+    return sums.index_add_(0, targets.examples, torch.cat(values)) if values else sums
 
 
 def _score(
