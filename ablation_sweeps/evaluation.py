@@ -187,7 +187,6 @@ class Passes:
         else:
             logits = clean_logits(batch)
             values = values or self.replacement(batch, [])
-        values = [value.to(self.model.device) for value in values]
         clean = _clean(logits, targets.rows)
         sums = {0.0: _sums(logits, clean, targets, self.common, self.top_k)}
         for fraction, layers in self.masks.items():
