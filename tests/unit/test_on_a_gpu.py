@@ -1,0 +1,83 @@
+"""Whole jobs on a pretended GPU: nothing is left on the wrong side, and the numbers are those of the CPU."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from pretended_gpu import OnGpu, pretended
+
+from ablation_sweeps import job
+from ablation_sweeps.config import to_job
+
+FEW = ["tracking=none", "eval.tokens=600", "statistics.tokens=600", "eval.images=8", "fraction.values=[0.5,1.0]"]
+JOBS = [
+    ["model=tiny_causal", "method=zero"],
+    ["model=tiny_causal", "method=resample"],
+    ["model=tiny_causal", "method=resample_random"],
+    ["model=tiny_causal", "method=peak", "statistics.passes=1", "site=mlp_pre_out"],
+    ["model=tiny_causal", "method=mean", "model.pack=concatenate", "model.dtype=bfloat16"],
+    ["model=tiny_causal", "method=median", "eval.target_stderr=5", "batch_tokens=1024"],
+    ["model=tiny_masked", "method=peak"],
+    ["model=tiny_vit", "dataset=digits", "method=peak", "method.estimator=kde"],
+    ["model=tiny_vit", "dataset=digits", "method=resample"],
+]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    with pretended(monkeypatch):
+        yield
+    job._loaded.clear()
+
+
+def rows_of(repo, folder, *overrides) -> pd.DataFrame:
+    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
+        one = to_job(compose("config", [*FEW, f"results_dir={folder}", *overrides]))
+    return pd.read_parquet(job.run_job(one) / "rows.parquet")
+
+
+def test_it_is_as_strict_as_a_gpu(gpu):
+    x = torch.ones(3, device="cuda")
+    assert isinstance(x, OnGpu) and x.device.type == "cuda" and x.is_cuda
+    assert type(x.cpu()) is type(x.to("cpu")) is type(x.to(device=torch.device("cpu"))) is torch.Tensor
+    assert isinstance(torch.ones(3).to(x), OnGpu) and isinstance(torch.ones(3).to(x.device), OnGpu)
+    assert isinstance(torch.nn.Linear(2, 2).to("cuda").weight, OnGpu)
+    for wrong in (
+        lambda: x + torch.ones(3),
+        lambda: torch.ones(3)[x.long()],
+        lambda: torch.cat([x, torch.ones(1)]),
+        lambda: torch.where(torch.ones(3) > 0, x, x),
+        lambda: torch.zeros(3).index_add_(0, torch.arange(3), x),
+    ):
+        with pytest.raises(RuntimeError, match="same device"):
+            wrong()
+    with pytest.raises(TypeError):
+        x.numpy()
+    assert (x + torch.tensor(2.0)).tolist() == [3, 3, 3]
+    assert x[torch.tensor([1])].tolist() == [1]
+
+
+@pytest.mark.parametrize("overrides", JOBS, ids=" ".join)
+def test_a_job_gives_the_numbers_of_the_cpu(repo, tmp_path, gpu, overrides):
+    there = rows_of(repo, tmp_path / "there", *overrides, "model.device=cuda")
+    (model,) = job._loaded.values()
+    assert all(isinstance(parameter, OnGpu) for parameter in model.module.parameters())
+    here = rows_of(repo, tmp_path / "here", *overrides, "model.device=cpu")
+    pd.testing.assert_frame_equal(there, here, check_exact=True)
+
+
+@pytest.mark.parametrize("method", ["mean", "resample"])
+def test_a_model_may_be_spread_over_two_devices(repo, tmp_path, gpu, method):
+    """The first half of the layers on the CPU, the other half on the GPU."""
+    from accelerate import dispatch_model
+
+    here = rows_of(repo, tmp_path / "here", "model=tiny_causal", f"method={method}")
+    (model,) = job._loaded.values()
+    where = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu",
+             "model.layers.2": 0, "model.layers.3": 0, "model.norm": 0, "lm_head": "cpu"}  # fmt: skip
+    dispatch_model(model.module, where, main_device=torch.device("cpu"), force_hooks=True)
+    assert {type(parameter) for parameter in model.module.parameters()} == {torch.nn.Parameter, OnGpu}
+    there = rows_of(repo, tmp_path / "there", "model=tiny_causal", f"method={method}")
+    pd.testing.assert_frame_equal(there, here, check_exact=True)
