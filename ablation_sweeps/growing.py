@@ -63,13 +63,10 @@ class GrowingCounts:
             outside = below | above
             if not outside.any():
                 return
-            finer = self.counts[outside]
-            halved = finer[:, ::2] + finer[:, 1::2]
-            nothing = torch.zeros_like(halved)
-            down = below[outside][:, None]
-            self.counts[outside] = torch.cat(
-                [torch.where(down, nothing, halved), torch.where(down, halved, nothing)], 1
-            )
+            for rows, half in ((below, slice(FINE // 2, None)), (outside & ~below, slice(FINE // 2))):
+                finer = self.counts[rows]
+                self.counts[rows] = 0
+                self.counts[rows, half] = finer[:, ::2] + finer[:, 1::2]
             self.low = torch.where(below, self.low - FINE * self.width, self.low)
             self.width = torch.where(outside, 2 * self.width, self.width)
 
