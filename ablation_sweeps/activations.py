@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from jaxtyping import Float, Int, Num
 from tqdm import tqdm
 
-from ablation_sweeps import store
+from ablation_sweeps import files
 from ablation_sweeps.data import TOO_LARGE, Batch, UserError, made_ahead
 from ablation_sweeps.growing import FINE, GrowingCounts
 from ablation_sweeps.lazy import torch
@@ -117,11 +117,11 @@ def collect(
         note(halved.read_text())
     data = CalibrationData(model, projections, batches)
     try:
-        with store.locked(cache):
+        with files.locked(cache):
             return (_in_one_pass if passes == 1 else _in_two_passes)(data, cache, histograms)
     except torch.OutOfMemoryError:
         largest = max(len(batch.names) for batch in batches)
-        store.write_text(halved, f"statistics: {TOO_LARGE.format(largest)}")  # for all jobs that read them
+        files.write_text(halved, f"statistics: {TOO_LARGE.format(largest)}")  # for all jobs that read them
     # From the start, and not inside of `except`, whose error holds on to the memory of the pass that failed.
     splits = lambda batch: len(batch.names) > 1 or largest == 1  # noqa: E731  (one alone cannot be split, and says so)
     smaller = [part for batch in batches for part in (batch.halves() if splits(batch) else (batch,))]
@@ -130,12 +130,12 @@ def collect(
 
 def kept(cache: Path, histogram: Histogram) -> Statistics | None:
     """What jobs have left under `cache`, if the histogram is among it."""
-    both = store.load_tensors(cache / BOTH)
+    both = files.load_tensors(cache / BOTH)
     if both is not None:
         moments, fine = _from_tensors(both)
         return _at_once_in_bins(moments, fine, [histogram])
-    moments = store.load_tensors(cache / MOMENTS_FILE)
-    counts = store.load_tensors(_counts_file(cache, histogram))
+    moments = files.load_tensors(cache / MOMENTS_FILE)
+    counts = files.load_tensors(_counts_file(cache, histogram))
     if moments is None or counts is None:
         return None
     return Statistics(_to_moments(moments), {histogram: _in_order(counts)})
@@ -189,11 +189,11 @@ def _part_size(rows: Float[torch.Tensor, "tokens neurons"]) -> int:
 
 def _in_two_passes(data: CalibrationData, cache: Path, histograms: Sequence[Histogram]) -> Statistics:
     statistics = Statistics(
-        store.cached(cache / MOMENTS_FILE, _from_moments, _to_moments, lambda: moments_of(data, "statistics, pass 1"))
+        files.cached(cache / MOMENTS_FILE, _from_moments, _to_moments, lambda: moments_of(data, "statistics, pass 1"))
     )
     missing = []
     for histogram in dict.fromkeys(histograms):
-        found = store.load_tensors(_counts_file(cache, histogram))
+        found = files.load_tensors(_counts_file(cache, histogram))
         if found is None:
             missing.append(histogram)
         else:
@@ -201,7 +201,7 @@ def _in_two_passes(data: CalibrationData, cache: Path, histograms: Sequence[Hist
     if missing:
         statistics.counts |= _counts(data, statistics, missing)
         for histogram in missing:
-            store.save_tensors(_counts_file(cache, histogram), _numbered(statistics.counts[histogram]))
+            files.save_tensors(_counts_file(cache, histogram), _numbered(statistics.counts[histogram]))
     return statistics
 
 
@@ -212,7 +212,7 @@ def _in_one_pass(data: CalibrationData, cache: Path, histograms: Sequence[Histog
                 f"statistics.passes=1: cannot tell {histogram.n_bins:,} bins apart, which this method asks for; use "
                 "statistics.passes=2"
             )
-    moments, fine = store.cached(cache / BOTH, _to_tensors, _from_tensors, lambda: _at_once(data))
+    moments, fine = files.cached(cache / BOTH, _to_tensors, _from_tensors, lambda: _at_once(data))
     return _at_once_in_bins(moments, fine, histograms)
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ablation_sweeps import store
+from ablation_sweeps import files, store
 from ablation_sweeps.config import from_dict
 from ablation_sweeps.console import counted
 from ablation_sweeps.data import UserError
@@ -45,7 +45,7 @@ def launch(options: Any, jobs: Sequence[Job]) -> None:
         try:
             work.start(options.max_jobs_per_pack)
             how = {"launcher": type(options).__name__, "options": asdict(options), "folder": os.getcwd()}
-            store.write_json(sweep / ".dispatch" / HOW, how)
+            files.write_json(sweep / ".dispatch" / HOW, how)
             if not options.wait and work.packs:
                 print(f"{counted(len(work.packs), 'pack')} in the queue; the same command later collects the results")
                 return
@@ -77,7 +77,7 @@ def retry(sweep: Path) -> None:
     for path in (sweep, sweep / ".dispatch", sweep / ".dispatch" / HOW, *runs, *(run / "config.yaml" for run in runs)):
         if path.exists() and others_may_write(path):
             raise UserError(f"{path}: others may write to it, and so run code as you; launch the sweep again instead")
-    how = store.read_json(sweep / ".dispatch" / HOW) or {}
+    how = files.read_json(sweep / ".dispatch" / HOW) or {}
     if Path(how.get("folder", "")).is_dir():
         os.chdir(how.get("folder", "."))  # from where paths were given
     jobs = [job for run in runs if (job := _again(run))]
@@ -113,7 +113,7 @@ def only_one(sweep: Path) -> Iterator[None]:
             f"sweep={sweep.name}: is being launched already, by {by}; wait for it, or name another sweep=NAME"
         ) from error
     try:
-        store.write_text(who, f"process {os.getpid()} on {os.uname().nodename}\n")
+        files.write_text(who, f"process {os.getpid()} on {os.uname().nodename}\n")
         yield
     finally:
         lock.release()

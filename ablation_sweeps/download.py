@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ablation_sweeps.data import UserError
-from ablation_sweeps.store import replacing
+from ablation_sweeps.files import replacing
 
 log = logging.getLogger(__name__)
 

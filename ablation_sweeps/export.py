@@ -6,7 +6,7 @@ import math
 import re
 from pathlib import Path
 
-from ablation_sweeps import page, store
+from ablation_sweeps import files, page
 from ablation_sweeps.curves import read_curves
 from ablation_sweeps.lazy import pd
 from ablation_sweeps.report import all_measured, write_csv
@@ -15,11 +15,11 @@ from ablation_sweeps.report import all_measured, write_csv
 def export(sweep: Path, to: Path) -> list[Path]:
     """Writes curves.csv and curves.parquet, every point, and areas.tex, one table a study. Returns their paths."""
     curves = read_curves(sweep)
-    files = [to / name for name in ("curves.csv", "curves.parquet", "areas.tex")]
-    write_csv(curves, files[0])
-    store.write_table(files[1], curves)
-    store.write_text(files[2], "\n".join(_table(found) for _, found in all_measured(curves, sweep)))
-    return files
+    paths = [to / name for name in ("curves.csv", "curves.parquet", "areas.tex")]
+    write_csv(curves, paths[0])
+    files.write_table(paths[1], curves)
+    files.write_text(paths[2], "\n".join(_table(found) for _, found in all_measured(curves, sweep)))
+    return paths
 
 
 def _table(study: page.Measured) -> str:

@@ -20,8 +20,8 @@ from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.data import Modality, UserError
 from ablation_sweeps.download import check_here, commit, fetch_model, why_not
+from ablation_sweeps.files import fingerprint_of_file, signature
 from ablation_sweeps.lazy import torch
-from ablation_sweeps.store import fingerprint_of_file, signature
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

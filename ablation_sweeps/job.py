@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps import activations, evaluation, growing, sites, store
+from ablation_sweeps import activations, evaluation, files, growing, sites, store
 from ablation_sweeps.ablation import Fitting, Method
 from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.data import NOT_SCORED, Batch, Split, UserError
@@ -146,12 +146,12 @@ class Job:
     def signature(self) -> str:
         """Of everything that can change the numbers."""
         own = {"method": _options(self.method), "fractions": self.fraction.values, "seed": self.seed}
-        return store.signature({**self.study, **own})
+        return files.signature({**self.study, **own})
 
     @functools.cached_property
     def like(self) -> str:
         """The same for jobs that take about as long: all but method and seed."""
-        return store.signature([self.study, self.fraction.values])[:16]
+        return files.signature([self.study, self.fraction.values])[:16]
 
     @functools.cached_property
     def folder(self) -> Path:
@@ -179,13 +179,13 @@ def _edited(part: Any) -> list[str]:
     """What the file of its class holds, where NUMBERS does not stand for it: it may be changed at any time."""
     if type(part).__module__.removeprefix("ablation_sweeps.") in OURS:
         return []
-    return [store.fingerprint_of_file(Path(inspect.getfile(type(part))))]
+    return [files.fingerprint_of_file(Path(inspect.getfile(type(part))))]
 
 
 def run_job(job: Job) -> Path:
     """Runs the job, unless it is finished already. Returns its folder, which holds its rows."""
     folder = job.folder
-    with store.locked(folder), store.run_log(folder):
+    with files.locked(folder), store.run_log(folder):
         if store.finished(folder):
             log.info("%s is finished already", folder)
             return folder
@@ -210,7 +210,7 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     # Calibration: what does each neuron do on data that is not evaluated?
     calibration = encode(job, model, "calibration")
-    cache = job.results_dir / ".cache" / store.signature(job.data)[:16]
+    cache = job.results_dir / ".cache" / files.signature(job.data)[:16]
     note = functools.partial(store.note, folder)
     store.remember(folder, statistics=cache.name, n_heads=model.n_heads)
     statistics = functools.partial(
@@ -280,7 +280,7 @@ def describe(
     parameters = {**_options(job.method), "class": kind}
     own = {
         "run_id": job.signature[:16],
-        "study": store.signature([job.study, job.model.label, job.dataset.label])[:8],
+        "study": files.signature([job.study, job.model.label, job.dataset.label])[:8],
         "kind": model.kind,
         "model": job.model.label,
         "revision": model.revision,

@@ -82,8 +82,8 @@ def plan(jobs: Sequence[Job], most: int | None, at_once: int) -> None:
 def seconds_of(job: Job) -> float | None:
     """What earlier jobs below its results_dir took, in the mean, that differ in nothing but method and seed."""
     name = f"{job.model.label}-{job.dataset.label}-".replace("/", "--")
-    files = job.results_dir.glob(f"*/{glob.escape(name)}*/environment.json")
-    ran = [found for file in files if (found := store.read_json(file) or {}).get("like") == job.like]
+    earlier = job.results_dir.glob(f"*/{glob.escape(name)}*/environment.json")
+    ran = [found for file in earlier if (found := store.environment(file.parent)).get("like") == job.like]
     return sum(found["seconds"] for found in ran) / len(ran) if ran else None
 
 

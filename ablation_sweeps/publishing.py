@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from ablation_sweeps import dashboard, report, store
+from ablation_sweeps import dashboard, files, report, store
 from ablation_sweeps.console import counted
 from ablation_sweeps.curves import read_curves, summarise
 from ablation_sweeps.data import UserError
@@ -62,18 +62,18 @@ def send_tables(sweep: Path) -> bool:
 def _send_tables(sweep: Path, runs: list[Path], project: str | None, entity: str | None, again: bool) -> bool:
     tracking = _tracking(runs[0], project, entity)
     curves, statistics = read_curves(sweep), _statistics(runs)
-    content = store.signature([curves.to_csv(), sorted(statistics), tracking.place])
-    known = store.read_json(sweep / MARK) or {}
+    content = files.signature([curves.to_csv(), sorted(statistics), tracking.place])
+    known = files.read_json(sweep / MARK) or {}
     if known.get("content") == content and not again:
         return False
     known = {"run_id": secrets.token_hex(8), **known}
-    store.write_json(sweep / MARK, known)  # before it is sent: stopped now, it is sent under the same id
+    files.write_json(sweep / MARK, known)  # before it is sent: stopped now, it is sent under the same id
     tables = {"curves": curves, "summary": summarise(curves)}
     if found := report.all_measured(curves, sweep):
         tables["comparisons"] = report.comparisons(found)
     name = store.config(runs[0])["sweep"]
     tracking.send_tables(SweepRecord(known["run_id"], name, tables, statistics, sweep))
-    store.write_json(sweep / MARK, {**known, "content": content})
+    files.write_json(sweep / MARK, {**known, "content": content})
     return True
 
 
@@ -89,12 +89,12 @@ def save_views(sweep: Path, project: str | None = None, entity: str | None = Non
     import wandb
 
     first = _finished(sweep)[0]
-    tracking, known = _tracking(first, project, entity), store.read_json(sweep / MARK) or {}
+    tracking, known = _tracking(first, project, entity), files.read_json(sweep / MARK) or {}
     with online():
         owner = tracking.entity or wandb.Api().default_entity
         before = known.get("views", {}) if known.get("viewed") == tracking.place else {}
         views = dashboard.views(sweep, store.config(first)["sweep"], tracking.project, str(owner), before)
-    store.write_json(sweep / MARK, {**known, "views": views, "viewed": tracking.place})
+    files.write_json(sweep / MARK, {**known, "views": views, "viewed": tracking.place})
     return views
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ablation_sweeps import neurons, page, store
+from ablation_sweeps import files, neurons, page, store
 from ablation_sweeps.activations import Histogram, kept
 from ablation_sweeps.comparison import shared
 from ablation_sweeps.console import encodable
@@ -31,7 +31,7 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
 
     sweep_dir = Path(sweep_dir)
     curves = read_curves(sweep_dir, *more)
-    store.write_table(sweep_dir / "curves.parquet", curves)
+    files.write_table(sweep_dir / "curves.parquet", curves)
     write_csv(summarise(curves), sweep_dir / "summary.csv")
     written = [sweep_dir / "curves.parquet", sweep_dir / "summary.csv"]
     of_sweep = studies(curves)
@@ -39,7 +39,7 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
         figure = draw(study.rows, study.title, study.unit)
         for suffix in ("png", "svg", "pdf"):
             written.append(sweep_dir / "figures" / f"{study.name}.{suffix}")
-            with store.replacing(written[-1]) as temporary:
+            with files.replacing(written[-1]) as temporary:
                 save(figure, temporary, suffix)
     console = console or Console()
     print_tables(curves, console)
@@ -59,7 +59,7 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
         for run in sorted(path.parent for path in Path(sweep).rglob("status.json"))  # as deep as curves are read
         if (found := store.status(run))["state"] != "finished"
     ]
-    store.write_text(sweep_dir / "report.html", page.render(sweep_dir.absolute().name, shown, failures))
+    files.write_text(sweep_dir / "report.html", page.render(sweep_dir.absolute().name, shown, failures))
     return [*written, sweep_dir / "comparisons.csv", sweep_dir / "report.html"]
 
 
@@ -74,7 +74,7 @@ def comparisons(found: list[tuple[Study, page.Measured]]) -> DataFrame:
 
 
 def write_csv(table: DataFrame, path: Path) -> None:
-    with store.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         table.to_csv(temporary, index=False)
 
 
@@ -116,12 +116,10 @@ def _neurons(runs: list[Path]) -> dict[str, Any] | None:
         cache = store.statistics_of(run)
         if cache is not None and (found := kept(cache, Histogram(neurons.N_BINS))) is not None:
             by_head = store.config(run)["site"]["by_head"]
-            return neurons.of(
-                found, (store.read_json(run / "environment.json") or {}).get("n_heads") if by_head else None
-            )
+            return neurons.of(found, store.environment(run).get("n_heads") if by_head else None)
     return None
 
 
 def _setup(run: Path) -> dict[str, Any]:
     """Of one run, for all that it is compared with: they differ in method and seed."""
-    return {"configuration": store.config(run), "environment": store.read_json(run / "environment.json")}
+    return {"configuration": store.config(run), "environment": files.read_json(run / "environment.json")}

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.data import Modality, Pairs, Split, UserError, unit_hash
 from ablation_sweeps.download import REMEDY, commit, why_not
-from ablation_sweeps.store import fingerprint_of_file, fingerprint_of_samples, replacing, signature, write_json
+from ablation_sweeps.files import fingerprint_of_file, fingerprint_of_samples, replacing, signature, write_json
 
 Row = dict[str, Any]
 PART_ROWS, PART_BYTES = 512, 1 << 25  # a file of kept rows holds so many at most

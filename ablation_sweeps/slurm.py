@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps import store
+from ablation_sweeps import files
 from ablation_sweeps.data import UserError
 from ablation_sweeps.packs import Pack
 from ablation_sweeps.queue import Place
@@ -71,7 +71,7 @@ class SlurmQueue:
         self.private = private(Path(self.options.folder).expanduser().absolute() / self.name)
         self.records = self.sweep / ".dispatch"
         self.arrays = {
-            file.stem: store.read_json(file) or {} for file in self.records.glob(f"{glob.escape(self.name)}-*.json")
+            file.stem: files.read_json(file) or {} for file in self.records.glob(f"{glob.escape(self.name)}-*.json")
         }
         self.known: dict[str, Place] = {}
         self.asked = float("-inf")
@@ -84,7 +84,7 @@ class SlurmQueue:
         number = 1 + max((int(name.rpartition("-")[2]) for name in self.arrays), default=0)
         name = f"{self.name}-{number}"
         record: dict[str, Any] = {"packs": [list(pack.configs) for pack in packs], "logs": str(self.private)}
-        store.write_json(self.records / f"{name}.json", record)
+        files.write_json(self.records / f"{name}.json", record)
         delay = min(10.0, len(packs) / 20)
         try:
             with _outside_of_a_job():
@@ -103,7 +103,7 @@ class SlurmQueue:
                 "hydra/launcher=local"
             ) from error
         record["job"] = jobs[0].job_id.partition("_")[0]
-        store.write_json(self.records / f"{name}.json", record)
+        files.write_json(self.records / f"{name}.json", record)
         self.arrays[name] = record
         self.asked = time.monotonic() - POLL_SECONDS + 2  # soon, but not before SLURM has seen to it
         return {f"{name}.{index}": pack for index, pack in enumerate(packs)}
@@ -169,7 +169,7 @@ class SlurmQueue:
             name, _, index = pack.rpartition(".")
             self.arrays[name].setdefault("cancelled", []).append(int(index))
         for name in {pack.rpartition(".")[0] for pack in packs}:
-            store.write_json(self.records / f"{name}.json", self.arrays[name])
+            files.write_json(self.records / f"{name}.json", self.arrays[name])
         command = ["scancel", "--quiet", *map(self._id, packs)]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if answer.returncode:

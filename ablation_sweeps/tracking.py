@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps import store
+from ablation_sweeps import files, store
 from ablation_sweeps.data import UserError
 from ablation_sweeps.metrics import MAIN, auc
 
@@ -57,7 +57,7 @@ class RunRecord:
         assert rows is not None
         job = rows["run_id"].iloc[0]
         labels = rows.iloc[0][["model", "dataset", "site", "method", "seed", "study"]].to_dict()
-        own = store.signature([job, config["sweep"]])[:16]  # two sweeps may hold the same job, and each has its group
+        own = files.signature([job, config["sweep"]])[:16]  # two sweeps may hold the same job, and each has its group
         return cls(own, config["sweep"], **labels, config={**config, "run_id": job}, rows=rows, folder=run.parent)
 
     @property

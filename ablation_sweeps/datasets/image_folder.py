@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.data import Modality, Picture, Split, UserError, unit_hash
-from ablation_sweeps.store import fingerprint_of_samples, signature
+from ablation_sweeps.files import fingerprint_of_samples, signature
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -20,7 +20,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from ablation_sweeps.data import Document, Modality, Split, UserError, unit_hash
-from ablation_sweeps.store import fingerprint_of_file, read_json, signature, write_json
+from ablation_sweeps.files import fingerprint_of_file, read_json, signature, write_json
 
 MIN_CHARACTERS = 200  # shorter docstrings say too little to be scored
 SHARED_PARAGRAPH = 60  # characters from which a paragraph found in two documents is a copy, not a common phrase

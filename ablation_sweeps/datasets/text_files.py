@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.data import Document, Modality, Pattern, Split, UserError, unit_hash
-from ablation_sweeps.store import fingerprint_of_file, signature
+from ablation_sweeps.files import fingerprint_of_file, signature
 
 log = logging.getLogger(__name__)
 

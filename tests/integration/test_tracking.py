@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from command import Launch
 
-from ablation_sweeps import store
+from ablation_sweeps import files
 
 ROOT = Path(__file__).resolve().parents[2]
 FRACTIONS = (0.0, 0.5, 1.0)
@@ -447,7 +447,7 @@ def test_killed_while_it_sends_the_same_command_goes_on(
     assert launch("-m", *options, "method=zero,mean", "tracking=none").code == 0
     online = environment | key_for(server.url)
     runs = sorted(path.parent for path in (tmp_path / "results" / "default").glob("*/rows.parquet"))
-    ids = [store.signature([pd.read_parquet(run / "rows.parquet")["run_id"].iloc[0], "default"])[:16] for run in runs]
+    ids = [files.signature([pd.read_parquet(run / "rows.parquet")["run_id"].iloc[0], "default"])[:16] for run in runs]
     server.stalls_at = ids[1] if stop == "run" else "mutation CreateArtifact "
     command = [sys.executable, "-m", "ablation_sweeps", "wandb", "results/default"]
     sending = subprocess.Popen(command, env=online, cwd=tmp_path, stderr=subprocess.DEVNULL)

@@ -121,7 +121,7 @@ def test_the_table_sorts(page):
 
 def test_a_neuron_is_found_by_layer_head_and_index(page, report):
     run = next(path.parent for path in report.parent.glob("*/rows.parquet") if "-peak-" in path.parent.name)
-    environment = store.read_json(run / "environment.json") or {}
+    environment = store.environment(run)
     statistics = kept(report.parents[1] / ".cache" / environment["statistics"], Histogram(100))
     assert statistics is not None
     moments = statistics.moments[2]

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from command import ROOT
 
-from ablation_sweeps import dispatch, packs, slurm, store
+from ablation_sweeps import dispatch, files, packs, slurm, store
 from ablation_sweeps.data import UserError
 from ablation_sweeps.packs import Pack, packed
 from ablation_sweeps.queue import Place
@@ -282,7 +282,7 @@ def asked(monkeypatch, tmp_path):
     options = {key: value for key, value in options.items() if key not in ("_target_", "to")}
     make_queue = lambda: Slurm(**{**options, "folder": str(tmp_path / "private")}).queue(tmp_path / "sweep")  # noqa: E731
     name = make_queue().name
-    store.write_json(tmp_path / "sweep" / ".dispatch" / f"{name}-1.json", {"packs": [["/a"], ["/b"]], "job": "17"})
+    files.write_json(tmp_path / "sweep" / ".dispatch" / f"{name}-1.json", {"packs": [["/a"], ["/b"]], "job": "17"})
     return make_queue, f"{name}-1"
 
 

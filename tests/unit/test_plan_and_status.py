@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from ablation_sweeps import launching, store, watching
+from ablation_sweeps import files, launching, store, watching
 from ablation_sweeps.cli import app
 from ablation_sweeps.queue import Place
 
@@ -34,7 +34,7 @@ def test_a_plan_counts_what_is_missing_and_estimates_by_what_was_run(jobs, capsy
     monkeypatch.setattr(store, "finished", lambda folder: folder.name == "m-d-a")
     runs = [("sweep/m-d-a", "x", 20), ("another/m-d-x", "x", 40), ("another/n-d-x", "x", 9999), ("s/m-d-z", "more", 99)]
     for run, like, seconds in runs:
-        store.write_json(tmp_path / run / "environment.json", {"like": like, "seconds": seconds})
+        files.write_json(tmp_path / run / "environment.json", {"like": like, "seconds": seconds})
     (tmp_path / "sweep" / "m-d-b").mkdir()
     (tmp_path / "sweep" / "m-d-b" / "progress-000000.parquet").touch()
     launching.plan(jobs, 3, 2)
@@ -65,7 +65,7 @@ def test_the_table_says_how_far_the_running_job_of_a_pack_is(tmp_path):
 
     store.write_status(tmp_path / "one", "finished")
     started = datetime.now(timezone.utc) - timedelta(seconds=100)
-    store.write_json(tmp_path / "two" / "status.json",
+    files.write_json(tmp_path / "two" / "status.json",
                      {"state": "running", "started": started.isoformat(), "batches": 40, "begun_at": 18})  # fmt: skip
     for batch in range(20):
         (tmp_path / "two" / f"progress-{batch:06d}.parquet").touch()

@@ -15,8 +15,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from ablation_sweeps import files, store
 from ablation_sweeps import job as job_module
-from ablation_sweeps import store
 from ablation_sweeps.activations import CalibrationData
 from ablation_sweeps.config import to_job
 from ablation_sweeps.job import Job, run_job
@@ -59,11 +59,11 @@ def make(composed, tmp_path):
 
 
 def test_a_signature_is_that_of_the_content_not_of_its_order():
-    assert store.signature({"a": 1, "b": [1.0, None]}) == store.signature({"b": [1.0, None], "a": 1})
-    assert store.signature({"a": 1}) != store.signature({"a": 1.5})
-    assert store.signature({"a": (1, 2)}) != store.signature({"a": (2, 1)})
+    assert files.signature({"a": 1, "b": [1.0, None]}) == files.signature({"b": [1.0, None], "a": 1})
+    assert files.signature({"a": 1}) != files.signature({"a": 1.5})
+    assert files.signature({"a": (1, 2)}) != files.signature({"a": (2, 1)})
     with pytest.raises(ValueError):
-        store.signature(float("nan"))
+        files.signature(float("nan"))
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ def test_a_folder_counts_by_its_content_not_by_its_place(make, saved, texts, tmp
 
 
 def test_study_is_shared_by_jobs_that_may_be_compared(make):
-    study = store.signature(make().study)
-    assert store.signature(make("method=zero", "seed=3", "fraction=tenths").study) == study
-    assert store.signature(make("eval.tokens=50").study) != study
+    study = files.signature(make().study)
+    assert files.signature(make("method=zero", "seed=3", "fraction=tenths").study) == study
+    assert files.signature(make("eval.tokens=50").study) != study
 
 
 def test_folders_of_different_jobs_differ_and_have_readable_names(make):
@@ -126,12 +126,12 @@ def test_folders_of_different_jobs_differ_and_have_readable_names(make):
 
 def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
     path = tmp_path / "deep" / "file.txt"
-    with pytest.raises(KeyError), store.replacing(path) as temporary:
+    with pytest.raises(KeyError), files.replacing(path) as temporary:
         temporary.write_text("half")
         raise KeyError
     assert list(path.parent.iterdir()) == []
-    store.write_text(path, "whole")
-    with pytest.raises(KeyError), store.replacing(path) as temporary:
+    files.write_text(path, "whole")
+    with pytest.raises(KeyError), files.replacing(path) as temporary:
         temporary.write_text("half")
         raise KeyError
     assert path.read_text() == "whole" and list(path.parent.iterdir()) == [path]
@@ -139,7 +139,7 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
 
 def test_the_file_is_not_there_until_it_is_whole(tmp_path):
     path = tmp_path / "table.parquet"
-    with store.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         temporary.write_text("x")
         assert not path.exists() and temporary.parent == path.parent
     assert path.read_text() == "x"
@@ -147,32 +147,32 @@ def test_the_file_is_not_there_until_it_is_whole(tmp_path):
 
 def test_tensors_come_back_as_they_were(tmp_path):
     tensors = {"a": torch.randn(3, 4), "b": torch.arange(5, dtype=torch.int32), "c": torch.tensor([0.1]).double()}
-    store.save_tensors(tmp_path / "t.safetensors", tensors)
-    found = store.load_tensors(tmp_path / "t.safetensors")
+    files.save_tensors(tmp_path / "t.safetensors", tensors)
+    found = files.load_tensors(tmp_path / "t.safetensors")
     assert found is not None and set(found) == set(tensors)
     assert all(torch.equal(found[key], tensors[key]) and found[key].dtype == tensors[key].dtype for key in tensors)
-    assert store.load_tensors(tmp_path / "none.safetensors") is None
+    assert files.load_tensors(tmp_path / "none.safetensors") is None
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 but no more", None])
 def test_a_damaged_table_is_none_with_a_warning(tmp_path, caplog, content):
     path = tmp_path / "rows.parquet"
-    sha256 = store.write_table(path, pd.DataFrame({"a": range(1000)}))
-    assert store.read_table(path, sha256) is not None
+    sha256 = files.write_table(path, pd.DataFrame({"a": range(1000)}))
+    assert files.read_table(path, sha256) is not None
     path.write_bytes(path.read_bytes()[:-20] if content is None else content)
     with caplog.at_level(logging.WARNING):
-        assert store.read_table(path, sha256) is None
+        assert files.read_table(path, sha256) is None
     assert "rows.parquet" in caplog.text
-    assert store.read_table(tmp_path / "none.parquet", sha256) is None
+    assert files.read_table(tmp_path / "none.parquet", sha256) is None
 
 
 def test_modes_are_those_of_umask(tmp_path):
     before = os.umask(0o027)
     try:
-        store.write_text(tmp_path / "text", "x")
-        store.write_table(tmp_path / "table", table(0))
-        store.save_tensors(tmp_path / "tensors", {"a": torch.zeros(2)})
-        with store.locked(tmp_path / "folder"):
+        files.write_text(tmp_path / "text", "x")
+        files.write_table(tmp_path / "table", table(0))
+        files.save_tensors(tmp_path / "tensors", {"a": torch.zeros(2)})
+        with files.locked(tmp_path / "folder"):
             pass
     finally:
         os.umask(before)
@@ -183,7 +183,7 @@ def test_modes_are_those_of_umask(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", '{"state": '])
 def test_a_damaged_json_is_none(tmp_path, content):
     (tmp_path / "status.json").write_text(content)
-    assert store.read_json(tmp_path / "status.json") is None
+    assert files.read_json(tmp_path / "status.json") is None
     assert not store.finished(tmp_path)
 
 

@@ -1,0 +1,214 @@
+"""Files: atomic writes, locks, checked reads. Never pickle."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ablation_sweeps.data import UserError
+from ablation_sweeps.lazy import pd
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+SAY_SECONDS = 10.0  # of waiting for a lock, before it is said
+
+# pyarrow and safetensors have errors of their own, which say the same.
+FULL = re.compile("|".join(re.escape(os.strerror(code)) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
+
+
+def signature(content: object) -> str:
+    """sha256 over the canonical json of `content`: equal content, equal name, on every machine."""
+    text = json.dumps(content, sort_keys=True, default=str, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint_of_file(path: Path) -> str:
+    """Of the whole content: a model that differs in one layer, or a text in one letter, is another one."""
+    status = path.stat()
+    return _hash_of_content(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _hash_of_content(path: Path, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint_of_samples(path: Path, blocks: int, size: int) -> str:
+    """Of the length of a file, and of `blocks` of `size` bytes that are spread over it, its ends among them: for files
+    that are too large, or too many, to be read whole."""
+    status = path.stat()
+    return _hash_of_samples(path, status.st_size, status.st_mtime_ns, blocks, size)
+
+
+@functools.cache
+def _hash_of_samples(path: Path, length: int, mtime_ns: int, blocks: int, size: int) -> str:
+    digest = hashlib.sha256(str(length).encode())
+    with open(path, "rb") as file:
+        for block in range(blocks):
+            file.seek(max(0, length - size) * block // (blocks - 1))
+            digest.update(file.read(size))
+    return digest.hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`, and moves it there once it is written whole.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(mode)  # as umask has it; safetensors gives its files to their owner alone
+        os.replace(temporary, path)
+    except Exception as error:
+        if FULL.search(str(error)):
+            raise UserError(
+                f"{path}: no space is left on this disk, or in your quota; make room, and the same command goes on, or "
+                "set results_dir=FOLDER"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: Path, content: object) -> None:
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict | None:
+    """None where the file is absent or holds no object of json (a run that was killed before its first write)."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def write_table(path: Path, table: pd.DataFrame) -> str:
+    """Returns the sha256 of the file."""
+    content = table.to_parquet(index=False)
+    write_bytes(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def read_table(path: Path, sha256: str | None) -> pd.DataFrame | None:
+    """None where the file is absent; also, with a warning, where it is not the one that was written.
+
+    Args:
+        sha256: the beginning of it, at least.
+    """
+    content = read_whole(path, sha256)
+    return None if content is None else pd.read_parquet(io.BytesIO(content))
+
+
+def read_whole(path: Path, sha256: str | None) -> bytes | None:
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    if sha256 and hashlib.sha256(content).hexdigest().startswith(sha256):
+        return content
+    log.warning("%s is damaged (truncated or altered); a launch computes it again", path)
+    return None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time, on all hosts that share the file system."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=SAY_SECONDS)
+    except Timeout:
+        log.info("%s: another process is at it; waiting for it", folder.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file that carries a checksum of its content, so that a later reader knows it is whole."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"sha256": _checksum(tensors)})
+
+
+def load_tensors(path: Path) -> dict[str, Tensor] | None:
+    """None where the file is absent; also, with a warning, where its content is not what was written."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+            if (file.metadata() or {}).get("sha256") == _checksum(tensors):
+                return tensors
+    except (SafetensorError, OSError, ValueError):
+        pass
+    log.warning("%s is damaged (truncated or altered); a launch computes it again", path)
+    return None
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(f"{key}{tuple(tensors[key].shape)}".encode())
+        digest.update(tensors[key].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cached(
+    path: Path,
+    to_tensors: Callable[[T], dict[str, Tensor]],
+    from_tensors: Callable[[dict[str, Tensor]], T],
+    compute: Callable[[], T],
+) -> T:
+    """The value kept at `path`, or computed and kept there. Hold the folder's lock."""
+    tensors = load_tensors(path)
+    if tensors is not None:
+        return from_tensors(tensors)
+    tensors = to_tensors(compute())
+    save_tensors(path, tensors)
+    return from_tensors(tensors)  # so that what was computed and what was read lie on the same device
