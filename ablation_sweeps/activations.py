@@ -251,18 +251,24 @@ def moments_of(
 
     def see(layer: int, x: Float[torch.Tensor, "tokens neurons"]) -> None:
         new, old = Moments.of(x), moments[layer]
-        finite = torch.isfinite(new.minimum) & torch.isfinite(new.maximum)  # NaN is in both
-        if not finite.all():
-            neuron = int((~finite).nonzero()[0])
-            raise UserError(
-                f"model={data.model.label}: the activation of neuron {neuron} in layer {layer} is not finite on the "
-                "calibration data; try model.dtype=float32, and check the weights"
-            )
         moments[layer] = new if old is None else old + new
         also(layer, x, new)
 
     data.run(see, title)
-    return [m for m in moments if m is not None]
+    found = [m for m in moments if m is not None]
+    for layer, of_layer in enumerate(found):  # and not batch by batch, which a GPU would be waited for
+        _check_finite(data.model, layer, of_layer)
+    return found
+
+
+def _check_finite(model: Transformer, layer: int, moments: Moments) -> None:
+    finite = torch.isfinite(moments.minimum) & torch.isfinite(moments.maximum)  # NaN is in both
+    if not finite.all():
+        neuron = int((~finite).nonzero()[0])
+        raise UserError(
+            f"model={model.label}: the activation of neuron {neuron} in layer {layer} is not finite on the "
+            "calibration data; try model.dtype=float32, and check the weights"
+        )
 
 
 Both = tuple[list[Moments], list[GrowingCounts]]
@@ -275,6 +281,7 @@ def _at_once(data: CalibrationData) -> Both:
     zeros = torch.zeros(sum(widths), FINE, dtype=torch.int32).split(widths)
 
     def count(layer: int, x: Float[torch.Tensor, "tokens neurons"], moments: Moments) -> None:
+        _check_finite(data.model, layer, moments)  # no range reaches infinity
         if layer not in fine:
             fine[layer] = GrowingCounts.between(moments.minimum, moments.maximum, zeros[layer].to(x.device))
         fine[layer].add(x, moments.minimum, moments.maximum)

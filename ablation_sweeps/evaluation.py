@@ -193,8 +193,8 @@ class Passes:
             with ablated(self.projections, layers, values, size):
                 logits = self.model.logits(batch)
             sums[fraction] = _sums(logits, clean, targets, self.common, self.top_k)
-        # Not before the last pass: a GPU would stand still whenever its numbers are waited for.
-        return {fraction: of_all.cpu().numpy() for fraction, of_all in sums.items()}
+        # Not before the last pass: a GPU stands still when its numbers are waited for.
+        return dict(zip(sums, torch.stack(list(sums.values())).cpu().numpy(), strict=True))
 
     def _clean_activations(self, batch: Batch) -> list[torch.Tensor]:
         """Of all examples, `[batch, rows, neurons]` a layer, though only `fits` of them fit into one pass."""
@@ -303,7 +303,11 @@ def _rank(
 ) -> Float[torch.Tensor, " scored"]:
     """Of each label; exact below `top_k`. Among equal logits the lower id wins: a model that gives all tokens the same
     is not right."""
-    mine, flags = logits.gather(-1, own), torch.empty_like(logits)  # numbers, which a CPU compares and sums faster
+    mine = logits.gather(-1, own)
+    if logits.device.type != "cpu":  # nothing here is waited for
+        lower = torch.arange(logits.shape[-1], device=logits.device) < own
+        return torch.where(lower, logits >= mine, logits > mine).sum(-1).float()
+    flags = torch.empty_like(logits)  # numbers, which a CPU compares and sums faster
     rank = torch.gt(logits, mine, out=flags).sum(-1)
     tied = (torch.eq(logits, mine, out=flags).sum(-1) > 1) & (rank < top_k)
     if tied.any():

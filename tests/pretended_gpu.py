@@ -14,6 +14,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 # They copy from one device to the other, or take indices from there.
 CROSSING = {"copy_", "index", "index_put_"}
+WAITING = {"_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero"}  # until it is there
+
+
+waited: list[str] = []  # what the CPU has waited for
 
 
 class OnGpu(torch.Tensor):
@@ -39,6 +43,7 @@ class OnGpu(torch.Tensor):
     __array__ = numpy  # type: ignore[assignment]
 
     def cpu(self) -> torch.Tensor:
+        waited.append("cpu")
         return self.held.clone()
 
     def to(self, *args: Any, **options: Any) -> torch.Tensor:
@@ -46,6 +51,7 @@ class OnGpu(torch.Tensor):
         return super().to(*args, **options) if not to_cpu else self.held.to(*args, **{**options, "copy": True})
 
     def tolist(self) -> list:
+        waited.append("tolist")
         return self.held.tolist()
 
     def __repr__(self) -> str:
@@ -80,6 +86,8 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found cuda:0 and cpu")
     targets = [torch.device(leaf) for leaf in leaves if isinstance(leaf, torch.device)]
     on_gpu = targets[0].type == "cuda" if targets else bool(there)
+    if there and name in WAITING:
+        waited.append(name)
     if name == "copy_":
         on_gpu = isinstance(args[0], OnGpu)
     inside = {id(leaf.held): leaf for leaf in there}

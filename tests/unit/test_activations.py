@@ -203,13 +203,14 @@ def test_variance_survives_a_large_mean_and_half_precision():
         assert moments.minimum.dtype == torch.float32
 
 
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_activation_that_is_not_finite_names_layer_and_neuron(fresh, site, tmp_path, value):
+def test_an_activation_that_is_not_finite_names_layer_and_neuron(fresh, site, tmp_path, value, passes):
     model = fresh("opt")
     projections, batches = sites.find(model, site("attn_pre_out"), None), batches_of(model)
     model.module.model.decoder.layers[1].self_attn.v_proj.bias.data[13] = value
     with pytest.raises(UserError, match=r"neuron 13 in layer 1"):
-        collect(model, projections, batches, tmp_path)
+        collect(model, projections, batches, tmp_path, passes=passes)
     assert not list(tmp_path.glob("*.safetensors"))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pandas as pd
+import pretended_gpu
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from pretended_gpu import OnGpu, pretended
 
-from ablation_sweeps import job
+from ablation_sweeps import evaluation, job
 from ablation_sweeps.config import to_job
 
 FEW = ["tracking=none", "eval.tokens=600", "statistics.tokens=600", "eval.images=8", "fraction.values=[0.5,1.0]"]
@@ -59,6 +60,14 @@ def test_it_is_as_strict_as_a_gpu(gpu):
     assert x[torch.tensor([1])].tolist() == [1]
 
 
+def test_ranks_among_many_equal_logits(gpu):
+    logits = torch.randint(0, 6, (200, 30), generator=torch.Generator().manual_seed(0)).float()
+    labels = (torch.arange(200) % 30)[:, None]
+    there = evaluation._rank(logits.cuda(), labels.cuda(), 5)
+    assert isinstance(there, OnGpu)
+    assert there.cpu().clamp(max=5).equal(evaluation._rank(logits, labels, 5).clamp(max=5))
+
+
 @pytest.mark.parametrize("overrides", JOBS, ids=" ".join)
 def test_a_job_gives_the_numbers_of_the_cpu(repo, tmp_path, gpu, overrides):
     there = rows_of(repo, tmp_path / "there", *overrides, "model.device=cuda")
@@ -66,6 +75,18 @@ def test_a_job_gives_the_numbers_of_the_cpu(repo, tmp_path, gpu, overrides):
     assert all(isinstance(parameter, OnGpu) for parameter in model.module.parameters())
     here = rows_of(repo, tmp_path / "here", *overrides, "model.device=cpu")
     pd.testing.assert_frame_equal(there, here, check_exact=True)
+
+
+def test_a_point_more_waits_for_nothing_more(repo, tmp_path, gpu):
+    """While a GPU computes, the next pass is queued. (Language models of transformers wait twice a pass themselves.)"""
+    vision = ["model=tiny_vit", "dataset=digits", "method=mean", "model.device=cuda"]
+    waits = []
+    for fractions in ("[0.5]", "[0.2,0.4,0.6,0.8]"):
+        rows_of(repo, tmp_path, *vision, "fraction.values=[0.1]")  # loaded, and the statistics are there
+        pretended_gpu.waited.clear()
+        rows_of(repo, tmp_path, *vision, f"fraction.values={fractions}")
+        waits.append(len(pretended_gpu.waited))
+    assert waits[0] == waits[1] > 0
 
 
 @pytest.mark.parametrize("method", ["mean", "resample"])
