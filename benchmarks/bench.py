@@ -71,19 +71,21 @@ def text(model: str, tokens: int, max_tokens: int, *options: str, split: Split =
     return Case(job, load(job.model), encode(job, load(job.model), split))
 
 
-def shaped_like(config: Any, tokens: int, max_tokens: int, dtype: str) -> Case:
-    """Random weights; the text of tiny_causal, whose ids are small."""
+def shaped_like(config: Any, tokens: int, max_tokens: int, dtype: str, batch_tokens: int = 1024) -> Case:
+    """Random weights; the tokenizer of tiny_causal, whose ids are small."""
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
         for file in (ROOT / "ablation_sweeps" / "assets" / "tiny_causal").glob("*token*"):
             shutil.copy(file, folder)
+        own = Path(folder) / "tokenizer_config.json"
+        own.write_text(json.dumps(json.loads(own.read_text()) | {"model_max_length": max_tokens}))
         return text("causal_lm", tokens, max_tokens, f"model.path={folder}", "model.label=random",
-                    f"model.dtype={dtype}")  # fmt: skip
+                    f"model.dtype={dtype}", f"batch_tokens={batch_tokens}")  # fmt: skip
 
 
-def vision(name: str, images: int, dtype: str) -> Case:
+def vision(name: str, images: int, dtype: str, batch_tokens: int = 1600) -> Case:
     """Random weights and pixels: the time does not depend on them."""
     import timm
     from safetensors.torch import save_file
@@ -95,7 +97,7 @@ def vision(name: str, images: int, dtype: str) -> Case:
         model = load(job.model)
     pixels = torch.randint(0, 256, (images, 224, 224, 3), dtype=torch.uint8).numpy()
     pictures = [Picture(str(i), partial(Image.fromarray, image), i % 1000) for i, image in enumerate(pixels)]
-    return Case(job, model, model.encode(pictures, "calibration", Budget(None, None), 1600, 0))
+    return Case(job, model, model.encode(pictures, "calibration", Budget(None, None), batch_tokens, 0))
 
 
 # What is timed
@@ -251,12 +253,13 @@ def on_a_gpu() -> dict[str, dict[str, Any]]:
     opt = OPTConfig(
         hidden_size=2048, ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32, word_embed_proj_dim=2048
     )
+    default = composed().batch_tokens
     mistral = MistralConfig(num_key_value_heads=8, max_position_embeddings=4096)
     found: dict[str, dict[str, Any]] = {}
     for name, config in (("OPT-1.3B", opt), ("Mistral-7B", mistral)):
-        case = shaped_like(config, 50_000, 1000, "bfloat16")
+        case = shaped_like(config, 50_000, 1000, "bfloat16", default)
         found |= against_clean(name, case)
-    return found | against_clean("ViT-Base", vision("vit_base_patch16_224", 512, "bfloat16"))
+    return found | against_clean("ViT-Base", vision("vit_base_patch16_224", 512, "bfloat16", default))
 
 
 def against_clean(name: str, case: Case) -> dict[str, dict[str, Any]]:
