@@ -251,12 +251,14 @@ def moments_of(
 
     def see(layer: int, x: Float[torch.Tensor, "tokens neurons"]) -> None:
         new, old = Moments.of(x), moments[layer]
+        if old is None:  # later ones are checked at the end: each time, a GPU would be waited for
+            _check_finite(data.model, layer, new)
         moments[layer] = new if old is None else old + new
         also(layer, x, new)
 
     data.run(see, title)
     found = [m for m in moments if m is not None]
-    for layer, of_layer in enumerate(found):  # and not batch by batch, which a GPU would be waited for
+    for layer, of_layer in enumerate(found):
         _check_finite(data.model, layer, of_layer)
     return found
 
@@ -277,11 +279,10 @@ Both = tuple[list[Moments], list[GrowingCounts]]
 def _at_once(data: CalibrationData) -> Both:
     fine: dict[int, GrowingCounts] = {}
     widths = [projection.width for projection in data.projections]
-    # In one piece: many, in between of what passes allocate, leave holes that half as much memory again goes into.
+    # In one piece: many small ones between a pass's own allocations leave holes, which cost half as much memory again.
     zeros = torch.zeros(sum(widths), FINE, dtype=torch.int32).split(widths)
 
     def count(layer: int, x: Float[torch.Tensor, "tokens neurons"], moments: Moments) -> None:
-        _check_finite(data.model, layer, moments)  # no range reaches infinity
         if layer not in fine:
             fine[layer] = GrowingCounts.between(moments.minimum, moments.maximum, zeros[layer].to(x.device))
         fine[layer].add(x, moments.minimum, moments.maximum)
@@ -300,7 +301,8 @@ def _counts(
     def see(layer: int, x: Float[torch.Tensor, "tokens neurons"]) -> None:
         for h in histograms:
             # A model may be spread over devices: what belongs to a layer goes where its activations are.
-            low, high = (end.to(x.device) for end in ranges[h][layer])
+            low, high = ranges[h][layer]
+            low, high = ranges[h][layer] = low.to(x.device), high.to(x.device)
             here = counts[h][layer] = counts[h][layer].to(x.device)
             # Transposed: the scattered writes of a neuron then stay in a few cache lines.
             index = bins(x.T.contiguous(), low, high, h.n_bins)

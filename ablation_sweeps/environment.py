@@ -60,7 +60,8 @@ def _version(package: str) -> str | None:
 
 
 def peak_memory() -> dict[str, int | None]:
-    """Of this process until now, in MB, on the host and on the GPU."""
+    """Of this process until now, in MB, on the host and on all of its GPUs."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    gpu = round(torch.cuda.max_memory_allocated() / 2**20) if torch.cuda.is_available() else None
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    gpu = round(sum(torch.cuda.max_memory_allocated(number) for number in gpus) / 2**20) if gpus else None
     return {"peak_memory_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10)), "peak_gpu_memory_mb": gpu}

@@ -184,12 +184,14 @@ class Passes:
             with reading(self.projections, size) as clean_activations:
                 logits = self.model.logits(batch)
             values = self.replacement(batch, clean_activations)
+            del clean_activations
         else:
             logits = clean_logits(batch)
             values = values or self.replacement(batch, [])
         clean = _clean(logits, targets.rows)
         sums = {0.0: _sums(logits, clean, targets, self.common, self.top_k)}
         for fraction, layers in self.masks.items():
+            del logits  # of which there is no room for two
             with ablated(self.projections, layers, values, size):
                 logits = self.model.logits(batch)
             sums[fraction] = _sums(logits, clean, targets, self.common, self.top_k)
@@ -197,13 +199,14 @@ class Passes:
         return dict(zip(sums, torch.stack(list(sums.values())).cpu().numpy(), strict=True))
 
     def _clean_activations(self, batch: Batch) -> list[torch.Tensor]:
-        """Of all examples, `[batch, rows, neurons]` a layer, though only `fits` of them fit into one pass."""
+        """Of all examples, `[batch, rows, neurons]` a layer, though only `fits` of them fit into one pass; in main
+        memory, since it may be they that did not fit."""
         size = len(batch.names)
         if self.fits is None or size <= self.fits:
             try:
                 with reading(self.projections, size) as activations:
                     self.model.body(batch)
-                return activations
+                return [x.cpu() for x in activations]
             except torch.OutOfMemoryError:
                 self._too_large(size)
         first, last = map(self._clean_activations, batch.halves())
@@ -228,15 +231,13 @@ class Targets(NamedTuple):
 
     rows: Int[torch.Tensor, " scored"]
     labels: Int[torch.Tensor, " scored"]
-    examples: Int[torch.Tensor, " scored"]  # the row of the batch that each belongs to
-    n_examples: int
+    shape: tuple[int, int]  # of all positions: examples, and positions of each
 
 
 def _targets(batch: Batch) -> Targets:
     labels = batch.labels.flatten()
     rows = (labels != NOT_SCORED).nonzero()[:, 0]
-    n_examples = len(batch.names)
-    return Targets(rows, labels[rows], rows // (len(labels) // n_examples), n_examples)
+    return Targets(rows, labels[rows], (len(batch.names), len(labels) // len(batch.names)))
 
 
 def _chunks(rows: Int[torch.Tensor, " scored"], n_classes: int) -> Iterator[slice]:
@@ -271,14 +272,17 @@ def _sums(
 ) -> Float[torch.Tensor, "batch sums"]:
     """The sums of `SUMS` over each example's scored positions, in float64."""
     flat = logits.flatten(0, -2)
-    sums = torch.zeros(targets.n_examples, len(SUMS), dtype=torch.float64, device=flat.device)
     values = [
         _score(
             flat[targets.rows[chunk]].float(), Clean(*(x[chunk] for x in clean)), targets.labels[chunk], common, top_k
         )
         for chunk in _chunks(targets.rows, flat.shape[-1])
     ]
-    return sums.index_add_(0, targets.examples, torch.cat(values)) if values else sums
+    # Position by position, and then each example's: adding to examples would have no order on a GPU, nor the same bits.
+    everywhere = torch.zeros(flat.shape[0], len(SUMS), dtype=torch.float64, device=flat.device)
+    if values:
+        everywhere[targets.rows] = torch.cat(values)
+    return everywhere.unflatten(0, targets.shape).sum(1)
 
 
 def _score(
@@ -294,7 +298,7 @@ def _score(
     kl = clean.negentropy - (clean.p * log_q).sum(-1)
     one = torch.ones_like(kl)
     all_tokens = torch.stack([one, -log_q.gather(-1, own)[:, 0], (rank < 1).float(), (rank < top_k).float()], -1)
-    rare = ~torch.isin(labels, common)
+    rare = ~(own == common).any(-1)  # isin would sort, and wait
     return torch.cat([all_tokens, kl[:, None], all_tokens * rare[:, None]], -1).double()
 
 

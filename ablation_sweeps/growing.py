@@ -31,18 +31,18 @@ class GrowingCounts:
         cls,
         low: Float[torch.Tensor, " neurons"],
         high: Float[torch.Tensor, " neurons"],
-        nothing: Int[torch.Tensor, "neurons bins"],
+        zeros: Int[torch.Tensor, "neurons bins"],
     ) -> GrowingCounts:
         """The ends are those of the first values: there is more to come, so that room for a quarter more is left on
         either side, which often spares the coarser bins of a doubled range.
 
         Args:
-            nothing: zeros, `[neurons, FINE]`, which become the counts.
+            zeros: `[neurons, FINE]`, which become the counts.
         """
         low, high = low.double(), high.double()
         span = torch.maximum(high - low, low.abs().clamp(min=1e-6) * 2**-20)  # a neuron that has not changed so far
         low, span = low - span / 4, span * 1.5
-        return cls(low, span / (FINE - 1), nothing)
+        return cls(low, span / (FINE - 1), zeros)
 
     def add(
         self,
@@ -58,8 +58,9 @@ class GrowingCounts:
         self.counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
 
     def _reach(self, low: Float[torch.Tensor, " neurons"], high: Float[torch.Tensor, " neurons"]) -> None:
+        finite = torch.isfinite(high - low)  # no range reaches what is not, which is refused after the pass
         while True:
-            below, above = low < self.low, high > self.low + FINE * self.width
+            below, above = finite & (low < self.low), finite & (high > self.low + FINE * self.width)
             outside = below | above
             if not outside.any():
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import json
 import logging
@@ -212,7 +213,7 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     calibration = encode(job, model, "calibration")
     cache = job.results_dir / ".cache" / files.signature(job.data)[:16]
     note = functools.partial(store.note, folder)
-    store.remember(folder, statistics=cache.name, n_heads=model.n_heads)
+    store.remember(folder, statistics=cache.name, n_heads=model.n_heads, model_device=str(model.device))
     statistics = functools.partial(
         activations.collect, model, projections, calibration, cache, passes=job.statistics.passes, note=note
     )
@@ -307,7 +308,9 @@ def load(model: Any) -> Transformer:
         _encode.cache_clear()
         _clean_passes.cache_clear()
         if torch.cuda.is_available():
+            gc.collect()  # a model that is spread over devices holds itself
             torch.cuda.empty_cache()
+        torch.backends.cudnn.allow_tf32 = False  # or float32 is not float32 where pictures are cut into patches
         _loaded[model] = model.load()
         _loaded[model].module.requires_grad_(False)
     return _loaded[model]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,6 +122,10 @@ class Failures:
         self.reasons.append(f"{what}: {plain(error)}")
         self.first = self.first or error
         log.error("failed: %s", self.reasons[-1])
+        chained: BaseException | None = error
+        while chained:  # what its frames hold is let go: a model, where the next one needs the memory
+            traceback.clear_frames(chained.__traceback__)
+            chained = chained.__cause__ or chained.__context__
 
 
 def _mirror(folder: Path, tracking: Any) -> None:

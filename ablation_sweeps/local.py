@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
+from ablation_sweeps.data import UserError
 from ablation_sweeps.lazy import torch
 from ablation_sweeps.packs import Pack
 from ablation_sweeps.queue import Place
@@ -35,34 +36,49 @@ class Local:
     wait: ClassVar[bool] = True
 
     def queue(self, sweep: Path) -> LocalQueue:
-        return LocalQueue(sweep / ".dispatch", self._slots())
+        return LocalQueue(sweep / ".dispatch", self._names(), self.max_parallel)
 
-    def _slots(self) -> list[str]:
-        """One pack at a time in each: the GPU it sees, or none where it computes on the cores."""
-        gpus = list(range(torch.cuda.device_count())) if self.gpus is None else self.gpus
-        if not gpus:
-            return [""] * (self.max_parallel or 1)
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        names = [
-            visible[gpu] if self.gpus is None and gpu < len(visible) and visible[gpu] else str(gpu) for gpu in gpus
-        ]
-        return list(names[: self.max_parallel])
+    def _names(self) -> list[str]:
+        """Of the GPUs, as CUDA_VISIBLE_DEVICES has them; where it is set, it is these that are counted."""
+        n = torch.cuda.device_count()
+        names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = names[:n] if names[0] else [str(gpu) for gpu in range(n)]
+        if self.gpus is None:
+            return names
+        absent = [gpu for gpu in self.gpus if gpu >= n]
+        if absent:
+            raise UserError(
+                f"hydra.launcher.gpus={self.gpus}: there is no GPU {absent[0]} here, of {n} that are counted from 0; "
+                "[] computes without"
+            )
+        return [names[gpu] for gpu in self.gpus]
 
 
 @dataclass
 class LocalQueue:
     logs: Path
-    slots: list[str]
+    gpus: list[str]
+    max_parallel: int | None
+    slots: list[str] = field(default_factory=list)
     waiting: dict[str, Pack] = field(default_factory=dict)
     running: dict[str, tuple[subprocess.Popen, str]] = field(default_factory=dict)
     ended: dict[str, int] = field(default_factory=dict)
 
     def submit(self, packs: list[Pack]) -> dict[str, Pack]:
         first = len(self.waiting) + len(self.running) + len(self.ended)
+        if not first:
+            self.slots = self._slots(packs)
         named = {f"pack-{first + i}": pack for i, pack in enumerate(packs)}
         self.waiting |= named
         self._start()
         return named
+
+    def _slots(self, packs: list[Pack]) -> list[str]:
+        """One pack at a time in each: the GPU it sees, all where a model is spread over them, or none."""
+        if not self.gpus:
+            return [""] * (self.max_parallel or 1)
+        spread = any(config["model"].get("device_map") for pack in packs for config in pack.configs.values())
+        return [",".join(self.gpus)] if spread else self.gpus[: self.max_parallel]
 
     def earlier(self) -> dict[str, list[str]]:
         return {}

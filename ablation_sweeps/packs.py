@@ -112,14 +112,14 @@ def _run(folder: Path, config: dict[str, Any]) -> None:
             if store.status(folder)["state"] != "finished":
                 store.write_status(folder, "interrupted", f"out of time, and not put into the queue again: {error}")
             sys.exit(1)
-        if _poisons(error):
+        if poisons(error):
             store.write_status(folder, "died", f"{type(error).__name__}: {error}".splitlines()[0])
             sys.exit(POISONED)
         if store.status(folder)["state"] != "finished":
             store.fail(folder, error)  # an error before or after what run_job looks after
 
 
-def _poisons(error: BaseException) -> bool:
+def poisons(error: BaseException) -> bool:
     """After an error of the device itself, but for lack of memory, every later call in the process fails too."""
     return "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError)
 

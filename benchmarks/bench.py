@@ -112,10 +112,12 @@ def body(case: Case) -> None:
 @torch.inference_mode()
 def clean(case: Case) -> None:
     """A forward pass and its loss."""
+    losses = []
     for batch in case.batches:
         here = batch.to(case.model.device)
         logits = case.model.logits(here).flatten(0, -2)
-        F.cross_entropy(logits.float(), here.labels.flatten(), ignore_index=NOT_SCORED).item()
+        losses.append(F.cross_entropy(logits.float(), here.labels.flatten(), ignore_index=NOT_SCORED))
+    torch.stack(losses).tolist()  # waited for once
 
 
 def collect(case: Case, passes: activations.Passes = 2) -> activations.Statistics:
@@ -356,11 +358,14 @@ def main(groups: Annotated[list[str] | None, typer.Argument()] = None, out: Path
     """Measures all, or some: startup, memory, time, one_pass, sweep, gpu."""
     device = torch.cuda.get_device_name() if GPU else "cpu"
     found = json.loads(out.read_text()) if out.exists() else {}
-    found |= {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    shown = Table("what", "median", "range", title=f"{device}, {found['threads']} threads")
+    here = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    shown = Table("what", "median", "range", title=f"{device}, {here['threads']} threads")
     for group in groups or GROUPS:
-        found[group] = GROUPS[group]()
-        for name, line in found[group].items():
+        lines = GROUPS[group]()
+        if not lines:
+            continue  # what was measured elsewhere stays
+        found[group] = {"on": here, "lines": lines}
+        for name, line in lines.items():
             between = f"{line['from']:.2f} to {line['to']:.2f}" if "from" in line else ""
             shown.add_row(name, f"{line['value']:.3g}", between)
         out.write_text(json.dumps(found, indent=2) + "\n")

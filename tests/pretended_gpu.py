@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 # They copy from one device to the other, or take indices from there.
 CROSSING = {"copy_", "index", "index_put_"}
-WAITING = {"_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero"}  # until it is there
+# Until it is there: to look at it, or to know how much it is.
+WAITING = {"_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero", "isin", "masked_select", "_unique2"}
 
 
 waited: list[str] = []  # what the CPU has waited for
@@ -86,7 +87,7 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found cuda:0 and cpu")
     targets = [torch.device(leaf) for leaf in leaves if isinstance(leaf, torch.device)]
     on_gpu = targets[0].type == "cuda" if targets else bool(there)
-    if there and name in WAITING:
+    if there and (name in WAITING or (name in ("index", "index_put_") and _by_mask(args[1]))):
         waited.append(name)
     if name == "copy_":
         on_gpu = isinstance(args[0], OnGpu)
@@ -111,6 +112,10 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _may_cross(name: str, args: Any) -> bool:
     """A GPU takes indices from the CPU, but not the other way round."""
     return not name.startswith("index") or isinstance(args[0], OnGpu)
+
+
+def _by_mask(indices: Any) -> bool:
+    return any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ class InOrderLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from ablation_sweeps.launching import Failures, by_model, check, end_of_sweep, only_asked
+        from ablation_sweeps.packs import poisons
 
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
@@ -44,6 +45,10 @@ class InOrderLauncher(Launcher):
             )  # fmt: skip
             configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
             if returns[i].status is not JobStatus.COMPLETED:
-                failures.add(jobs[i].folder.name, returns[i]._return_value)
+                error = returns[i]._return_value
+                failures.add(jobs[i].folder.name, error)
+                if poisons(error):
+                    log.error("nothing more can be computed in this process; the same command does what is missing")
+                    break
         end_of_sweep(jobs, failures)
         return [returns[i] for i in range(len(jobs))]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from command import LAUNCH, Launch, states, write_images, write_texts
+from command import FAULTS, LAUNCH, Launch, states, write_images, write_texts
 
 from ablation_sweeps.methods.zero import Zero
+from ablation_sweeps.models.causal_lm import CausalLM
+from ablation_sweeps.transformer import Transformer
 
 # Options of a job on text, and what the line says.
 WRONG_VALUES = {
@@ -296,6 +300,34 @@ def test_a_method_that_raises_costs_no_other_job(launch: Launch, on_text, tmp_pa
     )
     assert sorted(states(tmp_path / "results" / "default").values()) == ["failed", "finished"]
     monkeypatch.undo()
+
+
+def test_the_model_of_a_job_that_failed_does_not_stay_in_memory(launch: Launch, on_text, faults, monkeypatch):
+    loaded: list[weakref.ref] = []
+    original = CausalLM.load
+
+    def load(self: CausalLM) -> Transformer:
+        gc.collect()
+        assert not [module for module in loaded if module() is not None], "the one before it is still there"
+        model = original(self)
+        loaded.append(weakref.ref(model.module))
+        return model
+
+    monkeypatch.setattr(CausalLM, "load", load)
+    options = [option for option in on_text if not option.startswith("model.label")]
+    outcome = launch("-m", *FAULTS, *options, "model.label=one,other", "method=raises")
+    assert "2 of 2 jobs failed" in outcome.error
+    assert len(loaded) == 2 and "still there" not in outcome.err
+
+
+def test_nothing_more_is_computed_where_the_gpu_is_lost(launch: Launch, on_text, faults, tmp_path):
+    """All that came after it in this process would fail as well."""
+    outcome = launch("-m", *FAULTS, *on_text, "method=zero,poisons,mean")
+    assert "1 of 3 jobs failed" in outcome.error and "CUDA error" in outcome.error
+    sweep = tmp_path / "results" / "default"
+    assert sorted(states(sweep).values()) == ["failed", "finished"]
+    assert launch("-m", *FAULTS, *on_text, "method=zero,poisons,mean").code == 0
+    assert set(states(sweep).values()) == {"finished"}
 
 
 def test_ctrl_c_says_that_the_command_continues(launch: Launch, on_text, monkeypatch):

@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from command import ROOT
 
 from ablation_sweeps import dispatch, files, packs, slurm, store
 from ablation_sweeps.data import UserError
+from ablation_sweeps.local import Local
 from ablation_sweeps.packs import Pack, packed
 from ablation_sweeps.queue import Place
 from ablation_sweeps.slurm import Slurm, private
@@ -30,6 +32,41 @@ def make(folder: Path, names: str, model: str = "m", dataset: str = "d") -> list
         where = folder / "sweep" / name
         jobs.append(SimpleNamespace(folder=where, model=model, dataset=dataset, config={}, results_dir=folder))
     return jobs
+
+
+# GPUs of this machine
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "parallel", "device_map", "slots"),
+    [
+        (None, None, None, None, ["0", "1", "2"]),
+        (None, None, 2, None, ["0", "1"]),
+        (None, [2, 0], None, None, ["2", "0"]),
+        ("4,5,7", None, None, None, ["4", "5", "7"]),
+        ("4,5,7", [0, 2], None, None, ["4", "7"]),
+        ("4,5,7", None, None, "auto", ["4,5,7"]),
+        (None, [], None, "auto", [""]),
+        (None, [], 2, None, ["", ""]),
+    ],
+)
+def test_each_pack_sees_its_own_gpu(monkeypatch, tmp_path, visible, gpus, parallel, device_map, slots):
+    """And a model that is spread over GPUs sees all of them."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    queue = Local(max_jobs_per_pack=None, max_parallel=parallel, max_attempts=1, gpus=gpus).queue(tmp_path)
+    assert queue._slots([Pack({"a": {"model": {"device_map": device_map}}})]) == slots
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, tmp_path):
+    """CUDA would say nothing, and the model would be computed by the CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    options = Local(max_jobs_per_pack=None, max_parallel=None, max_attempts=1, gpus=[0, 2])
+    with pytest.raises(UserError, match=r"hydra\.launcher\.gpus=\[0, 2\]: there is no GPU 2 here, of 2"):
+        options.queue(tmp_path)
+
+
+# Packs
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pandas as pd
 import pretended_gpu
 import pytest
@@ -77,16 +79,42 @@ def test_a_job_gives_the_numbers_of_the_cpu(repo, tmp_path, gpu, overrides):
     pd.testing.assert_frame_equal(there, here, check_exact=True)
 
 
-def test_a_point_more_waits_for_nothing_more(repo, tmp_path, gpu):
-    """While a GPU computes, the next pass is queued. (Language models of transformers wait twice a pass themselves.)"""
-    vision = ["model=tiny_vit", "dataset=digits", "method=mean", "model.device=cuda"]
+@pytest.mark.parametrize("options", [["model=tiny_vit", "dataset=digits"], ["model=tiny_causal", "eval.documents=1"]])
+def test_a_point_more_waits_for_nothing_more(repo, tmp_path, gpu, options):
+    """While a GPU computes, the next pass is queued."""
     waits = []
-    for fractions in ("[0.5]", "[0.2,0.4,0.6,0.8]"):
-        rows_of(repo, tmp_path, *vision, "fraction.values=[0.1]")  # loaded, and the statistics are there
+    for fractions in ("[0.1]", "[0.5]", "[0.2,0.4,0.6,0.8]"):  # the first loads, and collects
         pretended_gpu.waited.clear()
-        rows_of(repo, tmp_path, *vision, f"fraction.values={fractions}")
+        rows_of(repo, tmp_path, *options, "method=mean", "model.device=cuda", f"fraction.values={fractions}")
         waits.append(len(pretended_gpu.waited))
-    assert waits[0] == waits[1] > 0
+    pretended_gpu.waited.clear()
+    (model,) = job._loaded.values()
+    model.logits(model.other_input("probe", 8, 0).to(model.device))
+    own = len(pretended_gpu.waited)  # transformers looks whether a text is padded
+    assert waits[2] - waits[1] == 3 * own
+    assert waits[1] > own
+
+
+def test_what_does_not_fit_is_halved(repo, tmp_path, gpu, monkeypatch):
+    """Also where the values to write are those of the whole batch."""
+    options = ["model=tiny_causal", "method=resample"]
+    here = rows_of(repo, tmp_path / "here", *options)
+    rows_of(repo, tmp_path, *options, "model.device=cuda")
+    ((name, model),) = job._loaded.items()
+
+    def small(run):
+        def or_not(batch):
+            if len(batch.names) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return run(batch)
+
+        return or_not
+
+    monkeypatch.setitem(
+        job._loaded, name, dataclasses.replace(model, logits=small(model.logits), body=small(model.body))
+    )
+    there = rows_of(repo, tmp_path / "there", *options, "model.device=cuda")
+    pd.testing.assert_frame_equal(there, here, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["mean", "resample"])
