@@ -77,10 +77,10 @@ class Transformer:
 
     @property
     def device(self) -> torch.device:
-        return device_of(self.module)
+        return input_device(self.module)
 
 
-def device_of(module: torch.nn.Module) -> torch.device:
+def input_device(module: torch.nn.Module) -> torch.device:
     """Where inputs go. The weights of a model that is spread over devices may wait elsewhere, as `meta`."""
     devices = (parameter.device for parameter in module.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))

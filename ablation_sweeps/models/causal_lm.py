@@ -11,7 +11,7 @@ from ablation_sweeps.data import Batch, Modality, UserError
 from ablation_sweeps.hub import Pretrained, context_length, load_tokenizer
 from ablation_sweeps.lazy import torch
 from ablation_sweeps.text import Pack, TextEncoder
-from ablation_sweeps.transformer import Transformer, device_of
+from ablation_sweeps.transformer import Transformer, input_device
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -81,7 +81,7 @@ def _is_causal(model: Transformer, encoder: TextEncoder) -> bool:
 
 def _sample(module: torch.nn.Module, tokenizer, ordinary_ids, length: int, seed: int) -> list[int]:
     """The model's own sample, token by token at temperature 1; never a token that ends the text."""
-    device = device_of(module)
+    device = input_device(module)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     generator = torch.Generator().manual_seed(seed)
     allowed = torch.from_numpy(ordinary_ids)

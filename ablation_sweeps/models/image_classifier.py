@@ -12,7 +12,7 @@ from ablation_sweeps.data import Batch, Modality, UserError
 from ablation_sweeps.hub import Pretrained
 from ablation_sweeps.images import ImageEncoder
 from ablation_sweeps.lazy import torch
-from ablation_sweeps.transformer import Encoder, Transformer, device_of
+from ablation_sweeps.transformer import Encoder, Transformer, input_device
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -43,7 +43,7 @@ class ImageClassifier(Pretrained):
         mode = "L" if getattr(sizes, "num_channels", 3) == 1 else "RGB"
         body = lambda batch: tower(**batch.inputs)  # type: ignore[operator] # noqa: E731
         encoder = ImageEncoder(transform, "pixel_values", mode, config.num_labels, tokens=1)  # type: ignore[union-attr,arg-type]
-        probe = encoder.other_input("probe", 1, 0).to(device_of(module))
+        probe = encoder.other_input("probe", 1, 0).to(input_device(module))
         with torch.inference_mode():
             tokens = body(probe).last_hidden_state.shape[1:-1].numel()
         left_out = max(0, tokens - _patches(probe, sizes)) if self.tokens == "no_special" else 0

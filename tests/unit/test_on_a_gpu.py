@@ -11,7 +11,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from pretended_gpu import OnGpu, pretended
 
-from ablation_sweeps import evaluation, job
+from ablation_sweeps import evaluation, job, sites
+from ablation_sweeps.ablation import ablated
+from ablation_sweeps.activations import Histogram, collect
 from ablation_sweeps.config import to_job
 
 FEW = ["tracking=none", "eval.tokens=600", "statistics.tokens=600", "eval.images=8", "fraction.values=[0.5,1.0]"]
@@ -60,6 +62,26 @@ def test_it_is_as_strict_as_a_gpu(gpu):
         x.numpy()
     assert (x + torch.tensor(2.0)).tolist() == [3, 3, 3]
     assert x[torch.tensor([1])].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "family", ["opt", "gemma2", "falcon_alibi", "albert", "modernbert", "vit", "swin", "timm_swin"]
+)
+@pytest.mark.parametrize("name", ["attn_pre_out", "mlp_pre_out"])
+def test_every_kind_is_loaded_read_and_ablated_there(fresh, site, tmp_path, gpu, family, name):
+    """Rows that are flattened, windowed or padded by the model, and layers that share a module."""
+    found = {}
+    for device in ("cuda", "cpu"):
+        model = fresh(family, device=device)
+        batch, projections = model.other_input("probe", 8, 3), sites.find(model, site(name), None)
+        statistics = collect(model, projections, [batch], tmp_path / device, Histogram(10))
+        masks = [torch.arange(p.width, device=model.device) % 2 == 0 for p in projections]
+        with ablated(projections, masks, [m.mean for m in statistics.moments], 1):
+            logits = model.logits(batch.to(model.device))
+        assert isinstance(logits, OnGpu) == (device == "cuda")
+        found[device] = [m.total for m in statistics.moments] + statistics.counts[Histogram(10)] + [logits.cpu()]
+    for there, here in zip(found["cuda"], found["cpu"], strict=True):
+        assert torch.equal(there, here)
 
 
 def test_ranks_among_many_equal_logits(gpu):
