@@ -1,4 +1,4 @@
-"""What was tried to be faster, by itself: python benchmarks/tried.py. Five minutes, one of which is torch.compile's."""
+"""What was tried to be faster, by itself: python benchmarks/tried.py. A quarter of an hour; torch.compile takes one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import typer
-from bench import Case, body, seconds, text, vision
+from bench import Case, body, evaluate, seconds, text, vision
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
@@ -74,8 +74,18 @@ def halves() -> None:
         print(f"SmolLM2-135M's body in {dtype}: {took:.2f} s, matrices {matrices:.2f}, attention {attention:.2f}")
 
 
+def batches() -> None:
+    """A clean pass and a point, by the tokens of a batch: large ones leave a CPU's cache."""
+    sizes = (512, 1024, 2048, 4096)
+    for model, tokens in (("tiny_causal", 8192), ("smollm2_135m", 4096)):
+        cases = [text(model, tokens, 256, "model.pack=concatenate", f"batch_tokens={size}") for size in sizes]
+        took = in_turns(*(partial(evaluate, case, (0.5,)) for case in cases), rounds=3)
+        shown = ", ".join(f"{size}: {seconds_:.2f}" for size, seconds_ in zip(sizes, took, strict=True))
+        print(f"s by the tokens of a batch, {model}: {shown}")
+
+
 def main() -> None:
-    for run in (in_parts, threads, halves, compiled):
+    for run in (in_parts, threads, halves, batches, compiled):
         run()
 
 
