@@ -10,6 +10,8 @@ from ablation_sweeps.transformer import Transformer
 
 ROOM = 1 << 28  # bytes of main memory
 
+Place = tuple[int, ...]  # the number of a batch; of a part of one, then which half of it, of the half, and so on
+
 
 @dataclass
 class CleanPasses:
@@ -19,17 +21,17 @@ class CleanPasses:
     does not give the logits (some models scale or cap them afterwards), it keeps nothing.
 
     Attributes:
-        kept: of each batch, by its number; on the CPU.
+        kept: of each batch, or part of one, by its place; on the CPU.
     """
 
     model: Transformer
     room: int = ROOM
-    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    kept: dict[Place, torch.Tensor] = field(default_factory=dict)
 
-    def logits(self, number: int, batch: Batch) -> torch.Tensor:
+    def logits(self, place: Place, batch: Batch) -> torch.Tensor:
         """`[batch, pos, d_vocab]` or `[batch, classes]`."""
-        if number in self.kept:
-            return self._from(self.kept[number])
+        if place in self.kept:
+            return self._from(self.kept[place])
         seen: list[torch.Tensor] = []
         head = self.model.head
         handle = head and head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -38,7 +40,7 @@ class CleanPasses:
         finally:
             if handle:
                 handle.remove()
-        self._keep(number, seen[0] if seen else logits, logits)
+        self._keep(place, seen[0] if seen else logits, logits)
         return logits
 
     def _from(self, x: torch.Tensor) -> torch.Tensor:
@@ -47,12 +49,12 @@ class CleanPasses:
             x = self.model.head(x).to(self.model.device)  # a model that is spread over devices gives its logits there
         return x
 
-    def _keep(self, number: int, x: torch.Tensor, logits: torch.Tensor) -> None:
+    def _keep(self, place: Place, x: torch.Tensor, logits: torch.Tensor) -> None:
         if x.nbytes > self.room:
             return
         x = x.to("cpu", copy=True)
         if not self.kept and not torch.equal(self._from(x), logits):
             self.room = 0  # it is so for all batches
             return
-        self.kept[number] = x
+        self.kept[place] = x
         self.room -= x.nbytes

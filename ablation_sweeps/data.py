@@ -111,6 +111,11 @@ class Batch:
     index: tuple[int, ...]
     documents: tuple[int, ...] | None = None
 
+    @property
+    def size(self) -> int:
+        """Positions of text, padding included; or images."""
+        return self.labels.numel()
+
     def to(self, device: torch.device) -> Batch:
         return replace(
             self,
@@ -134,6 +139,14 @@ class Batch:
         middle = (len(self.names) + 1) // 2
         first, last = slice(None, middle), slice(middle, None)
         return self._part(first), self._part(last)
+
+    def parts(self, positions: int) -> Iterator[Batch]:
+        """Halves of halves, until none has more than so many positions (images), or more than one example."""
+        if self.size <= positions or len(self.names) == 1:
+            yield self
+        else:
+            for half in self.halves():
+                yield from half.parts(positions)
 
     def _part(self, rows: slice) -> Batch:
         whole = self.inputs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,11 +13,11 @@ from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from ablation_sweeps.ablation import Replacement, ablated, reading
-from ablation_sweeps.clean import CleanPasses
+from ablation_sweeps.clean import CleanPasses, Place
 from ablation_sweeps.data import NOT_SCORED, TOO_LARGE, Batch, UserError, made_ahead
 from ablation_sweeps.lazy import pd, torch
 from ablation_sweeps.metrics import SUMS, curve, ratio
-from ablation_sweeps.sites import Projection, rows_at_a_time
+from ablation_sweeps.sites import Projection, positions_at_a_time, rows_at_a_time
 from ablation_sweeps.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -92,15 +91,16 @@ def evaluate(
     """
     device = model.device
     masks = {fraction: [mask.to(device) for mask in layers] for fraction, layers in masks.items()}
+    fits = positions_at_a_time(device)
     clean = clean or CleanPasses(model)
-    passes = Passes(model, projections, masks, replacement, common.to(device), top_k, note)
+    passes = Passes(model, projections, masks, replacement, common.to(device), top_k, clean, fits, note)
     parts = list(done)
     bar = tqdm(batches, desc=f"{model.label}, {len(masks) + 1} passes a batch", delay=2, leave=False, disable=None)
     to_do = made_ahead(batches[len(done) :])
     for number, batch in enumerate(bar):
         if number >= len(done):
             with torch.inference_mode():
-                sums = passes.sums(next(to_do).to(device), functools.partial(clean.logits, number))
+                sums = passes.sums(next(to_do).to(device), (number,))
             _check_finite(sums, model)
             parts.append(_frame(sums, batch))
             save(number, parts[-1])
@@ -139,7 +139,11 @@ Sums = dict[float, Float[np.ndarray, "batch sums"]]  # of each fraction
 
 @dataclass
 class Passes:
-    """All forward passes over one batch: the clean one, then one for each fraction. See `evaluate`."""
+    """All forward passes over one batch: the clean one, then one for each fraction. See `evaluate`.
+
+    Attributes:
+        fits: positions that one pass takes; fewer, once the device has had too little memory for them.
+    """
 
     model: Transformer
     projections: list[Projection]
@@ -147,38 +151,33 @@ class Passes:
     replacement: Replacement
     common: Int[torch.Tensor, " common"]
     top_k: int
+    clean: CleanPasses
+    fits: int
     note: Callable[[str], None]
-    fits: int | None = None  # so many examples, the device having had too little memory for more
 
-    def sums(
-        self, batch: Batch, clean: Callable[[Batch], torch.Tensor], values: list[torch.Tensor] | None = None
-    ) -> Sums:
-        """Of `SUMS`; over a batch that does not fit into memory, half by half.
+    def sums(self, batch: Batch, place: Place, values: list[torch.Tensor] | None = None) -> Sums:
+        """Of `SUMS`; over a batch that is too large for one pass, half by half.
 
         Args:
-            clean: gives the logits of a batch.
             values: of this part of a batch, where they come from the clean activations of the whole of it.
         """
-        size = len(batch.names)
-        if self.fits is None or size <= self.fits:
+        if self._fits(batch):
             try:
-                return self._of_all_at_once(batch, clean, values)
+                return self._of_all_at_once(batch, place, values)
             except torch.OutOfMemoryError:
-                self._too_large(size)
+                self._too_large(batch)
         # Not inside of `except`, whose error holds on to the memory of the pass that failed.
         if self.replacement.reads_clean and values is None:
             values = self.replacement(batch, self._clean_activations(batch))
         halves = batch.halves()
         starts = (0, len(halves[0].names))
         sums = [
-            self.sums(half, self.model.logits, values and [value[start : start + len(half.names)] for value in values])
-            for start, half in zip(starts, halves, strict=True)
+            self.sums(half, (*place, i), values and [value[start : start + len(half.names)] for value in values])
+            for i, (start, half) in enumerate(zip(starts, halves, strict=True))
         ]
         return {fraction: np.concatenate([of_half[fraction] for of_half in sums]) for fraction in sums[0]}
 
-    def _of_all_at_once(
-        self, batch: Batch, clean_logits: Callable[[Batch], torch.Tensor], values: list[torch.Tensor] | None
-    ) -> Sums:
+    def _of_all_at_once(self, batch: Batch, place: Place, values: list[torch.Tensor] | None) -> Sums:
         size, targets = len(batch.names), _targets(batch)
         if self.replacement.reads_clean and values is None:
             with reading(self.projections, size) as clean_activations:
@@ -186,7 +185,7 @@ class Passes:
             values = self.replacement(batch, clean_activations)
             del clean_activations
         else:
-            logits = clean_logits(batch)
+            logits = self.clean.logits(place, batch)
             values = values or self.replacement(batch, [])
         clean = _clean(logits, targets.rows)
         sums = {0.0: _sums(logits, clean, targets, self.common, self.top_k)}
@@ -199,22 +198,25 @@ class Passes:
         return dict(zip(sums, torch.stack(list(sums.values())).cpu().numpy(), strict=True))
 
     def _clean_activations(self, batch: Batch) -> list[torch.Tensor]:
-        """Of all examples, `[batch, rows, neurons]` a layer, though only `fits` of them fit into one pass; in main
+        """Of all examples, `[batch, rows, neurons]` a layer, though only some of them fit into one pass; in main
         memory, since it may be they that did not fit."""
-        size = len(batch.names)
-        if self.fits is None or size <= self.fits:
+        if self._fits(batch):
             try:
-                with reading(self.projections, size) as activations:
+                with reading(self.projections, len(batch.names)) as activations:
                     self.model.body(batch)
                 return [x.cpu() for x in activations]
             except torch.OutOfMemoryError:
-                self._too_large(size)
+                self._too_large(batch)
         first, last = map(self._clean_activations, batch.halves())
         return [torch.cat(both) for both in zip(first, last, strict=True)]
 
-    def _too_large(self, size: int) -> None:
-        self.note(TOO_LARGE.format(size))
-        self.fits = (size + 1) // 2
+    def _fits(self, batch: Batch) -> bool:
+        return batch.size <= self.fits or len(batch.names) == 1
+
+    def _too_large(self, batch: Batch) -> None:
+        n = len(batch.names)
+        self.note(TOO_LARGE.format(n))
+        self.fits = (n + 1) // 2 * (batch.size // n)
 
 
 def _check_finite(sums: Sums, model: Transformer) -> None:

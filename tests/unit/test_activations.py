@@ -288,6 +288,21 @@ def test_a_damaged_cache_is_noticed_and_computed_again(collected, caplog, how, n
     assert again(Histogram(100))[1] == 0
 
 
+def test_what_a_cpu_takes_longer_for_at_once_is_passed_in_parts(tiny, site, tmp_path, monkeypatch):
+    model = tiny("llama")
+    projections, batches = sites.find(model, site("attn_pre_out"), None), batches_of(model, 1000)
+    assert len(batches) == 1
+    whole = collect(model, projections, batches, tmp_path / "whole", Histogram(20))
+    monkeypatch.setattr(activations, "positions_at_a_time", lambda device: 100)
+    body = CountingBody(model.body)
+    model = dataclasses.replace(model, body=body)
+    parts = collect(model, projections, batches, tmp_path / "parts", Histogram(20))
+    assert body.calls == 2 * len(list(batches[0].parts(100))) > 4
+    for a, b in zip(parts.moments, whole.moments, strict=True):
+        assert a.n == b.n == batches[0].keep.sum()
+        torch.testing.assert_close(a.mean, b.mean, atol=1e-6, rtol=1e-6)
+
+
 def test_batches_that_do_not_fit_are_halved_from_the_start(tiny, site, tmp_path):
     """Memory runs out in the middle of the pass, with some batches seen: nothing is counted twice."""
     model = tiny("llama")

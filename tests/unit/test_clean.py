@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from test_evaluation import evaluated, of
 
+from ablation_sweeps import evaluation
 from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.config import to_job
 from ablation_sweeps.data import Picture
@@ -47,6 +48,14 @@ def test_the_second_job_makes_no_clean_pass(tiny, site, family):
     assert all(x.shape[-1] != study["model"].logits(study["batches"][0]).shape[-1] for x in clean.kept.values())
 
 
+def test_nor_does_it_where_batches_are_passed_in_parts(tiny, site, monkeypatch):
+    monkeypatch.setattr(evaluation, "positions_at_a_time", lambda device: 1)
+    study = of(tiny("llama"), site, 1)
+    n = sum(len(batch.names) for batch in study["batches"])
+    clean, first, second = two_jobs(study)
+    assert (len(clean.kept), len(first), len(second)) == (n, 2 * n, n) and n > len(study["batches"])
+
+
 @pytest.mark.parametrize("family", ["vit", "timm_vit"])
 def test_of_an_image_classifier_logits_are_kept(tiny, site, family):
     noise = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
@@ -67,10 +76,10 @@ def test_what_has_no_room_is_computed_again(tiny, site):
     study = of(tiny("llama"), site, 1)
     batches = study["batches"]
     clean = CleanPasses(study["model"])
-    clean.logits(0, batches[0])
+    clean.logits((0,), batches[0])
     clean.room = 10
-    logits = clean.logits(1, batches[1])
-    assert list(clean.kept) == [0] and torch.equal(logits, study["model"].logits(batches[1]))
+    logits = clean.logits((1,), batches[1])
+    assert list(clean.kept) == [(0,)] and torch.equal(logits, study["model"].logits(batches[1]))
 
 
 @pytest.mark.parametrize(("model", "shared"), [("tiny_causal", True), ("tiny_masked", False)])

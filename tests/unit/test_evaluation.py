@@ -451,12 +451,15 @@ def short_of_memory(model: Transformer, most: int) -> Transformer:
     return dataclasses.replace(model, logits=limited(model.logits), body=limited(model.body))
 
 
-@pytest.mark.parametrize("most", [1, 2, 3])
-@pytest.mark.parametrize("method", ["constant", "another example", "one for each text"])
-def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(study, method, most):
+@pytest.fixture(params=["constant", "another example", "one for each text"])
+def replacement(request, study):
     rows = torch.randn(11, D, generator=torch.Generator().manual_seed(3))
-    replacement = {"constant": study["replacement"], "another example": AnotherExample(),
-                   "one for each text": OneForEachText([rows])}[method]  # fmt: skip
+    return {"constant": study["replacement"], "another example": AnotherExample(),
+            "one for each text": OneForEachText([rows])}[request.param]  # fmt: skip
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(study, replacement, most):
     notes: list[str] = []
     small = short_of_memory(study["model"], most)
     found = evaluated(study, model=small, replacement=replacement, note=notes.append)
@@ -465,6 +468,21 @@ def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(study, method, m
     largest_first = {1: ["4", "2"], 2: ["4"], 3: ["4"]}[most]
     assert [note.split()[7] for note in notes] == largest_first  # once, not for every batch
     assert all("last digit may differ" in note for note in notes)
+
+
+@pytest.mark.parametrize(("positions", "largest"), [(5, 1), (12, 1), (24, 2), (47, 3), (48, 4)])
+def test_what_a_cpu_takes_longer_for_at_once_is_passed_in_parts_and_gives_the_same(
+    study, replacement, monkeypatch, positions, largest
+):
+    expected = evaluated(study, replacement=replacement)
+    monkeypatch.setattr(evaluation, "positions_at_a_time", lambda device: positions)
+    passed, notes = [], []
+    logits = lambda batch: passed.append(len(batch.names)) or study["model"].logits(batch)  # noqa: E731
+    model = dataclasses.replace(study["model"], logits=logits)
+    found = evaluated(study, model=model, replacement=replacement, note=notes.append)
+    pd.testing.assert_frame_equal(found, expected, check_exact=False, rtol=1e-6, atol=1e-9)
+    assert max(passed) == largest and not notes
+    assert sum(passed) == 11 * (1 + len(FRACTIONS))
 
 
 def test_one_example_that_does_not_fit_is_the_users_to_mend(study):

@@ -304,6 +304,19 @@ def test_a_piece_belongs_to_the_document_that_most_of_it_is_from(fresh):
         assert first.documents + last.documents == batch.documents
 
 
+@pytest.mark.parametrize("positions", [1, 9, 18, 30, 1000])
+def test_parts_hold_every_row_once_and_no_more_positions(fresh, positions):
+    (batch,) = encoded(fresh("llama"), ["x" * n for n in (3, 4, 5, 6, 7)], batch_tokens=1000)
+    longest = batch.labels.shape[1]
+    parts = list(batch.parts(positions))
+    assert all(part.size == len(part.names) * longest <= max(positions, longest) for part in parts)
+    assert len(parts) == {1: 5, 9: 5, 18: 3, 30: 2, 1000: 1}[positions]
+    for name in ("names", "index", "documents"):
+        assert sum((getattr(part, name) for part in parts), ()) == getattr(batch, name)
+    for key, value in batch.inputs.items():
+        assert torch.equal(torch.cat([part.inputs[key] for part in parts]), value)
+
+
 def test_nobody_has_to_foresee_where_a_text_is_cut(fresh, saved, tmp_path):
     """A tokenizer that ends each text: where it is cut, the end is not there, and is no label."""
     shutil.copytree(saved("llama"), tmp_path, dirs_exist_ok=True)
