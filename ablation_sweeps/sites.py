@@ -220,5 +220,5 @@ def rows_at_a_time(width: int, device: torch.device) -> int:
 
 
 def positions_at_a_time(device: torch.device) -> int:
-    """Of a batch, in one pass: a CPU takes a tenth longer for four times as many, whose activations leave its cache."""
+    """Of a batch, in one pass: a CPU takes up to a fifth longer for four times as many (benchmarks/tried.py)."""
     return 1024 if device.type == "cpu" else sys.maxsize

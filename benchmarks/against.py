@@ -32,6 +32,7 @@ from rich.table import Table
 from ablation_sweeps import activations
 from ablation_sweeps.ablation import Fitting
 from ablation_sweeps.clean import CleanPasses
+from ablation_sweeps.data import Batch
 from ablation_sweeps.hub import load_tokenizer
 from ablation_sweeps.job import encode, load
 
@@ -85,20 +86,20 @@ class Ours:
         return took, {name: (sums[column] / sums["n"]).tolist() for name, column in columns}
 
     def sweep(self) -> Answer:
-        """All of it but reading and writing files: statistics, and a curve for each method."""
+        """All of it but reading and writing files: statistics, and a curve for each method; with batches as large as
+        they are by default."""
+        case = Case(self.case.job, self.case.model, joined(self.case.batches))
 
         def run() -> dict[str, Any]:
-            passes, found = CleanPasses(self.case.model), {}
+            passes, found = CleanPasses(case.model), {}
             with tempfile.TemporaryDirectory() as cache:
 
                 def collected(*histograms: activations.Histogram) -> activations.Statistics:
-                    return activations.collect(
-                        self.case.model, self.case.projections, self.case.batches, Path(cache), *histograms
-                    )
+                    return activations.collect(case.model, case.projections, case.batches, Path(cache), *histograms)
 
                 for name in METHODS:
                     sums = (
-                        evaluate(self.case, TENTHS, self._values(name, collected), passes)
+                        evaluate(case, TENTHS, self._values(name, collected), passes)
                         .groupby("fraction")[["n", "loss"]]
                         .sum()
                     )
@@ -128,6 +129,21 @@ class Ours:
             sweep_masks=stacked(masks_of(self.case, TENTHS)),
             values=torch.stack(self.values).cpu().numpy(),
         )
+
+
+def joined(batches: Sequence[Batch]) -> list[Batch]:
+    """The same rows, in batches of the default size."""
+    n = max(1, composed().batch_tokens // batches[0].size)
+    return [
+        Batch(
+            {key: torch.cat([batch.inputs[key] for batch in some]) for key in some[0].inputs},
+            torch.cat([batch.labels for batch in some]),
+            None,  # no row is padded
+            sum((batch.names for batch in some), ()),
+            sum((batch.index for batch in some), ()),
+        )
+        for some in (batches[start : start + n] for start in range(0, len(batches), n))
+    ]
 
 
 def stacked(masks: dict[float, list[torch.Tensor]]) -> np.ndarray:

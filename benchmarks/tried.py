@@ -15,6 +15,7 @@ from bench import Case, body, evaluate, seconds, text, vision
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
+from ablation_sweeps import evaluation
 from ablation_sweeps.activations import Moments
 
 
@@ -74,18 +75,23 @@ def halves() -> None:
         print(f"SmolLM2-135M's body in {dtype}: {took:.2f} s, matrices {matrices:.2f}, attention {attention:.2f}")
 
 
-def batches() -> None:
-    """A clean pass and a point, by the tokens of a batch: large ones leave a CPU's cache."""
+def parts() -> None:
+    """A clean pass and a point of batches of 4,096 positions, by how many of them are in one pass."""
     sizes = (512, 1024, 2048, 4096)
-    for model, tokens in (("tiny_causal", 8192), ("smollm2_135m", 4096)):
-        cases = [text(model, tokens, 256, "model.pack=concatenate", f"batch_tokens={size}") for size in sizes]
-        took = in_turns(*(partial(evaluate, case, (0.5,)) for case in cases), rounds=3)
+
+    def at(size: int, case: Case) -> None:
+        evaluation.positions_at_a_time = lambda device: size
+        evaluate(case, (0.5,))
+
+    for model, tokens, length in (("tiny_causal", 8192, 64), ("tiny_causal", 8192, 256), ("smollm2_135m", 4096, 512)):
+        case = text(model, tokens, length, "model.pack=concatenate", "batch_tokens=4096")
+        took = in_turns(*(partial(at, size, case) for size in sizes), rounds=3)
         shown = ", ".join(f"{size}: {seconds_:.2f}" for size, seconds_ in zip(sizes, took, strict=True))
-        print(f"s by the tokens of a batch, {model}: {shown}")
+        print(f"s by the positions in one pass, {model}, texts of {length}: {shown}")
 
 
 def main() -> None:
-    for run in (in_parts, threads, halves, batches, compiled):
+    for run in (in_parts, threads, halves, parts, compiled):
         run()
 
 
