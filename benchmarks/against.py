@@ -66,10 +66,11 @@ class Ours:
                        f"model.dtype={dtype}", "model.pack=concatenate", f"batch_tokens={BATCH * length}")  # fmt: skip
         transformer = load(job.model)
         batches = [b for b in encode(job, transformer, "calibration") if b.labels.shape == (BATCH, length)]
-        self.case = Case(job, transformer, batches)
+        self.case, self.whole = (Case(job, transformer, some) for some in (batches, joined(batches)))
         self.masks = masks_of(self.case, FRACTIONS)
         self.statistics = collect(self.case, passes)
         self.values = [moments.mean.float() for moments in self.statistics.moments]
+        self.methods = {name: composed(f"method={name}").method for name in METHODS}
 
     def collect(self) -> Answer:
         def run() -> dict[str, Any]:
@@ -88,7 +89,7 @@ class Ours:
     def sweep(self) -> Answer:
         """All of it but reading and writing files: statistics, and a curve for each method; with batches as large as
         they are by default."""
-        case = Case(self.case.job, self.case.model, joined(self.case.batches))
+        case = self.whole
 
         def run() -> dict[str, Any]:
             passes, found = CleanPasses(case.model), {}
@@ -110,7 +111,7 @@ class Ours:
 
     def _values(self, method: str, statistics: Callable[..., activations.Statistics]) -> list[torch.Tensor]:
         fitting = Fitting(self.case.model, self.case.projections, statistics, 0, 0)
-        return composed(f"method={method}").method.fit(fitting).values  # type: ignore[attr-defined]
+        return self.methods[method].fit(fitting).values  # type: ignore[attr-defined]
 
     def export(self, folder: Path) -> None:
         """The model in float32, its tokenizer, and the work, for the others."""

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +54,11 @@ class Case:
         self.job, self.model, self.batches = job, model, batches
         self.projections = sites.find(model, job.site, None)
         self.n = sum(int(batch.keep.sum()) if batch.keep is not None else len(batch.names) for batch in batches)
+
+    def parts(self) -> Iterator[Batch]:
+        """What goes through the model at once, as ours has it."""
+        for batch in self.batches:
+            yield from batch.to(self.model.device).parts(sites.positions_at_a_time(self.model.device))
 
     def some(self, n: int) -> Case:
         return Case(self.job, self.model, self.batches[:n])
@@ -105,18 +110,17 @@ def vision(name: str, images: int, dtype: str, batch_tokens: int = 1600) -> Case
 
 @torch.inference_mode()
 def body(case: Case) -> None:
-    for batch in case.batches:
-        case.model.body(batch.to(case.model.device))
+    for batch in case.parts():
+        case.model.body(batch)
 
 
 @torch.inference_mode()
 def clean(case: Case) -> None:
     """A forward pass and its loss."""
     losses = []
-    for batch in case.batches:
-        here = batch.to(case.model.device)
-        logits = case.model.logits(here).flatten(0, -2)
-        losses.append(F.cross_entropy(logits.float(), here.labels.flatten(), ignore_index=NOT_SCORED))
+    for batch in case.parts():
+        logits = case.model.logits(batch).flatten(0, -2)
+        losses.append(F.cross_entropy(logits.float(), batch.labels.flatten(), ignore_index=NOT_SCORED))
     torch.stack(losses).tolist()  # waited for once
 
 
