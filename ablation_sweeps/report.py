@@ -122,4 +122,4 @@ def _neurons(runs: list[Path]) -> dict[str, Any] | None:
 
 def _setup(run: Path) -> dict[str, Any]:
     """Of one run, for all that it is compared with: they differ in method and seed."""
-    return {"configuration": store.config(run), "environment": files.read_json(run / "environment.json")}
+    return {"configuration": store.config(run), "environment": store.environment(run)}

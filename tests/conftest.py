@@ -11,7 +11,10 @@ import pytest
 import torch
 import yaml
 from families import CONTEXT, FAMILIES, VOCABULARY
+from hydra import compose, initialize_config_dir
 
+from ablation_sweeps.config import to_job
+from ablation_sweeps.job import Job
 from ablation_sweeps.models.causal_lm import CausalLM
 from ablation_sweeps.models.image_classifier import ImageClassifier
 from ablation_sweeps.models.masked_lm import MaskedLM
@@ -32,6 +35,17 @@ LOADERS = {"causal_lm": (CausalLM, TEXT_OPTIONS), "masked_lm": (MaskedLM, MASKED
 @pytest.fixture(scope="session")
 def repo() -> Path:
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def job_of(repo):
+    """`job_of("model=tiny_vit", "dataset=digits")`: the job that launch.py makes of these options."""
+
+    def job_of(*overrides: str) -> Job:
+        with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
+            return to_job(compose("config", list(overrides)))
+
+    return job_of
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from ablation_sweeps.hub import Pretrained
 from ablation_sweeps.hub import device as device_of
 from ablation_sweeps.images import ImageEncoder
 from ablation_sweeps.lazy import torch
-from ablation_sweeps.transformer import Encoder, Transformer
+from ablation_sweeps.transformer import Encoder, Transformer, input_device
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -75,7 +75,7 @@ class Timm(Pretrained):
             return to_pixels(image).to(dtype)  # type: ignore[union-attr]
 
         encoder = ImageEncoder(transform, "x", mode, module.num_classes, tokens=1)
-        probe = encoder.other_input("probe", 1, 0).to(device_of(self.device))
+        probe = encoder.other_input("probe", 1, 0).to(input_device(module))
         with torch.inference_mode():
             features = body(probe)
         if not isinstance(features, torch.Tensor):

@@ -7,11 +7,9 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ablation_sweeps.config import to_job
 from ablation_sweeps.datasets.digits import Digits
 from ablation_sweeps.job import run_job
 from ablation_sweeps.selection import masks
@@ -20,10 +18,9 @@ FRACTIONS = (0.25, 0.5, 1.0)
 METHODS = ("zero", "mean", "peak")
 
 
-def rows_of(repo, tmp_path, *overrides):
-    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
-        fixed = ["tracking=none", f"results_dir={tmp_path}", f"fraction.values={list(FRACTIONS)}", "seed=3"]
-        job = to_job(compose("config", [*fixed, *overrides]))
+def rows_of(job_of, tmp_path, *overrides):
+    fixed = ["tracking=none", f"results_dir={tmp_path}", f"fraction.values={list(FRACTIONS)}", "seed=3"]
+    job = job_of(*fixed, *overrides)
     table = pd.read_parquet(run_job(job) / "rows.parquet")
     return job, table.set_index(["fraction", "metric"])
 
@@ -106,10 +103,10 @@ def compare(rows, pairs_at, skipped, k, only=()):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_causal_model(method, repo, assets, tmp_path):
+def test_a_causal_model(method, job_of, assets, tmp_path):
     folder = assets / "stories260K_llama"
     job, rows = rows_of(
-        repo, tmp_path, "model=causal_lm", f"model.path={folder}", "model.max_tokens=120", "dataset=text_files",
+        job_of, tmp_path, "model=causal_lm", f"model.path={folder}", "model.max_tokens=120", "dataset=text_files",
         f"dataset.path={assets / 'text/inaugural'}", f"method={method}", "eval.tokens=1800", "statistics.tokens=1500",
     )  # fmt: skip
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -143,9 +140,9 @@ def test_a_causal_model(method, repo, assets, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_image_classifier(method, repo, tmp_path):
+def test_an_image_classifier(method, repo, job_of, tmp_path):
     job, rows = rows_of(
-        repo,
+        job_of,
         tmp_path,
         "model=tiny_vit",
         "dataset=digits",

@@ -5,17 +5,14 @@ import importlib.util
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
 
-from ablation_sweeps.config import to_job
 from ablation_sweeps.job import run_job
 
 
 @pytest.fixture
-def rows_of(repo, tmp_path):
+def rows_of(job_of, tmp_path):
     def rows_of(*overrides):
-        with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
-            job = to_job(compose("config", ["tracking=none", f"results_dir={tmp_path}", "method=zero", *overrides]))
+        job = job_of("tracking=none", f"results_dir={tmp_path}", "method=zero", *overrides)
         job.check()
         return pd.read_parquet(run_job(job) / "rows.parquet").set_index(["metric", "fraction"])["value"]
 

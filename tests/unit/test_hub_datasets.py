@@ -12,10 +12,8 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from hydra import compose, initialize_config_dir
 
 from ablation_sweeps import rows
-from ablation_sweeps.config import to_job
 from ablation_sweeps.data import UserError, unit_hash
 
 KINDS = ("Github", "Pile-CC", "ArXiv")
@@ -127,13 +125,12 @@ def copy_of(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def dataset(repo: Path, copy_of):
+def dataset(job_of, copy_of):
     """`dataset("pile", "only=[ArXiv]")`: the option of conf/, pointed at a local copy."""
 
     def dataset(name: str, *overrides: str, path: Path | None = None):
         options = [f"dataset={name}", f"dataset.path={path or copy_of(name)}", *(f"dataset.{o}" for o in overrides)]
-        with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
-            return to_job(compose("config", options)).dataset
+        return job_of(*options).dataset
 
     return dataset
 
@@ -361,10 +358,9 @@ def test_a_fingerprint_depends_on_what_is_read_alone(dataset, tmp_path, copy_of)
     assert dataset("pile", path=moved).fingerprint() != base
 
 
-def test_the_commit_is_part_of_the_signature(repo):
+def test_the_commit_is_part_of_the_signature(job_of):
     def fingerprint(*overrides: str) -> str:
-        with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
-            return to_job(compose("config", ["dataset=pile", *overrides])).dataset.fingerprint()
+        return job_of("dataset=pile", *overrides).dataset.fingerprint()
 
     assert fingerprint() == fingerprint() != fingerprint(f"dataset.revision={'0' * 40}")
 
@@ -388,9 +384,8 @@ def test_a_branch_stands_for_the_commit_that_was_fetched(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["pile", "wikitext", "imagenet_1k", "cifar10"])
-def test_offline_and_missing_says_which_and_how(repo, name):
-    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
-        found = to_job(compose("config", [f"dataset={name}"])).dataset
+def test_offline_and_missing_says_which_and_how(job_of, name):
+    found = job_of(f"dataset={name}").dataset
     with pytest.raises(UserError, match=r"dataset\.name=\S+: cannot be loaded: .*prefetch=true") as error:
         next(iter(found.examples("evaluation")))
     assert "\n" not in str(error.value)
@@ -423,16 +418,14 @@ def test_a_dataset_that_was_saved_without_splits_is_divided_whatever_they_are_ca
     assert len(set(names)) == 20
 
 
-def test_another_revision_in_the_cache_is_not_taken_for_the_pinned_one(repo, monkeypatch, tmp_path):
+def test_another_revision_in_the_cache_is_not_taken_for_the_pinned_one(job_of, monkeypatch, tmp_path):
     """Offline, `datasets` would give what it loaded last."""
 
     class Cached:
         cache_files = ({"filename": str(tmp_path / "default" / "0.0.0" / ("c" * 40) / "set-test.arrow")},)
 
     monkeypatch.setattr(rows, "_load", lambda *arguments: Cached())
-    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
-        right, wrong = (to_job(compose("config", ["dataset=wikitext", f"dataset.revision={letter * 40}"])).dataset
-                        for letter in "cd")  # fmt: skip
+    right, wrong = (job_of("dataset=wikitext", f"dataset.revision={letter * 40}").dataset for letter in "cd")
     assert isinstance(right.load("test"), Cached)
     with pytest.raises(UserError, match=r"revision d{40} is not on this machine; .*prefetch=true"):
         wrong.load("test")
@@ -492,9 +485,8 @@ def test_images_that_lie_in_files_of_their_own_are_kept_whole(dataset, tmp_path)
     assert [(p.name, p.label, p.read().getpixel((0, 0))) for p in images.examples("evaluation")] == first
 
 
-def test_named_files_of_the_hub_are_streamed(repo):
-    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
-        whole = to_job(compose("config", ["dataset=pile", "dataset.streaming=false"])).dataset
+def test_named_files_of_the_hub_are_streamed(job_of):
+    whole = job_of("dataset=pile", "dataset.streaming=false").dataset
     with pytest.raises(UserError, match=r"leave dataset\.streaming=true"):
         whole.check("text")
 

@@ -11,13 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from PIL.Image import fromarray
 
 from ablation_sweeps import hub, job, sites
 from ablation_sweeps.ablation import ablated
 from ablation_sweeps.activations import Histogram, collect
-from ablation_sweeps.config import to_job
 from ablation_sweeps.data import Document, UserError
 from ablation_sweeps.transformer import Budget, Transformer
 
@@ -26,10 +24,9 @@ has_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") i
 
 
 @pytest.fixture
-def option(repo):
+def option(job_of):
     """`option("model=gpt2", "model.dtype=auto")`: as conf/ gives it."""
-    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
-        yield lambda *overrides: to_job(compose("config", list(overrides))).model
+    return lambda *overrides: job_of(*overrides).model
 
 
 def batch_of(model: Transformer):
@@ -332,10 +329,9 @@ def test_a_folder_of_timm_says_how_pictures_are_shown(option, tmp_path):
 
 
 @pytest.mark.parametrize(("pack", "ends"), [("documents", False), ("concatenate", True)])
-def test_the_end_of_a_text_is_guessed_where_it_is_scored(repo, pack, ends):
+def test_the_end_of_a_text_is_guessed_where_it_is_scored(job_of, pack, ends):
     some = ["statistics.tokens=2000", "eval.tokens=2000", "model.max_tokens=64"]
-    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
-        made = to_job(compose("config", ["model=tiny_causal", "dataset=python_docs", f"model.pack={pack}", *some]))
+    made = job_of("model=tiny_causal", "dataset=python_docs", f"model.pack={pack}", *some)
     model = job.load(made.model)
     evaluation, calibration = (job.encode(made, model, split) for split in ("evaluation", "calibration"))
     end = model.encode.tokenizer.eos_token_id
@@ -354,9 +350,8 @@ def test_a_model_of_several_feature_maps_is_refused(option, tmp_path):
         option("model=timm", f"model.path={tmp_path}", "model.name=crossvit_tiny_240").load()
 
 
-def test_classes_in_another_order_than_the_models_are_refused(repo, tiny):
-    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
-        digits = to_job(compose("config", ["model=tiny_vit", "dataset=digits"]))
+def test_classes_in_another_order_than_the_models_are_refused(job_of, tiny):
+    digits = job_of("model=tiny_vit", "dataset=digits")
 
     def chance(*names: str) -> None:
         dataset = SimpleNamespace(label="mine", class_names=lambda: list(names))

@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from ablation_sweeps import activations, sites
 from ablation_sweeps.ablation import Fitting, ablated, reading
-from ablation_sweeps.config import to_job
 from ablation_sweeps.data import NOT_SCORED, Batch, Document, UserError
 from ablation_sweeps.methods.mean import Mean
 from ablation_sweeps.methods.median import Median
@@ -493,16 +491,15 @@ def options() -> list[str]:
     return found
 
 
-@functools.cache
-def composed(option: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return to_job(compose("config", overrides=option.split())).method
+@pytest.fixture(scope="module")
+def method_of(job_of):
+    return functools.cache(lambda option: job_of(*option.split()).method)
 
 
 @pytest.mark.parametrize("option", options())
 @pytest.mark.parametrize("family", ["llama", "bert", "timm_swin"])
-def test_every_method_writes_finite_values_of_the_right_shape(tiny, site, tmp_path, family, option):
-    method, model = composed(option), tiny(family)
+def test_every_method_writes_finite_values_of_the_right_shape(method_of, tiny, site, tmp_path, family, option):
+    method, model = method_of(option), tiny(family)
     assert method.label and "/" not in method.label
     try:
         getattr(method, "check", lambda modality: None)(model.modality)
@@ -527,8 +524,8 @@ def test_every_method_writes_finite_values_of_the_right_shape(tiny, site, tmp_pa
     assert all(map(torch.equal, values, again))
 
 
-def test_labels_tell_the_variants_apart():
-    labels = [composed(option).label for option in options()]
+def test_labels_tell_the_variants_apart(method_of):
+    labels = [method_of(option).label for option in options()]
     # `method=peak` and its default estimator are one, and so is as_run=true of the same source.
     assert len(set(labels)) >= len(labels) - 2
 

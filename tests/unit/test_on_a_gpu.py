@@ -8,13 +8,11 @@ import pandas as pd
 import pretended_gpu
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from pretended_gpu import OnGpu, pretended
 
 from ablation_sweeps import evaluation, job, sites
 from ablation_sweeps.ablation import ablated
 from ablation_sweeps.activations import Histogram, collect
-from ablation_sweeps.config import to_job
 
 FEW = ["tracking=none", "eval.tokens=600", "statistics.tokens=600", "eval.images=8", "fraction.values=[0.5,1.0]"]
 JOBS = [
@@ -37,9 +35,8 @@ def gpu(monkeypatch):
     job._loaded.clear()
 
 
-def rows_of(repo, folder, *overrides) -> pd.DataFrame:
-    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
-        one = to_job(compose("config", [*FEW, f"results_dir={folder}", *overrides]))
+def rows_of(job_of, folder, *overrides) -> pd.DataFrame:
+    one = job_of(*FEW, f"results_dir={folder}", *overrides)
     return pd.read_parquet(job.run_job(one) / "rows.parquet")
 
 
@@ -93,21 +90,21 @@ def test_ranks_among_many_equal_logits(gpu):
 
 
 @pytest.mark.parametrize("overrides", JOBS, ids=" ".join)
-def test_a_job_gives_the_numbers_of_the_cpu(repo, tmp_path, gpu, overrides):
-    there = rows_of(repo, tmp_path / "there", *overrides, "model.device=cuda")
+def test_a_job_gives_the_numbers_of_the_cpu(job_of, tmp_path, gpu, overrides):
+    there = rows_of(job_of, tmp_path / "there", *overrides, "model.device=cuda")
     (model,) = job._loaded.values()
     assert all(isinstance(parameter, OnGpu) for parameter in model.module.parameters())
-    here = rows_of(repo, tmp_path / "here", *overrides, "model.device=cpu")
+    here = rows_of(job_of, tmp_path / "here", *overrides, "model.device=cpu")
     pd.testing.assert_frame_equal(there, here, check_exact=True)
 
 
 @pytest.mark.parametrize("options", [["model=tiny_vit", "dataset=digits"], ["model=tiny_causal", "eval.documents=1"]])
-def test_a_point_more_waits_for_nothing_more(repo, tmp_path, gpu, options):
+def test_a_point_more_waits_for_nothing_more(job_of, tmp_path, gpu, options):
     """While a GPU computes, the next pass is queued."""
     waits = []
     for fractions in ("[0.1]", "[0.5]", "[0.2,0.4,0.6,0.8]"):  # the first loads, and collects
         pretended_gpu.waited.clear()
-        rows_of(repo, tmp_path, *options, "method=mean", "model.device=cuda", f"fraction.values={fractions}")
+        rows_of(job_of, tmp_path, *options, "method=mean", "model.device=cuda", f"fraction.values={fractions}")
         waits.append(len(pretended_gpu.waited))
     pretended_gpu.waited.clear()
     (model,) = job._loaded.values()
@@ -117,11 +114,11 @@ def test_a_point_more_waits_for_nothing_more(repo, tmp_path, gpu, options):
     assert waits[1] > own
 
 
-def test_what_does_not_fit_is_halved(repo, tmp_path, gpu, monkeypatch):
+def test_what_does_not_fit_is_halved(job_of, tmp_path, gpu, monkeypatch):
     """Also where the values to write are those of the whole batch."""
     options = ["model=tiny_causal", "method=resample"]
-    here = rows_of(repo, tmp_path / "here", *options)
-    rows_of(repo, tmp_path, *options, "model.device=cuda")
+    here = rows_of(job_of, tmp_path / "here", *options)
+    rows_of(job_of, tmp_path, *options, "model.device=cuda")
     ((name, model),) = job._loaded.items()
 
     def small(run):
@@ -135,20 +132,20 @@ def test_what_does_not_fit_is_halved(repo, tmp_path, gpu, monkeypatch):
     monkeypatch.setitem(
         job._loaded, name, dataclasses.replace(model, logits=small(model.logits), body=small(model.body))
     )
-    there = rows_of(repo, tmp_path / "there", *options, "model.device=cuda")
+    there = rows_of(job_of, tmp_path / "there", *options, "model.device=cuda")
     pd.testing.assert_frame_equal(there, here, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["mean", "resample"])
-def test_a_model_may_be_spread_over_two_devices(repo, tmp_path, gpu, method):
+def test_a_model_may_be_spread_over_two_devices(job_of, tmp_path, gpu, method):
     """The first half of the layers on the CPU, the other half on the GPU."""
     from accelerate import dispatch_model
 
-    here = rows_of(repo, tmp_path / "here", "model=tiny_causal", f"method={method}")
+    here = rows_of(job_of, tmp_path / "here", "model=tiny_causal", f"method={method}")
     (model,) = job._loaded.values()
     where = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu",
              "model.layers.2": 0, "model.layers.3": 0, "model.norm": 0, "lm_head": "cpu"}  # fmt: skip
     dispatch_model(model.module, where, main_device=torch.device("cpu"), force_hooks=True)
     assert {type(parameter) for parameter in model.module.parameters()} == {torch.nn.Parameter, OnGpu}
-    there = rows_of(repo, tmp_path / "there", "model=tiny_causal", f"method={method}")
+    there = rows_of(job_of, tmp_path / "there", "model=tiny_causal", f"method={method}")
     pd.testing.assert_frame_equal(there, here, check_exact=True)

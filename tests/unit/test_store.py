@@ -13,12 +13,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from ablation_sweeps import files, store
 from ablation_sweeps import job as job_module
 from ablation_sweeps.activations import CalibrationData
-from ablation_sweeps.config import to_job
 from ablation_sweeps.job import Job, run_job
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -33,7 +31,7 @@ def texts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def composed(saved, texts):
+def composed(job_of, saved, texts):
     """A job on a small model: eight batches or so, nothing tracked."""
 
     @functools.cache
@@ -43,8 +41,7 @@ def composed(saved, texts):
             f"dataset.path={texts}", "fraction.values=[0.5,1.0]", "batch_tokens=100", "statistics.tokens=200",
             "eval.skip=5", "tracking=none", *overrides,
         ]  # fmt: skip
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return to_job(compose("config", overrides=options))
+        return job_of(*options)
 
     return job
 
