@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test"}  # as folders are called
 N_CHECKED = 5000  # the first images to be used are opened before a model is loaded: a second, on a local disk
 
 
@@ -81,6 +82,13 @@ class ImageFolder:
         folder = Path(self.path).expanduser()
         if not folder.is_dir():
             raise UserError(f"dataset.path={self.path}: there is no such folder; give a folder of images")
+        splits = sorted(file.name for file in folder.iterdir() if file.is_dir())
+        if len(splits) > 1 and SPLITS.issuperset(splits):
+            unseen = min(splits, key=lambda name: name.startswith("train"))
+            raise UserError(
+                f"dataset.path={self.path}: holds {', '.join(splits)}, of which a model has seen some in its training; "
+                f"give one of them, e.g. dataset.path={folder / unseen}"
+            )
         files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
         if not files:
             raise UserError(f"dataset.path={self.path}: holds no images ({', '.join(sorted(SUFFIXES))})")

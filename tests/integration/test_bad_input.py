@@ -179,6 +179,15 @@ def test_a_folder_without_images(launch: Launch, on_images, no_weights, tmp_path
     assert f"dataset.path={texts}" in error and "holds no images" in error and ".png" in error
 
 
+def test_splits_are_not_taken_for_one(launch: Launch, on_images, no_weights, tmp_path):
+    for split in ("train", "val"):
+        write_images(tmp_path / "images" / split)
+    error = launch(*on_images, f"dataset.path={tmp_path / 'images'}").error
+    assert "holds train, val" in error and f"dataset.path={tmp_path / 'images' / 'val'}" in error
+    done = launch(*on_images, f"dataset.path={tmp_path / 'images' / 'val'}", "dry_run=true")
+    assert done.code == 0, done.err
+
+
 def test_classes_that_the_images_do_not_have(launch: Launch, on_images, no_weights, tmp_path):
     assert "dataset.classes=/no/where: there is no such file" in launch(*on_images, "dataset.classes=/no/where").error
     (tmp_path / "classes.txt").write_text("cat\nhorse\n")
