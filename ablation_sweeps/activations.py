@@ -16,7 +16,7 @@ from ablation_sweeps import files
 from ablation_sweeps.data import TOO_LARGE, Batch, UserError, made_ahead
 from ablation_sweeps.growing import FINE, GrowingCounts
 from ablation_sweeps.lazy import torch
-from ablation_sweeps.sites import Projection, as_rows, hooked, positions_at_a_time, rows_at_a_time
+from ablation_sweeps.sites import Projection, as_rows, hooked, rows_at_a_time
 from ablation_sweeps.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -115,8 +115,8 @@ def collect(
     halved = cache / "halved.txt"
     if halved.exists():
         note(halved.read_text())
-    parts = [part for batch in batches for part in batch.parts(positions_at_a_time(model.device))]
-    data = CalibrationData(model, projections, parts)
+    batches = [part for batch in batches for part in batch.parts(model.at_once)]
+    data = CalibrationData(model, projections, batches)
     try:
         with files.locked(cache):
             return (_in_one_pass if passes == 1 else _in_two_passes)(data, cache, histograms)

@@ -10,7 +10,7 @@ from ablation_sweeps.transformer import Transformer
 
 ROOM = 1 << 28  # bytes of main memory
 
-Place = tuple[int, ...]  # the number of a batch; of a part of one, then which half of it, of the half, and so on
+Part = tuple[int, ...]  # (7,) is batch 7, (7, 0) its first half, (7, 0, 1) the second half of that
 
 
 @dataclass
@@ -21,17 +21,17 @@ class CleanPasses:
     does not give the logits (some models scale or cap them afterwards), it keeps nothing.
 
     Attributes:
-        kept: of each batch, or part of one, by its place; on the CPU.
+        kept: of each batch, or of its parts; on the CPU.
     """
 
     model: Transformer
     room: int = ROOM
-    kept: dict[Place, torch.Tensor] = field(default_factory=dict)
+    kept: dict[Part, torch.Tensor] = field(default_factory=dict)
 
-    def logits(self, place: Place, batch: Batch) -> torch.Tensor:
+    def logits(self, part: Part, batch: Batch) -> torch.Tensor:
         """`[batch, pos, d_vocab]` or `[batch, classes]`."""
-        if place in self.kept:
-            return self._from(self.kept[place])
+        if part in self.kept:
+            return self._from(self.kept[part])
         seen: list[torch.Tensor] = []
         head = self.model.head
         handle = head and head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -40,7 +40,7 @@ class CleanPasses:
         finally:
             if handle:
                 handle.remove()
-        self._keep(place, seen[0] if seen else logits, logits)
+        self._keep(part, seen[0] if seen else logits, logits)
         return logits
 
     def _from(self, x: torch.Tensor) -> torch.Tensor:
@@ -49,12 +49,12 @@ class CleanPasses:
             x = self.model.head(x).to(self.model.device)  # a model that is spread over devices gives its logits there
         return x
 
-    def _keep(self, place: Place, x: torch.Tensor, logits: torch.Tensor) -> None:
+    def _keep(self, part: Part, x: torch.Tensor, logits: torch.Tensor) -> None:
         if x.nbytes > self.room:
             return
         x = x.to("cpu", copy=True)
         if not self.kept and not torch.equal(self._from(x), logits):
             self.room = 0  # it is so for all batches
             return
-        self.kept[place] = x
+        self.kept[part] = x
         self.room -= x.nbytes

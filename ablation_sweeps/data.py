@@ -91,10 +91,11 @@ class LazyPixels(Mapping[str, "Tensor"]):
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass takes, and what it is scored against.
+    """What a forward pass takes, all at once or in parts, and what it is scored against.
 
     Attributes:
-        inputs: keyword arguments of the model's forward; token ids are called `input_ids`.
+        inputs: keyword arguments of the model's forward, whose first axis are the examples; token ids are called
+            `input_ids`.
         labels: `[batch, pos]` token ids, or `[batch]` classes; NOT_SCORED where nothing is scored.
             Already shifted: the logits at a position are scored against the label at that position.
         keep: `[batch, pos]`, True where a position enters the statistics (no padding). None: all of them.
@@ -140,9 +141,13 @@ class Batch:
         first, last = slice(None, middle), slice(middle, None)
         return self._part(first), self._part(last)
 
+    def fits(self, positions: int) -> bool:
+        """Whether it has no more positions (images) than that, or one example, which is not taken apart."""
+        return self.size <= positions or len(self.names) == 1
+
     def parts(self, positions: int) -> Iterator[Batch]:
-        """Halves of halves, until none has more than so many positions (images), or more than one example."""
-        if self.size <= positions or len(self.names) == 1:
+        """Halves of halves, until each fits."""
+        if self.fits(positions):
             yield self
         else:
             for half in self.halves():

@@ -13,11 +13,11 @@ from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from ablation_sweeps.ablation import Replacement, ablated, reading
-from ablation_sweeps.clean import CleanPasses, Place
+from ablation_sweeps.clean import CleanPasses, Part
 from ablation_sweeps.data import NOT_SCORED, TOO_LARGE, Batch, UserError, made_ahead
 from ablation_sweeps.lazy import pd, torch
 from ablation_sweeps.metrics import SUMS, curve, ratio
-from ablation_sweeps.sites import Projection, positions_at_a_time, rows_at_a_time
+from ablation_sweeps.sites import Projection, rows_at_a_time
 from ablation_sweeps.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def evaluate(
     target_stderr: float | None = None,
     clean: CleanPasses | None = None,
 ) -> pd.DataFrame:
-    """One clean pass a batch, then one pass for every fraction that is not precise enough yet.
+    """One clean pass over each batch, at once or in parts, then one for every fraction that is not precise enough yet.
 
     Args:
         masks: for each fraction; fraction 0 is the clean pass and needs none.
@@ -91,9 +91,8 @@ def evaluate(
     """
     device = model.device
     masks = {fraction: [mask.to(device) for mask in layers] for fraction, layers in masks.items()}
-    fits = positions_at_a_time(device)
     clean = clean or CleanPasses(model)
-    passes = Passes(model, projections, masks, replacement, common.to(device), top_k, clean, fits, note)
+    passes = Passes(model, projections, masks, replacement, common.to(device), top_k, clean, model.at_once, note)
     parts = list(done)
     bar = tqdm(batches, desc=f"{model.label}, {len(masks) + 1} passes a batch", delay=2, leave=False, disable=None)
     to_do = made_ahead(batches[len(done) :])
@@ -142,7 +141,7 @@ class Passes:
     """All forward passes over one batch: the clean one, then one for each fraction. See `evaluate`.
 
     Attributes:
-        fits: positions that one pass takes; fewer, once the device has had too little memory for them.
+        at_once: positions, or images, that a pass takes; fewer, once the device has had too little memory for them.
     """
 
     model: Transformer
@@ -152,41 +151,41 @@ class Passes:
     common: Int[torch.Tensor, " common"]
     top_k: int
     clean: CleanPasses
-    fits: int
+    at_once: int
     note: Callable[[str], None]
 
-    def sums(self, batch: Batch, place: Place, values: list[torch.Tensor] | None = None) -> Sums:
+    def sums(self, batch: Batch, part: Part, values: list[torch.Tensor] | None = None) -> Sums:
         """Of `SUMS`; over a batch that is too large for one pass, half by half.
 
         Args:
-            values: of this part of a batch, where they come from the clean activations of the whole of it.
+            values: what is written, of this part; None of a whole batch, of which it is computed once.
         """
-        if self._fits(batch):
+        if values is None and not self.replacement.reads_clean:
+            values = self.replacement(batch, [])
+        if batch.fits(self.at_once):
             try:
-                return self._of_all_at_once(batch, place, values)
+                return self._of_all_at_once(batch, part, values)
             except torch.OutOfMemoryError:
                 self._too_large(batch)
         # Not inside of `except`, whose error holds on to the memory of the pass that failed.
-        if self.replacement.reads_clean and values is None:
-            values = self.replacement(batch, self._clean_activations(batch))
-        halves = batch.halves()
-        starts = (0, len(halves[0].names))
+        if values is None:
+            values = self.replacement(batch, self._clean_activations(batch, part))
+        n, (first, last) = len(batch.names), batch.halves()
         sums = [
-            self.sums(half, (*place, i), values and [value[start : start + len(half.names)] for value in values])
-            for i, (start, half) in enumerate(zip(starts, halves, strict=True))
+            self.sums(first, (*part, 0), _rows(values, slice(None, len(first.names)), n)),
+            self.sums(last, (*part, 1), _rows(values, slice(len(first.names), None), n)),
         ]
         return {fraction: np.concatenate([of_half[fraction] for of_half in sums]) for fraction in sums[0]}
 
-    def _of_all_at_once(self, batch: Batch, place: Place, values: list[torch.Tensor] | None) -> Sums:
+    def _of_all_at_once(self, batch: Batch, part: Part, values: list[torch.Tensor] | None) -> Sums:
         size, targets = len(batch.names), _targets(batch)
-        if self.replacement.reads_clean and values is None:
+        if values is None:
             with reading(self.projections, size) as clean_activations:
                 logits = self.model.logits(batch)
             values = self.replacement(batch, clean_activations)
             del clean_activations
         else:
-            logits = self.clean.logits(place, batch)
-            values = values or self.replacement(batch, [])
+            logits = self.clean.logits(part, batch)
         clean = _clean(logits, targets.rows)
         sums = {0.0: _sums(logits, clean, targets, self.common, self.top_k)}
         for fraction, layers in self.masks.items():
@@ -197,26 +196,32 @@ class Passes:
         # Not before the last pass: a GPU stands still when its numbers are waited for.
         return dict(zip(sums, torch.stack(list(sums.values())).cpu().numpy(), strict=True))
 
-    def _clean_activations(self, batch: Batch) -> list[torch.Tensor]:
+    def _clean_activations(self, batch: Batch, part: Part) -> list[torch.Tensor]:
         """Of all examples, `[batch, rows, neurons]` a layer, though only some of them fit into one pass; in main
         memory, since it may be they that did not fit."""
-        if self._fits(batch):
+        if batch.fits(self.at_once):
             try:
                 with reading(self.projections, len(batch.names)) as activations:
-                    self.model.body(batch)
+                    if part in self.clean.kept:
+                        self.model.body(batch)
+                    else:  # which is needed next
+                        self.clean.logits(part, batch)
                 return [x.cpu() for x in activations]
             except torch.OutOfMemoryError:
                 self._too_large(batch)
-        first, last = map(self._clean_activations, batch.halves())
+        halves = enumerate(batch.halves())
+        first, last = (self._clean_activations(half, (*part, i)) for i, half in halves)
         return [torch.cat(both) for both in zip(first, last, strict=True)]
-
-    def _fits(self, batch: Batch) -> bool:
-        return batch.size <= self.fits or len(batch.names) == 1
 
     def _too_large(self, batch: Batch) -> None:
         n = len(batch.names)
         self.note(TOO_LARGE.format(n))
-        self.fits = (n + 1) // 2 * (batch.size // n)
+        self.at_once = (n + 1) // 2 * (batch.size // n)
+
+
+def _rows(values: list[torch.Tensor], rows: slice, n: int) -> list[torch.Tensor]:
+    """Of what is written to a batch of `n` examples, that of some; values may be the same for all of them."""
+    return [value[rows] if value.ndim == 3 and len(value) == n else value for value in values]
 
 
 def _check_finite(sums: Sums, model: Transformer) -> None:

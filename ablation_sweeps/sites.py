@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import logging
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -217,8 +216,3 @@ def rows_at_a_time(width: int, device: torch.device) -> int:
     """So few that on a CPU what is computed of them stays in its cache; so many that a GPU has enough to do: it needs
     some 50 µs for an operation on 2^24 numbers, and 5 to begin with it."""
     return max(1, (1 << (18 if device.type == "cpu" else 24)) // width)
-
-
-def positions_at_a_time(device: torch.device) -> int:
-    """Of a batch, in one pass: a CPU takes up to a fifth longer for four times as many (benchmarks/tried.py)."""
-    return 1024 if device.type == "cpu" else sys.maxsize

@@ -58,7 +58,7 @@ class Case:
     def parts(self) -> Iterator[Batch]:
         """What goes through the model at once, as ours has it."""
         for batch in self.batches:
-            yield from batch.to(self.model.device).parts(sites.positions_at_a_time(self.model.device))
+            yield from batch.to(self.model.device).parts(self.model.at_once)
 
     def some(self, n: int) -> Case:
         return Case(self.job, self.model, self.batches[:n])

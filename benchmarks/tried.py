@@ -15,8 +15,8 @@ from bench import Case, body, evaluate, seconds, text, vision
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from ablation_sweeps import evaluation
 from ablation_sweeps.activations import Moments
+from ablation_sweeps.transformer import Transformer
 
 
 def in_turns(*runs: Callable[[], Any], rounds: int = 5) -> list[float]:
@@ -80,7 +80,7 @@ def parts() -> None:
     sizes = (512, 1024, 2048, 4096)
 
     def at(size: int, case: Case) -> None:
-        evaluation.positions_at_a_time = lambda device: size
+        Transformer.at_once = size  # type: ignore[assignment,method-assign]
         evaluate(case, (0.5,))
 
     for model, tokens, length in (("tiny_causal", 8192, 64), ("tiny_causal", 8192, 256), ("smollm2_135m", 4096, 512)):

@@ -288,16 +288,19 @@ def test_a_damaged_cache_is_noticed_and_computed_again(collected, caplog, how, n
     assert again(Histogram(100))[1] == 0
 
 
-def test_what_a_cpu_takes_longer_for_at_once_is_passed_in_parts(tiny, site, tmp_path, monkeypatch):
+@pytest.mark.parametrize("passes", [1, 2])
+def test_what_a_cpu_takes_longer_for_at_once_is_passed_in_parts(tiny, site, tmp_path, monkeypatch, passes):
     model = tiny("llama")
     projections, batches = sites.find(model, site("attn_pre_out"), None), batches_of(model, 1000)
     assert len(batches) == 1
-    whole = collect(model, projections, batches, tmp_path / "whole", Histogram(20))
-    monkeypatch.setattr(activations, "positions_at_a_time", lambda device: 100)
+    whole = collect(model, projections, batches, tmp_path / "whole", Histogram(20), passes=passes)
+    monkeypatch.setattr(Transformer, "at_once", 100)
     body = CountingBody(model.body)
     model = dataclasses.replace(model, body=body)
-    parts = collect(model, projections, batches, tmp_path / "parts", Histogram(20))
-    assert body.calls == 2 * len(list(batches[0].parts(100))) > 4
+    parts = collect(model, projections, batches, tmp_path / "parts", Histogram(20), passes=passes)
+    assert body.calls == passes * len(list(batches[0].parts(100))) > 2 * passes
+    for counts in parts.counts[Histogram(20)]:
+        assert (counts.sum(1) == batches[0].keep.sum()).all()
     for a, b in zip(parts.moments, whole.moments, strict=True):
         assert a.n == b.n == batches[0].keep.sum()
         torch.testing.assert_close(a.mean, b.mean, atol=1e-6, rtol=1e-6)

@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from test_evaluation import evaluated, of
+from test_evaluation import evaluated, of, short_of_memory
 
-from ablation_sweeps import evaluation
 from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.data import Picture
 from ablation_sweeps.job import clean_passes, encode, load
+from ablation_sweeps.methods.resample import AnotherExample
 from ablation_sweeps.transformer import Budget, Transformer
 
 
@@ -46,12 +46,29 @@ def test_the_second_job_makes_no_clean_pass(tiny, site, family):
     assert all(x.shape[-1] != study["model"].logits(study["batches"][0]).shape[-1] for x in clean.kept.values())
 
 
-def test_nor_does_it_where_batches_are_passed_in_parts(tiny, site, monkeypatch):
-    monkeypatch.setattr(evaluation, "positions_at_a_time", lambda device: 1)
+@pytest.mark.parametrize("method", ["constant", "another example"])
+def test_nor_does_it_where_batches_are_passed_in_parts(tiny, site, monkeypatch, method):
+    monkeypatch.setattr(Transformer, "at_once", 1)
     study = of(tiny("llama"), site, 1)
+    if method == "another example":
+        study["replacement"] = AnotherExample()
     n = sum(len(batch.names) for batch in study["batches"])
     clean, first, second = two_jobs(study)
     assert (len(clean.kept), len(first), len(second)) == (n, 2 * n, n) and n > len(study["batches"])
+
+
+@pytest.mark.parametrize("most", [(1, 9), (9, 1), (1, 2), (2, 1)])
+def test_the_next_job_may_have_more_memory_or_less(tiny, site, most):
+    """What was kept of the halves of a batch is not taken for the batch."""
+    study = of(tiny("llama"), site, 1)
+    assert max(len(batch.names) for batch in study["batches"]) > 2
+    clean, expected = CleanPasses(study["model"]), evaluated(study)
+    for n in most:
+        small = short_of_memory(study["model"], n)
+        clean.model = small
+        found = evaluated(study, model=small, clean=clean, note=lambda text: None)
+        pd.testing.assert_frame_equal(found, expected, rtol=1e-5, atol=1e-6)
+    assert len({len(part) for part in clean.kept}) > 1
 
 
 @pytest.mark.parametrize("family", ["vit", "timm_vit"])

@@ -451,11 +451,31 @@ def short_of_memory(model: Transformer, most: int) -> Transformer:
     return dataclasses.replace(model, logits=limited(model.logits), body=limited(model.body))
 
 
-@pytest.fixture(params=["constant", "another example", "one for each text"])
+@dataclasses.dataclass
+class OfTheBatch:
+    """What a method of one's own may write, in each shape that broadcasts."""
+
+    shape: tuple[int, ...]
+    reads_clean: bool
+
+    def __call__(self, batch, clean):
+        (x,) = clean if self.reads_clean else [batch.inputs["x"]]
+        over = [i for i, size in enumerate((1,) * (3 - len(self.shape)) + self.shape) if size == 1]
+        return [x.mean(over, keepdim=True).reshape(self.shape)]
+
+
+SHAPES = [(D,), (12, D), (1, D), (1, 12, D), (1, 1, D)]
+REPLACEMENTS = {
+    "constant": None,
+    "another example": AnotherExample(),
+    "one for each text": OneForEachText([torch.randn(11, D, generator=torch.Generator().manual_seed(3))]),
+    **{f"{shape} of the batch, {clean}": OfTheBatch(shape, clean) for shape in SHAPES for clean in (True, False)},
+}
+
+
+@pytest.fixture(params=REPLACEMENTS)
 def replacement(request, study):
-    rows = torch.randn(11, D, generator=torch.Generator().manual_seed(3))
-    return {"constant": study["replacement"], "another example": AnotherExample(),
-            "one for each text": OneForEachText([rows])}[request.param]  # fmt: skip
+    return REPLACEMENTS[request.param] or study["replacement"]
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
@@ -475,7 +495,7 @@ def test_what_a_cpu_takes_longer_for_at_once_is_passed_in_parts_and_gives_the_sa
     study, replacement, monkeypatch, positions, largest
 ):
     expected = evaluated(study, replacement=replacement)
-    monkeypatch.setattr(evaluation, "positions_at_a_time", lambda device: positions)
+    monkeypatch.setattr(Transformer, "at_once", positions)
     passed, notes = [], []
     logits = lambda batch: passed.append(len(batch.names)) or study["model"].logits(batch)  # noqa: E731
     model = dataclasses.replace(study["model"], logits=logits)
