@@ -26,7 +26,7 @@ from ablation_sweeps.transformer import Budget, Transformer
 
 log = logging.getLogger(__name__)
 
-NUMBERS = 2  # raise it with every change of the code that changes numbers beyond rounding: earlier results are then not taken for new
+NUMBERS = 2  # raise it when the code changes numbers beyond rounding: earlier results are then not taken for new
 # What NUMBERS stands for: a method or dataset of one's own may lie beside these.
 OURS = {
     *("selection", "models.causal_lm", "models.masked_lm", "models.image_classifier", "models.timm"),

@@ -505,6 +505,15 @@ def test_what_a_cpu_takes_longer_for_at_once_is_passed_in_parts_and_gives_the_sa
     assert sum(passed) == 11 * (1 + len(FRACTIONS))
 
 
+def test_only_values_with_a_row_for_each_example_are_taken_apart():
+    """Here a batch has as many examples as positions, and as neurons."""
+    shapes = [(4,), (4, 4), (1, 4, 4), (4, 1, 4), (4, 4, 4)]
+    values = [torch.randn(shape) for shape in shapes]
+    same, rows = values[:3], [value[1:3] for value in values[3:]]
+    for part, expected in zip(evaluation._rows(values, slice(1, 3), 4), [*same, *rows], strict=True):
+        assert torch.equal(part, expected)
+
+
 def test_one_example_that_does_not_fit_is_the_users_to_mend(study):
     with pytest.raises(UserError, match="too little memory for one example with 12 positions"):
         evaluated(study, model=short_of_memory(study["model"], 0), note=lambda text: None)
