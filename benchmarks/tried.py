@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -76,18 +76,20 @@ def halves() -> None:
 
 
 def parts() -> None:
-    """A clean pass and a point of batches of 4,096 positions, by how many of them are in one pass."""
-    sizes = (512, 1024, 2048, 4096)
+    """A clean pass and a point of batches of 4,096 positions, by how much of them is in one pass."""
 
     def at(size: int, case: Case) -> None:
         Transformer.at_once = size  # type: ignore[assignment,method-assign]
         evaluate(case, (0.5,))
 
+    def show(name: str, case: Case, sizes: Sequence[int], rounds: int) -> None:
+        took = in_turns(*(partial(at, size, case) for size in sizes), rounds=rounds)
+        print(f"{name}: {', '.join(f'{size}: {s:.2f} s' for size, s in zip(sizes, took, strict=True))}")
+
     for model, tokens, length in (("tiny_causal", 8192, 64), ("tiny_causal", 8192, 256), ("smollm2_135m", 4096, 512)):
         case = text(model, tokens, length, "model.pack=concatenate", "batch_tokens=4096")
-        took = in_turns(*(partial(at, size, case) for size in sizes), rounds=3)
-        shown = ", ".join(f"{size}: {seconds_:.2f}" for size, seconds_ in zip(sizes, took, strict=True))
-        print(f"s by the positions in one pass, {model}, texts of {length}: {shown}")
+        show(f"positions at once, {model}, texts of {length}", case, (512, 1024, 2048, 4096), 3)
+    show("images at once, DeiT-Tiny", vision("deit_tiny_patch16_224", 20, "float32", 4096), (5, 10, 20), 5)
 
 
 def main() -> None:
