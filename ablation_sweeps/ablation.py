@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Bool, Float
 
 from ablation_sweeps.activations import Statistics
-from ablation_sweeps.data import Batch
+from ablation_sweeps.data import Batch, UserError
 from ablation_sweeps.lazy import torch
 from ablation_sweeps.sites import Projection, as_rows, hooked
 from ablation_sweeps.transformer import Transformer
@@ -18,11 +18,12 @@ from ablation_sweeps.transformer import Transformer
 
 @runtime_checkable
 class Replacement(Protocol):
-    """The values that are written, once for every batch; one tensor a layer, of any shape that broadcasts to
-    `[batch, rows, neurons]`.
+    """The values that are written, once for every batch; one tensor a layer: `[neurons]`, or `[batch, rows, neurons]`,
+    whose first two may be 1.
 
     Attributes:
-        reads_clean: the values depend on the batch's own clean activations, so these must be kept.
+        reads_clean: the values depend on the batch's own clean activations, which are kept for it; else `clean` is
+            empty.
     """
 
     reads_clean: bool
@@ -71,16 +72,33 @@ def ablated(
     projections: list[Projection], masks: list[Bool[torch.Tensor, " _neurons"]], values: list[torch.Tensor], batch: int
 ) -> Iterator[None]:
     """Writes `values` where the masks, one a layer, are True. No neuron masked: the logits are bit-equal to the clean
-    ones."""
+    ones.
+
+    Raises:
+        UserError: the values do not fit.
+    """
+    if len(values) != len(projections):
+        raise UserError(f"method: gives {len(values)} values for {len(projections)} layers; give one tensor a layer")
 
     def at(layer: int, x: torch.Tensor) -> torch.Tensor:
         # `where`, not a product with the mask: NaN times zero is NaN.
         rows = as_rows(x, batch)
+        _check_shape(values[layer], rows)
         value = values[layer].to(rows, non_blocking=True)
         return torch.where(masks[layer].to(x.device, non_blocking=True), value, rows).reshape(x.shape)
 
     with hooked(projections, at):
         yield
+
+
+def _check_shape(value: torch.Tensor, rows: Float[torch.Tensor, "batch rows neurons"]) -> None:
+    """Two axes would be taken for positions and neurons, also where examples are meant, if there are as many."""
+    fits = all(size in (1, full) for size, full in zip(value.shape[:-1], rows.shape, strict=False))
+    if value.ndim not in (1, 3) or value.shape[-1] != rows.shape[-1] or not fits:
+        raise UserError(
+            f"method: gives values of shape {list(value.shape)} where activations are {list(rows.shape)}, examples, "
+            "positions and neurons; give these three, of which the first two may be 1, or the neurons alone"
+        )
 
 
 @contextmanager

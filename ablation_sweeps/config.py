@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,9 @@ def build(part: str, options: Any) -> Any:
     if not options.get("_target_"):
         raise UserError(f"{part}: its yaml has no _target_, the class that implements it")
     fields = {key: value for key, value in options.items() if key != "_target_"}
+    for key, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{part}.{key}={value}: must be a finite number")
     try:
         module, _, name = str(options["_target_"]).rpartition(".")
         target = getattr(importlib.import_module(module), name)

@@ -112,7 +112,9 @@ def evaluate(
     if target_stderr is not None:
         scored = sum(int((batch.labels != NOT_SCORED).sum()) for batch in batches)
         share = documents.loc[documents["fraction"] > 0, "n"].sum() / scored / len(masks)
-        log.info("eval.target_stderr=%g: %.0f %% of the data was enough", target_stderr, 100 * share)
+        missed = ", ".join(f"{fraction:.0%}" for fraction in _imprecise(masks, parts, target_stderr))
+        result = f"taken, and not enough at {missed}" if missed else "enough"
+        log.info("eval.target_stderr=%g: %.0f %% of the data was %s", target_stderr, 100 * share, result)
     if not documents["n"].sum():
         raise UserError("dataset: nothing is scored in the evaluation split; give longer or more documents")
     return documents
@@ -227,9 +229,14 @@ def _rows(values: list[torch.Tensor], rows: slice, n: int) -> list[torch.Tensor]
 def _check_finite(sums: Sums, model: Transformer) -> None:
     for fraction, values in sums.items():
         if not np.isfinite(values).all():
-            where = f"with {fraction:.0%} of the neurons ablated" if fraction else "before anything is ablated"
+            if fraction:
+                raise UserError(
+                    f"method: gives NaN or infinite logits with {fraction:.0%} of the neurons ablated; check the "
+                    "values that it writes, and try model.dtype=float32"
+                )
             raise UserError(
-                f"model={model.label}: gives NaN or infinite logits {where}; check its weights and model.dtype"
+                f"model={model.label}: gives NaN or infinite logits before anything is ablated; check its weights and "
+                "model.dtype"
             )
 
 

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps import activations, evaluation, files, growing, sites, store
-from ablation_sweeps.ablation import Fitting, Method
+from ablation_sweeps.ablation import Fitting, Method, Replacement
 from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.data import NOT_SCORED, Batch, Split, UserError
 from ablation_sweeps.lazy import pd, torch
@@ -227,6 +227,11 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     replacement = job.method.fit(
         Fitting(model, projections, statistics, max(b.labels.shape[-1] for b in batches), job.seed)
     )
+    if not isinstance(replacement, Replacement):
+        raise UserError(
+            f"method={job.method.label}: its fit gives {type(replacement).__name__}, which is no Replacement; give a "
+            "Constant, or an object with reads_clean that is called with each batch: see the README, Adding"
+        )
     top_k = job.eval.top_k_images if images else job.eval.top_k
     guess = chance(job, model, batches, calibration)
     documents = evaluation.evaluate(

@@ -82,9 +82,9 @@ class ImageFolder:
         folder = Path(self.path).expanduser()
         if not folder.is_dir():
             raise UserError(f"dataset.path={self.path}: there is no such folder; give a folder of images")
-        splits = sorted(file.name for file in folder.iterdir() if file.is_dir())
-        if len(splits) > 1 and SPLITS.issuperset(splits):
-            unseen = min(splits, key=lambda name: name.startswith("train"))
+        splits = sorted(file.name for file in folder.iterdir() if file.is_dir() and file.name.lower() in SPLITS)
+        if len(splits) > 1:
+            unseen = min(splits, key=lambda name: name.lower().startswith("train"))
             raise UserError(
                 f"dataset.path={self.path}: holds {', '.join(splits)}, of which a model has seen some in its training; "
                 f"give one of them, e.g. dataset.path={folder / unseen}"

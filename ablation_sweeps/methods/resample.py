@@ -56,7 +56,7 @@ class Resample:
         batch = fitting.model.other_input(source, length, fitting.seed).to(fitting.model.device)
         with torch.inference_mode(), reading(fitting.projections, 1) as activations:
             fitting.model.body(batch)
-        return (OneForEachText if self.as_run else PositionByPosition)([x[0] for x in activations])
+        return OneForEachText([x[0] for x in activations]) if self.as_run else PositionByPosition(activations)
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,15 @@ def _donors(documents: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class PositionByPosition:
-    """`other`: `[rows, neurons]` a layer, at least as many rows as the examples have positions."""
+    """`other`: `[1, rows, neurons]` a layer, at least as many rows as the examples have positions."""
 
-    other: list[Float[torch.Tensor, "_rows _neurons"]]
+    other: list[Float[torch.Tensor, "1 _rows _neurons"]]
     reads_clean = False
 
     def __call__(self, batch: Batch, clean: list[torch.Tensor]) -> list[torch.Tensor]:
         if batch.keep is None:
             return self.other
-        return [x[: batch.keep.shape[1]] for x in self.other]
+        return [x[:, : batch.keep.shape[1]] for x in self.other]
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ WRONG_VALUES = {
     "a negative fraction": (["fraction.values=[-0.1]"], ["fraction.values=[-0.1]", "outside [0, 1]"]),
     "a fraction that is no number": (["fraction.values=[a]"], ["fraction.values=[a]", "number"]),
     "a fraction that is NaN": (["fraction=nan"], ["fraction.values=[nan]", "outside [0, 1]"]),
+    "an option that is NaN": (["method.bandwidth=nan"], ["method.bandwidth=nan", "finite number"]),
     "a fraction that is no schedule": (["fraction=tenth"], ["fraction=tenth", "did you mean tenths?"]),
     "one fraction for a list": (["fraction.values=0.5"], ["fraction.values=0.5", "[0.5]"]),
     "no fraction": (["fraction.values=[]"], ["fraction.values=[]", "must not be empty"]),
@@ -180,10 +181,11 @@ def test_a_folder_without_images(launch: Launch, on_images, no_weights, tmp_path
 
 
 def test_splits_are_not_taken_for_one(launch: Launch, on_images, no_weights, tmp_path):
-    for split in ("train", "val"):
+    for split in ("Train", "val"):
         write_images(tmp_path / "images" / split)
+    (tmp_path / "images" / ".cache").mkdir()
     error = launch(*on_images, f"dataset.path={tmp_path / 'images'}").error
-    assert "holds train, val" in error and f"dataset.path={tmp_path / 'images' / 'val'}" in error
+    assert "holds Train, val" in error and f"dataset.path={tmp_path / 'images' / 'val'}" in error
     done = launch(*on_images, f"dataset.path={tmp_path / 'images' / 'val'}", "dry_run=true")
     assert done.code == 0, done.err
 
@@ -250,6 +252,12 @@ def test_a_model_that_gives_nan(launch: Launch, on_text, broken, method, tmp_pat
     error = launch(*on_text, f"model.path={broken}", "model.label=sick", f"method={method}").error
     assert "model=sick" in error and ("NaN" in error or "not finite" in error)
     assert set(states(tmp_path / "results" / "default").values()) == {"failed"}
+
+
+def test_a_method_that_gives_no_replacement(launch: Launch, on_text, monkeypatch):
+    monkeypatch.setattr("ablation_sweeps.methods.zero.Zero.fit", lambda self, fitting: [0.0])
+    error = launch(*on_text, "method=zero").error
+    assert "method=zero: its fit gives list, which is no Replacement" in error and "reads_clean" in error
 
 
 def test_a_hub_name_without_a_hub(launch: Launch, texts, monkeypatch):

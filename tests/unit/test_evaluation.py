@@ -464,7 +464,16 @@ class OfTheBatch:
         return [x.mean(over, keepdim=True).reshape(self.shape)]
 
 
-SHAPES = [(D,), (12, D), (1, D), (1, 12, D), (1, 1, D)]
+@dataclasses.dataclass
+class Writing:
+    values: list
+    reads_clean = False
+
+    def __call__(self, batch, clean):
+        return self.values
+
+
+SHAPES = [(D,), (1, 12, D), (1, 1, D)]
 REPLACEMENTS = {
     "constant": None,
     "another example": AnotherExample(),
@@ -503,6 +512,22 @@ def test_what_a_cpu_takes_longer_for_at_once_is_passed_in_parts_and_gives_the_sa
     pd.testing.assert_frame_equal(found, expected, check_exact=False, rtol=1e-6, atol=1e-9)
     assert max(passed) == largest and not notes
     assert sum(passed) == 11 * (1 + len(FRACTIONS))
+
+
+@pytest.mark.parametrize("shape", [(4, D), (12, D), (1, D), (D + 1,), (1,), (), (3, 12, D), (4, 11, D), (1, 4, 12, D)])
+@pytest.mark.parametrize("at_once", [12, 1000])
+def test_values_that_do_not_fit_are_refused(study, monkeypatch, shape, at_once):
+    """Also where they would broadcast: of two axes, nobody knows whether the first one is the examples'."""
+    monkeypatch.setattr(Transformer, "at_once", at_once)
+    with pytest.raises(UserError, match=r"method: gives values of shape \[.*give these three"):
+        evaluated(study, replacement=Writing([torch.zeros(shape)]))
+    with pytest.raises(UserError, match="gives 2 values for 1 layers"):
+        evaluated(study, replacement=Writing([torch.zeros(D)] * 2))
+
+
+def test_values_that_are_not_finite_are_the_methods(study):
+    with pytest.raises(UserError, match="method: gives NaN or infinite logits with 25%"):
+        evaluated(study, replacement=Constant([torch.full((D,), math.nan)]))
 
 
 def test_only_values_with_a_row_for_each_example_are_taken_apart():

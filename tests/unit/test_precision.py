@@ -94,6 +94,13 @@ def test_no_pass_is_made_for_a_point_that_is_done(long_study, caplog):
     assert f"{100 / WINDOWS:.0f} % of the data was enough" in caplog.text
 
 
+def test_a_precision_that_is_not_reached_is_said(long_study, caplog):
+    with caplog.at_level(logging.INFO):
+        evaluated(long_study, target_stderr=1e-9)
+    points = ", ".join(f"{fraction:.0%}" for fraction in long_study["masks"])
+    assert f"100 % of the data was taken, and not enough at {points}" in caplog.text
+
+
 def test_metrics_count_what_was_evaluated(long_study):
     documents = evaluated(long_study, target_stderr=target_between(evaluated(long_study), 2 * LEAST))
     table = metrics(documents, uniform(VOCABULARY), scored_labels(long_study), TOP_K)
