@@ -86,7 +86,7 @@ def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Co
 
 def _notes(rows: DataFrame, summary: DataFrame, step: int, console: Console) -> list[str]:
     n_fractions, n_seeds = rows["fraction"].nunique(), rows["seed"].nunique()
-    notes = [] if console.is_terminal else ["*: best of its column"]
+    notes = [] if console.is_terminal or rows["method"].nunique() == 1 else ["*: best of its column"]
     if n_seeds > 1:
         notes.append(f"means over {n_seeds} seeds")
     if summary["auc"].notna().any():
