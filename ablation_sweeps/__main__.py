@@ -4,7 +4,7 @@ import os
 import sys
 
 from ablation_sweeps.cli import app
-from ablation_sweeps.messages import plain
+from ablation_sweeps.console import plain
 
 try:
     app(prog_name="python -m ablation_sweeps")

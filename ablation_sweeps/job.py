@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass as validated
 from ablation_sweeps import activations, evaluation, files, growing, sites, store
 from ablation_sweeps.ablation import Fitting, Method, Replacement
 from ablation_sweeps.clean import CleanPasses
+from ablation_sweeps.console import counted
 from ablation_sweeps.data import NOT_SCORED, Batch, Split, UserError
 from ablation_sweeps.lazy import pd, torch
 from ablation_sweeps.selection import Random, Schedule, masks
@@ -262,9 +263,9 @@ def chance(job: Job, model: Transformer, batches: list[Batch], calibration: list
         names = job.dataset.class_names()
         if len(names) != n_classes:
             raise UserError(
-                f"dataset={job.dataset.label}: has {len(names)} classes, but the model knows {n_classes}, so labels "
-                "would be wrong; choose data with the model's classes (of an image_folder, dataset.classes=FILE gives "
-                "their order)"
+                f"dataset={job.dataset.label}: has {counted(len(names), 'class', 'es')}, but the model knows "
+                f"{n_classes}, so labels would be wrong; choose data with the model's classes (of an image_folder, "
+                "dataset.classes=FILE gives their order)"
             )
         known = set(model.class_names)
         for number, (name, own) in enumerate(zip(names, model.class_names, strict=False)):  # which may be empty

@@ -15,9 +15,8 @@ from omegaconf import DictConfig
 
 from ablation_sweeps import report, store
 from ablation_sweeps.config import to_job
-from ablation_sweeps.console import counted
+from ablation_sweeps.console import counted, plain
 from ablation_sweeps.data import Split, UserError
-from ablation_sweeps.messages import plain
 from ablation_sweeps.packs import packed
 from ablation_sweeps.publishing import publish, send_tables
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.errors import OverrideParseException
 
-from ablation_sweeps.data import UserError
+from ablation_sweeps.console import plain
 
 
 def one_line(error: BaseException, conf: Path) -> str:
@@ -18,17 +18,6 @@ def one_line(error: BaseException, conf: Path) -> str:
     if type(error).__module__.startswith(("hydra", "omegaconf")) or "Config group override" in text:
         return _of_hydra(error, text, conf)
     return plain(error)
-
-
-def plain(error: BaseException) -> str:
-    """The same for an error that is not Hydra's."""
-    text = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        return text
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        reason = f"{error.strerror[0].lower()}{error.strerror[1:]}"
-        return f"{error.filename}: {reason}; if it is the results that cannot be written there, set results_dir=FOLDER"
-    return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def _of_hydra(error: BaseException, text: str, conf: Path) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from socket import gethostname
 
 from ablation_sweeps import files
+from ablation_sweeps.console import counted, plain
 from ablation_sweeps.data import UserError
 from ablation_sweeps.environment import describe, peak_memory
 from ablation_sweeps.lazy import pd
@@ -84,7 +85,7 @@ def begin(folder: Path, config: dict) -> None:
     files.write_json(folder / "environment.json", now | notes)
     before = {key: earlier.get(key) for key in ("git_commit", "packages", "device", "threads")}
     if batches_done(folder) and any(before[key] != now[key] for key in before):
-        note(folder, f"its first {batches_done(folder)} batches were computed elsewhere: {json.dumps(before)}")
+        note(folder, f"begun elsewhere ({counted(batches_done(folder), 'batch', 'es')}): {json.dumps(before)}")
     files.write_json(
         folder / "status.json", {"state": "running", "started": _now(), "host": gethostname(), "pid": os.getpid()}
     )
@@ -105,9 +106,8 @@ def remember(folder: Path, **facts: object) -> None:
 def fail(folder: Path, error: BaseException) -> None:
     """A signal to stop is no failure: the job can go on where it was."""
     log.debug("the job stopped", exc_info=error)
-    reason = f"{type(error).__name__}: {error}".strip()
     with suppress(OSError, UserError):  # a full disk may be the reason; it is the first error that counts
-        write_status(folder, "failed" if isinstance(error, Exception) else "interrupted", reason)
+        write_status(folder, "failed" if isinstance(error, Exception) else "interrupted", plain(error))
 
 
 def write_status(folder: Path, state: str, reason: str | None = None) -> None:
@@ -179,7 +179,7 @@ def progress(folder: Path) -> list[pd.DataFrame]:
             break
         tables.append(table)
     if tables:
-        log.info("%s: continues after %d batches", folder.name, len(tables))
+        log.info("%s: continues after %s", folder.name, counted(len(tables), "batch", "es"))
     return tables
 
 

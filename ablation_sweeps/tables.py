@@ -93,6 +93,9 @@ def _notes(rows: DataFrame, summary: DataFrame, step: int, console: Console) -> 
         notes.append("AUC: mean over fractions 0 to 1, as a share of the clean value [95 % t-interval over seeds]")
         if summary["auc_low"].isna().any():
             notes.append("–: no interval from one seed")
+    if rows.loc[rows["metric"] == "loss", "n"].nunique() > 1:
+        notes.append("columns differ in their documents (eval.target_stderr): compare within a column; the clean value "
+                     "of each is in curves.parquet, and the AUC is of that")  # fmt: skip
     if step > 1:
         notes.append(f"{math.ceil((n_fractions - 1) / step) + 1} of {n_fractions} fractions; all are in curves.parquet")
     if len(rows) < rows["method"].nunique() * n_seeds * n_fractions * rows["metric"].nunique():

@@ -54,7 +54,7 @@ def test_a_killed_run_continues_and_gives_the_same_bits(launch: Launch, options,
 
     continued = launch(*options)
     assert continued.code == 0, continued.err
-    n_batches = int(re.search(r"continues after (\d+) batches", continued.err)[1])
+    n_batches = int(re.search(r"continues after (\d+) batch", continued.err)[1])
     assert n_batches == len(saved) >= 2
     assert states(run.parent) == {run.name: "finished"}
     assert not list(run.glob("progress-*")) and not list(run.glob(".*.tmp"))

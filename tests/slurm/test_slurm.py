@@ -48,7 +48,7 @@ def test_the_same_bits_as_in_one_process_whatever_happens_to_others(
     assert "1 of 6 jobs failed, the others are finished and kept" in done.error
     sweep = tmp_path / "an 'odd' place" / "default"
     same_bits(tmp_path / "plain" / "default", sweep)
-    assert status_of(sweep, "raises")["reason"] == "ValueError: no such luck"
+    assert status_of(sweep, "raises")["reason"].startswith("ValueError: no such luck (")
     assert sorted(states(sweep).values()) == ["failed", *["finished"] * 5]
     assert "probably for lack of memory" in done.err
     first, *others = submissions(sweep)
@@ -114,7 +114,7 @@ def test_the_launcher_and_nodes_and_slurmctld_die_and_nothing_is_lost(
     collected = launch(*options)
     assert collected.code == 0, collected.err
     assert len(submissions(sweep)) == 1 and set(states(sweep).values()) == {"finished"}
-    assert all("continues after 1 batches" in log.read_text() for log in sweep.glob("*/log"))
+    assert all("continues after 1 batch" in log.read_text() for log in sweep.glob("*/log"))
     assert launch(*FAULTS, "-m", *on_text, "method=waits", "seed=0,1,2", "results_dir=plain").code == 0
     same_bits(tmp_path / "plain" / "default", sweep)
 
@@ -140,7 +140,7 @@ def test_a_time_limit_costs_nothing_and_what_was_cancelled_can_be_tried_again(
     said = (tmp_path / "output").read_text()
     assert "1 of 2 jobs failed, the others are finished and kept" in said and "cancelled, not by this launcher" in said
     assert sorted(states(sweep).values()) == ["failed", "finished"]
-    assert "continues after 1 batches" in "".join(log.read_text() for log in sweep.glob("*/log"))
+    assert "continues after 1 batch" in "".join(log.read_text() for log in sweep.glob("*/log"))
     assert len(asked()) > 3 and min(after - before for before, after in pairwise(asked())) > 9.5
 
     command = [sys.executable, "-m", "ablation_sweeps", "retry", str(sweep)]

@@ -179,6 +179,13 @@ def test_interval_and_the_lack_of_one():
     assert "–: no interval from one seed" in printed(two_methods())
 
 
+def test_points_on_fewer_documents_than_the_clean_one_are_not_compared_with_it():
+    """See eval.target_stderr."""
+    text = printed(two_methods().assign(n=lambda rows: np.where(rows["fraction"] == 0.5, 2000, 4000)))
+    assert "2,000 to 4,000 tokens" in text and "compare within a column" in text
+    assert "compare within a column" not in printed(two_methods())
+
+
 def test_a_partial_schedule_has_no_area_column():
     assert "AUC" not in printed(two_methods(fractions=[0.0, 0.5]))
 

@@ -314,7 +314,7 @@ def test_what_was_continued_in_another_environment_says_so(tmp_path, monkeypatch
     monkeypatch.setattr(store, "describe", lambda: {**real, "device": "another GPU"})
     store.begin(tmp_path, {})
     (said,) = json.loads((tmp_path / "environment.json").read_text())["notes"]
-    assert said.startswith("its first 1 batches were computed elsewhere") and real["device"] in said
+    assert said.startswith("begun elsewhere (1 batch): ") and real["device"] in said
 
 
 def test_statistics_are_computed_once_for_all_jobs_that_share_them(make, monkeypatch):
