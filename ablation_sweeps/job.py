@@ -111,6 +111,15 @@ class Job:
             )
         _check_examples(self.dataset)
 
+    def check_unchanged(self) -> None:
+        """The files are still those of the signature: what is loaded, and kept for later jobs, is what it says."""
+        for option, part in (("model", self.model), ("dataset", self.dataset)):
+            if _content.__wrapped__(part) != _content(part):
+                raise UserError(
+                    f"{option}={part.label}: its files were changed while they were computed with; the same command "
+                    "again takes them as they are then"
+                )
+
     def budget(self, split: Split) -> Budget:
         if split == "calibration":
             return Budget(self.statistics.tokens, self.statistics.documents)
@@ -131,8 +140,8 @@ class Job:
         """What the statistics depend on."""
         return {
             "numbers": NUMBERS,
-            "model": {"class": _class(self.model), **self.model.identity()},
-            "dataset": {"class": _class(self.dataset), "fingerprint": self.dataset.fingerprint()},
+            "model": {"class": _class(self.model), **_content(self.model)},
+            "dataset": {"class": _class(self.dataset), **_content(self.dataset)},
             "site": asdict(self.site),
             "statistics": _numbers(self.statistics)
             | ({"growing": growing.NUMBERS} if self.statistics.passes == 1 else {}),
@@ -173,15 +182,23 @@ def _options(part: Any) -> dict[str, Any]:
     return {"class": _class(part), **options}
 
 
+@functools.cache
+def _content(part: Any) -> dict[str, Any]:
+    """Of a model's or dataset's files, when this process first looked at them: what it keeps in memory."""
+    return part.identity() if hasattr(part, "identity") else {"fingerprint": part.fingerprint()}
+
+
 def _class(part: Any) -> str:
-    return " ".join([f"{type(part).__module__}.{type(part).__qualname__}", *_edited(part)])
+    return " ".join([f"{type(part).__module__}.{type(part).__qualname__}", *_edited(type(part))])
 
 
-def _edited(part: Any) -> list[str]:
-    """What the file of its class holds, where NUMBERS does not stand for it: it may be changed at any time."""
-    if type(part).__module__.removeprefix("ablation_sweeps.") in OURS:
+@functools.cache
+def _edited(kind: type) -> list[str]:
+    """What the file of a class held when it was imported, where NUMBERS does not stand for it: it may be changed at any
+    time."""
+    if kind.__module__.removeprefix("ablation_sweeps.") in OURS:
         return []
-    return [files.fingerprint_of_file(Path(inspect.getfile(type(part))))]
+    return [files.fingerprint_of_file(Path(inspect.getfile(kind)))]
 
 
 def run_job(job: Job) -> Path:
@@ -222,6 +239,7 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     # Evaluation: the same documents, and the same neurons, for every method.
     images = model.modality == "image"
     batches = encode(job, model, "evaluation")
+    job.check_unchanged()
     store.expect(folder, len(batches))
     log.debug("%d documents or images in %d batches", sum(len(b.names) for b in batches), len(batches))
     orders = job.selection.orders([p.width for p in projections], job.seed)
@@ -249,6 +267,7 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         target_stderr=job.eval.target_stderr,
         clean=clean_passes(job, model),
     )
+    job.check_unchanged()  # of many images, pixels are read as they are needed
     labels = torch.cat([batch.labels[batch.labels != NOT_SCORED] for batch in batches])
     rows = evaluation.metrics(documents, guess, labels, top_k)
     n_ablated = {f: sum(int(m.sum()) for m in masks(orders, f)) for f in (0.0, *job.fraction.values)}
@@ -283,7 +302,7 @@ def describe(
     rows: pd.DataFrame, job: Job, model: Transformer, n_ablated: dict[float, int], n_neurons: int
 ) -> pd.DataFrame:
     """The columns that tell the runs apart, in front of the measurements."""
-    kind = "@".join([type(job.method).__name__, *(content[:6] for content in _edited(job.method))])
+    kind = "@".join([type(job.method).__name__, *(content[:6] for content in _edited(type(job.method)))])
     parameters = {**_options(job.method), "class": kind}
     own = {
         "run_id": job.signature[:16],

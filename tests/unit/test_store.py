@@ -95,12 +95,14 @@ def test_a_folder_counts_by_its_content_not_by_its_place(make, saved, texts, tmp
     moved = make(f"model.path={models}", f"dataset.path={documents}")
     assert moved.signature == make().signature
 
-    (documents / "0.txt").write_text((documents / "0.txt").read_text().replace("Text", "Tent"))
+    (documents / "0.txt").write_text((documents / "0.txt").read_text() + "More.")
+    job_module._content.cache_clear()  # as in a new process
     changed_text = make(f"model.path={models}", f"dataset.path={documents}").signature
     assert changed_text != make().signature
     weights = bytearray((models / "model.safetensors").read_bytes())
     weights[-3] ^= 1
     (models / "model.safetensors").write_bytes(weights)
+    job_module._content.cache_clear()
     assert make(f"model.path={models}").signature != make().signature
 
 
