@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import importlib
 import importlib.util
 import math
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ablation_sweeps.console import as_typed
 from ablation_sweeps.data import UserError
-from ablation_sweeps.messages import as_typed, explain, first_line, near
+from ablation_sweeps.messages import explain, first_line, near
 
 if TYPE_CHECKING:
     from ablation_sweeps.job import Job
@@ -135,8 +138,12 @@ def _package_folder(name: str, remedy: str) -> str:
 
 
 def _label_of(name: str | None, path: str | None) -> str:
-    """The folder's name, or the last part of the hub name."""
-    return Path(path).expanduser().absolute().stem if path else (name or "unnamed").split("/")[-1]
+    """The last part of the path or of the name on the hub; of text without its suffix, of a glob what is no pattern."""
+    if path is None:
+        return (name or "unnamed").split("/")[-1]
+    whole = Path(os.path.abspath(Path(path).expanduser()))
+    plain = whole if whole.exists() else Path(*(part for part in whole.parts if not glob.has_magic(part)))
+    return plain.stem if plain.suffix in (".txt", ".jsonl", ".parquet") else plain.name
 
 
 def _tagged(label: str, variant: str | int | None, default: str | None) -> str:

@@ -6,7 +6,7 @@ import logging
 import sys
 import sysconfig
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ablation_sweeps.data import UserError
 
@@ -25,6 +25,13 @@ class Handler(logging.Handler):
 
 def counted(number: int, what: str, ending: str = "s") -> str:
     return f"{number} {what}{ending if number != 1 else ''}"
+
+
+def as_typed(value: Any) -> str:
+    """As on the command line: null, true, [a,b]."""
+    if isinstance(value, list):
+        return f"[{','.join(as_typed(item) for item in value)}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def encodable(text: str, console: Console) -> str:

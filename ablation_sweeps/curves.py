@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ablation_sweeps import store
 from ablation_sweeps.comparison import half_gone_at, shared
-from ablation_sweeps.console import counted
+from ablation_sweeps.console import as_typed, counted
 from ablation_sweeps.data import UserError
 from ablation_sweeps.lazy import pd
 from ablation_sweeps.metrics import auc, over, point, with_clean
+from ablation_sweeps.tracking import flatten
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-STUDY = ["study", "kind", "model", "dataset", "site", "selection"]
+STUDY = ["study", "kind", "model", "dataset", "site", "selection", "options"]
+NAME = ["model", "dataset", "site"]
+WITHIN_A_STUDY = ("method", "fraction", "seed", "tracking", "sweep", "results_dir", "prefetch", "dry_run")
 POINT = ["study", "method", "seed", "fraction", "metric"]
 
 
@@ -56,6 +59,7 @@ def read_curves(*sweeps: Path) -> DataFrame:
     for folders in by_study.values():
         whole |= _on_the_same_documents({folder: whole[folder] for folder in folders})
     rows = _distinguish(pd.concat(whole.values(), ignore_index=True))
+    rows["options"] = rows["study"].map(_differing({study: folders[0] for study, folders in by_study.items()}, rows))
     return rows.drop_duplicates(POINT).sort_values(POINT).reset_index(drop=True)
 
 
@@ -91,6 +95,31 @@ def _distinguish(rows: DataFrame) -> DataFrame:
             index = same.index[same["method_params"] == text]
             rows.loc[index, "method"] += " " + ",".join(f"{key}={params.get(key)}" for key in differing)
     return rows
+
+
+def _differing(runs: dict[str, Path], rows: DataFrame) -> dict[str, str]:
+    """Of each study, the options in which it differs from others of the same labels, as typed; "" if there are none.
+
+    Args:
+        runs: one of each study.
+    """
+    found = {}
+    for _, same in rows.groupby(NAME):
+        options = {study: _options(store.config(runs[study])) for study in same["study"].unique()}
+        keys = sorted({key for of_study in options.values() for key in of_study})
+        keys = [key for key in keys if len({of_study.get(key) for of_study in options.values()}) > 1]
+        for study, of_study in options.items():
+            found[study] = " ".join(f"{key}={as_typed(of_study.get(key))}" for key in keys)
+    return found
+
+
+def _options(config: dict[str, Any]) -> dict[str, Any]:
+    """Those that tell studies apart."""
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if key.split(".")[0] not in WITHIN_A_STUDY and not key.endswith(".label")
+    }
 
 
 def groups(rows: DataFrame, keys: list[str]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
@@ -142,17 +171,21 @@ def summarise(curves: DataFrame) -> DataFrame:
 
 
 def studies(curves: DataFrame) -> list[Study]:
-    """Each study under a name that says what it is; the hash is part of it only where the rest is not unique."""
+    """Each study under a name that says what it is; where that is not unique, a hash is part of the name, and the
+    options in which they differ are part of the title."""
     by_name: dict[str, list[DataFrame]] = {}
     for _, rows in curves.groupby("study"):
-        name = "-".join(str(rows[label].iloc[0]) for label in ("model", "dataset", "site"))
+        name = "-".join(str(rows[label].iloc[0]) for label in NAME)
         by_name.setdefault(re.sub(r"[^\w.-]+", "_", name), []).append(rows)
     found = []
-    named = [(name, rows, len(group) == 1) for name, group in sorted(by_name.items()) for rows in group]
-    for name, rows, is_unique in named:
-        short, unit = rows["study"].iloc[0][:8], "image" if rows["kind"].iloc[0] == "image_classifier" else "token"
-        name, also = (name, "") if is_unique else (f"{name}-{short}", f" · study {short}")
-        found.append(Study(name, _title(rows, unit) + also, unit, rows))
+    for name, of_name in sorted(by_name.items()):
+        options = [rows["options"].iloc[0] for rows in of_name]
+        for rows, own in zip(of_name, options, strict=True):
+            short, unit = rows["study"].iloc[0][:8], "image" if rows["kind"].iloc[0] == "image_classifier" else "token"
+            apart = [own] if own else []
+            apart += [f"study {short}"] if options.count(own) > 1 else []
+            unique = name if len(of_name) == 1 else f"{name}-{short}"
+            found.append(Study(unique, " · ".join([_title(rows, unit), *apart]), unit, rows))
     return found
 
 

@@ -100,6 +100,13 @@ class Job:
                 f"dataset={self.dataset.label}: holds {self.dataset.modality}s, but model={self.model.label} takes "
                 f"{self.model.modality}s; choose e.g. {fits}"
             )
+        for option, part in (("model.path", self.model), ("dataset.path", self.dataset)):
+            path = Path(getattr(part, "path", None) or "/nowhere").expanduser().resolve()
+            if self.results_dir.resolve().is_relative_to(path):
+                raise UserError(
+                    f"results_dir={self.results_dir}: lies in {option}={path}, so that results would be taken for what "
+                    "belongs there; give results_dir=FOLDER outside of it"
+                )
         for part in (self.model, self.dataset, self.method):
             check = getattr(part, "check", None)  # most methods have nothing to check
             if check is not None:

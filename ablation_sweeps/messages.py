@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.errors import OverrideParseException
 
-from ablation_sweeps.console import plain
+from ablation_sweeps.console import as_typed, plain
 
 
 def one_line(error: BaseException, conf: Path) -> str:
@@ -105,10 +105,3 @@ def explain(part: str, target: Any, fields: dict[str, Any], error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     message = message.replace("valid integer", "whole number").split(", unable to parse")[0]
     return f"{option}{given}: {message[0].lower()}{message[1:]}"
-
-
-def as_typed(value: Any) -> str:
-    """As on the command line: null, true, [a,b]."""
-    if isinstance(value, list):
-        return f"[{','.join(as_typed(item) for item in value)}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

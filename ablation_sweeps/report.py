@@ -50,7 +50,7 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
         return written
     for found, _, _ in shown:
         said = page.verdict(found)
-        said = f"{found.name}: {said}" if len(shown) > 1 else said
+        said = f"{found.title}: {said}" if len(shown) > 1 else said
         console.print(Text(encodable(said, console)), soft_wrap=True)
     write_csv(comparisons([(study, found) for study, (found, _, _) in both]), sweep_dir / "comparisons.csv")
     failures = [
@@ -64,12 +64,14 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
 
 
 def comparisons(found: list[tuple[Study, page.Measured]]) -> DataFrame:
-    """Of all studies: their hash, as in the rows, their name, and the columns of `comparison.compare`."""
+    """Of all studies: their hash, as in the rows, their name, the options in which they differ, and the columns of
+    `comparison.compare`."""
     tables = []
     for study, measured_ in found:
         tables.append(measured_.comparisons.copy())
         tables[-1].insert(0, "study", study.rows["study"].iloc[0])
         tables[-1].insert(1, "name", study.name)
+        tables[-1].insert(2, "options", study.rows["options"].iloc[0])
     return pd.concat(tables, ignore_index=True)
 
 

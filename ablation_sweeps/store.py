@@ -64,7 +64,8 @@ def runs(sweep: Path) -> list[Path]:
 def config(folder: Path) -> dict:
     import yaml
 
-    return yaml.safe_load((folder / "config.yaml").read_text())
+    file = folder / "config.yaml"
+    return yaml.safe_load(file.read_text()) if file.is_file() else {}
 
 
 def queue(folder: Path, config: dict) -> None:

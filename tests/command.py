@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import ablation_sweeps.config  # noqa: F401  (its resolvers, before Hydra's state is kept and put back)
+from ablation_sweeps import job
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch.py"
@@ -56,6 +57,8 @@ def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
     def run(*arguments: str) -> Outcome:
+        for kept in (job._content, job._encode, job._clean_passes):  # as in a process of its own; models stay loaded
+            kept.cache_clear()
         state, handlers, environment = Singleton.get_state(), logging.getLogger().handlers[:], dict(os.environ)
         GlobalHydra.instance().clear()
         capsys.readouterr()
@@ -84,7 +87,6 @@ def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The test fails if a model is loaded, even if the program survives it."""
-    from ablation_sweeps import job
     from ablation_sweeps.models import causal_lm, image_classifier, masked_lm, timm
 
     loaded = []

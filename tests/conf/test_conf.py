@@ -131,6 +131,17 @@ def test_labels_tell_variants_apart():
     assert composed("model=causal_lm", "model.name=who/what-1b").model.label == "what-1b"
 
 
+@pytest.mark.parametrize(
+    "path, label",
+    [("m/Llama-3.2-8B", "Llama-3.2-8B"), ("m/Llama-3.2-8B/", "Llama-3.2-8B"), ("m/x/../Qwen2.5-0.5B", "Qwen2.5-0.5B"),
+     ("data/wiki.v2.txt", "wiki.v2"), ("data/c4.parquet", "c4"),
+     ("data/*.txt", "data"), ("data/*/a[bc]*.jsonl", "data")],
+)  # fmt: skip
+def test_a_label_is_the_whole_name_of_a_folder(path, label):
+    assert composed("model=causal_lm", f"model.path='{path}'").model.label == label
+    assert composed("dataset=text_files", f"dataset.path='{path}'").dataset.label == label
+
+
 def test_cfg_job_prints_the_composed_options(launch: Launch):
     outcome = launch("--cfg", "job", "method=median", "fraction=0.1")
     assert outcome.code == 0 and outcome.err == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -129,14 +130,23 @@ def test_what_is_added_to_a_sweep_leaves_the_rest_alone(launch: Launch, on_text,
 
 @pytest.mark.parametrize("name", ["a b", "it's", 'say "yes"', "Übergröße", "a,b", "a=b", "日本"])
 def test_paths_of_any_name(launch: Launch, on_text, tmp_path, name):
-    quoted = "'" + name.replace("'", "\\'") + "'"
+    data, results = ("'" + path.replace("'", "\\'") + "'" for path in (name, f"of {name}"))
     write_texts(tmp_path / name)
     options = [option for option in on_text if not option.startswith("dataset.path")]
-    outcome = launch(*options, "method=zero", f"dataset.path={quoted}", f"results_dir={quoted}")
+    outcome = launch(*options, "method=zero", f"dataset.path={data}", f"results_dir={results}")
     assert outcome.code == 0, outcome.err
-    (run,) = runs_of(tmp_path / name / "default")
+    (run,) = runs_of(tmp_path / f"of {name}" / "default")
     assert f"-{name}-zero-" in run.name
     assert yaml.safe_load((run / "config.yaml").read_text())["dataset"]["path"] == name
+
+
+@pytest.mark.parametrize("option", ["model", "dataset"])
+def test_results_do_not_lie_among_the_weights_or_the_data(launch: Launch, on_text, saved, tmp_path, option):
+    folder = write_texts(tmp_path / "dataset") if option == "dataset" else tmp_path / "model"
+    shutil.copytree(saved("llama"), tmp_path / "model")
+    (tmp_path / "link").symlink_to(folder)
+    error = launch(*on_text, f"{option}.path={folder}", "results_dir=link/results").error
+    assert "link/results: lies in" in error and f"{option}.path={folder}" in error
 
 
 def test_a_file_gets_plain_text_and_no_progress_bars(on_text, tmp_path):

@@ -6,12 +6,14 @@ import io
 import json
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from matplotlib.image import imread
 from rich.console import Console
 from scipy import integrate, stats
@@ -38,7 +40,7 @@ def curve(
             {"fraction": f, "metric": m, "value": v, "clean": clean[m], "chance": chances[m]} for m, v in values.items()
         ]
     run = {"run_id": "r", "study": "a" * 8, "kind": "causal_lm", "model": "opt", "revision": "main", "dataset": "pile"}
-    run |= {"site": "attn_pre_out", "selection": "random", "granularity": "neuron", "method": method}
+    run |= {"site": "attn_pre_out", "selection": "random", "options": "", "granularity": "neuron", "method": method}
     run |= {"method_params": "{}", "seed": seed, "n_ablated": 0, "n_neurons": 64, "stderr": 0.01, "n": 4000}
     return pd.DataFrame(rows).assign(**{**run, **columns})
 
@@ -253,6 +255,25 @@ def test_two_studies_of_one_name_are_kept_apart(tmp_path: Path):
         "org_opt-pile-attn_pre_out-aaaaaaaa.png",
         "org_opt-pile-attn_pre_out-bbbbbbbb.png",
     }
+
+
+def test_studies_of_one_name_say_in_which_options_they_differ(tmp_path: Path):
+    dtypes = {"a": "float32", "b": "bfloat16", "c": "bfloat16"}
+    for i, (name, dtype) in enumerate(dtypes.items()):
+        save_run(tmp_path / name, curve("zero", study=8 * name))
+        options = {"model": {"label": f"opt{i}", "dtype": dtype}, "seed": i, "method": {"label": "zero", "n_bins": i}}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(options))
+    first, *others = studies(read_curves(tmp_path))
+    assert first.title.endswith(" · 1 seed · model.dtype=float32")
+    assert [study.title.split(" · ")[-2:] for study in others] == [
+        ["model.dtype=bfloat16", "study bbbbbbbb"],  # whose data were changed, for example
+        ["model.dtype=bfloat16", "study cccccccc"],
+    ]
+    assert set(summarise(read_curves(tmp_path))["options"]) == {"model.dtype=float32", "model.dtype=bfloat16"}
+    shutil.rmtree(tmp_path / "b")
+    shutil.rmtree(tmp_path / "c")
+    (alone,) = studies(read_curves(tmp_path))
+    assert alone.title.endswith(" · 1 seed")
 
 
 def text_of(figure) -> list[str]:
