@@ -97,11 +97,20 @@ def _arrange(figure: Figure, style: dict[str, dict[str, Any]], title: str, n_not
     bottom, panel, above = legend + 0.48, 1.9, 0.46 + 0.12 * n_notes + 0.14 * title.count("\n")
     height = bottom + panel + above
     figure.set_size_inches(WIDTH, height)
-    figure.subplots_adjust(0.045, bottom / height, 0.99, (bottom + panel) / height, wspace=0.17)
+    figure.subplots_adjust(bottom=bottom / height, top=(bottom + panel) / height)  # on which the numbers depend
+    right, gap = 0.99 * WIDTH, 0.05 + max(_numbers(axes) for axes in figure.axes)
+    of_one = (right - gap * len(figure.axes)) / len(figure.axes)
+    figure.subplots_adjust(left=gap / WIDTH, right=right / WIDTH, wspace=gap / of_one)
     figure.text(0.5, 1 - 0.06 / height, title, ha="center", va="top", fontsize=8.5, fontweight="bold")
     figure.text(0.5175, (legend + 0.1) / height, "Neurons ablated (%)", ha="center")
     figure.text(0.99, (legend + 0.1) / height, spread, ha="right", color=GREY, fontsize=6.5)
     figure.legend(handles=handles, loc="lower center", ncols=n_columns, frameon=False, handlelength=2.6, borderpad=0.3)
+
+
+def _numbers(axes: Axes) -> float:
+    """How far the numbers of the y axis reach to the left of it, in inches."""
+    box = axes.yaxis.get_tightbbox()
+    return (axes.bbox.x0 - box.x0) / axes.figure.dpi if box else 0.0
 
 
 def save(figure: Figure, path: Path, suffix: str) -> None:

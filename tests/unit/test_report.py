@@ -310,6 +310,16 @@ def test_one_terrible_method_does_not_flatten_the_others_and_the_cut_is_said():
         assert low <= heights.min() and heights.max() <= high
 
 
+@pytest.mark.parametrize("slope", [0.01, 0.6, 4.0, 4e6])
+def test_all_numbers_of_an_axis_are_in_the_picture_and_beside_the_panel_before(slope: float):
+    figure = drawn(curve("zero", slope=slope, fractions=[0.0, 0.5]))
+    figure.canvas.draw()
+    end = 0.0
+    for axes in figure.axes:
+        assert axes.yaxis.get_tightbbox().x0 > end
+        end = axes.bbox.x1
+
+
 @pytest.mark.parametrize("n_seeds, lines, bands", [(1, 1, 0), (2, 3, 0), (3, 4, 0), (5, 1, 1)])
 def test_few_seeds_are_lines_and_many_a_band(n_seeds: int, lines: int, bands: int):
     curves = pd.concat([curve("zero", seed, slope=4 + seed / 10) for seed in range(n_seeds)])
