@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from matplotlib import rc_context
 from matplotlib.image import imread
 from rich.console import Console
 from scipy import integrate, stats
@@ -312,12 +313,12 @@ def test_one_terrible_method_does_not_flatten_the_others_and_the_cut_is_said():
 
 @pytest.mark.parametrize("slope", [0.01, 0.6, 4.0, 4e6])
 def test_all_numbers_of_an_axis_are_in_the_picture_and_beside_the_panel_before(slope: float):
-    figure = drawn(curve("zero", slope=slope, fractions=[0.0, 0.5]))
-    figure.canvas.draw()
-    end = 0.0
-    for axes in figure.axes:
-        assert axes.yaxis.get_tightbbox().x0 > end
-        end = axes.bbox.x1
+    end, figure = 0.0, drawn(curve("zero", slope=slope, fractions=[0.0, 0.5]))
+    with rc_context(figures.RC):  # as it is saved
+        figure.canvas.draw()
+        for axes in figure.axes:
+            assert axes.yaxis.get_tightbbox().x0 > end
+            end = axes.bbox.x1
 
 
 @pytest.mark.parametrize("n_seeds, lines, bands", [(1, 1, 0), (2, 3, 0), (3, 4, 0), (5, 1, 1)])
