@@ -91,6 +91,7 @@ def evaluate(
     """
     device = model.device
     masks = {fraction: [mask.to(device) for mask in layers] for fraction, layers in masks.items()}
+    target_stderr = target_stderr if masks else None  # it is one of points
     clean = clean or CleanPasses(model)
     passes = Passes(model, projections, masks, replacement, common.to(device), top_k, clean, model.at_once, note)
     parts = list(done)
@@ -171,7 +172,7 @@ class Passes:
                 self._too_large(batch)
         # Not inside of `except`, whose error holds on to the memory of the pass that failed.
         if values is None:
-            values = self.replacement(batch, self._clean_activations(batch, part))
+            values = self.replacement(batch.to(torch.device("cpu")), self._clean_activations(batch, part))
         n, (first, last) = len(batch.names), batch.halves()
         sums = [
             self.sums(first, (*part, 0), _rows(values, slice(None, len(first.names)), n)),

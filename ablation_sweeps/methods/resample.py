@@ -47,6 +47,11 @@ class Resample:
             raise UserError(f"method.source={self.source}: is not for {modality}s; choose one of {', '.join(suits)}")
         if self.source == "dataset" and self.as_run:
             raise UserError("method.as_run=true: has no meaning with method.source=dataset; choose another source")
+        if self.length is not None and not self.as_run:
+            raise UserError(
+                f"method.length={self.length}: changes nothing without method.as_run=true, where the other input is as "
+                "long as the longest example; leave it null"
+            )
 
     def fit(self, fitting: Fitting) -> Replacement:
         if self.source == "dataset":

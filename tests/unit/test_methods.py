@@ -478,6 +478,9 @@ def test_sources_that_do_not_fit_are_refused():
     for source in TEXT_SOURCES:
         resample(source, as_run=True).check("text")
     resample("random_pixels").check("image")
+    with pytest.raises(UserError, match=r"method\.length=5: changes nothing without method\.as_run=true"):
+        resample("random_tokens", length=5).check("text")
+    resample("random_tokens", as_run=True, length=5).check("text")
 
 
 # All methods there are

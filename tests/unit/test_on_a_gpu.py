@@ -13,6 +13,7 @@ from pretended_gpu import OnGpu, pretended
 from ablation_sweeps import evaluation, job, sites
 from ablation_sweeps.ablation import ablated
 from ablation_sweeps.activations import Histogram, collect
+from ablation_sweeps.methods.zero import Zero
 
 FEW = ["tracking=none", "eval.tokens=600", "statistics.tokens=600", "eval.images=8", "fraction.values=[0.5,1.0]"]
 JOBS = [
@@ -114,9 +115,18 @@ def test_a_point_more_waits_for_nothing_more(job_of, tmp_path, gpu, options):
     assert waits[1] > own
 
 
-def test_what_does_not_fit_is_halved(job_of, tmp_path, gpu, monkeypatch):
+class BatchMean:
+    reads_clean = True
+
+    def __call__(self, batch, clean):
+        return [x[batch.keep].mean(0) for x in clean]
+
+
+@pytest.mark.parametrize("method", ["resample", "zero"])
+def test_what_does_not_fit_is_halved(job_of, tmp_path, gpu, monkeypatch, method):
     """Also where the values to write are those of the whole batch."""
-    options = ["model=tiny_causal", "method=resample"]
+    monkeypatch.setattr(Zero, "fit", lambda *_: BatchMean())  # which has no reason to think of devices
+    options = ["model=tiny_causal", f"method={method}"]
     here = rows_of(job_of, tmp_path / "here", *options)
     rows_of(job_of, tmp_path, *options, "model.device=cuda")
     ((name, model),) = job._loaded.items()

@@ -101,6 +101,14 @@ def test_a_precision_that_is_not_reached_is_said(long_study, caplog):
     assert f"100 % of the data was taken, and not enough at {points}" in caplog.text
 
 
+def test_the_clean_model_alone_has_no_point_that_could_be_precise_enough(long_study, caplog):
+    without = {**long_study, "masks": {}}
+    with caplog.at_level(logging.INFO):
+        documents = evaluated(without, target_stderr=1e9)
+    pd.testing.assert_frame_equal(documents, evaluated(without), check_exact=True)
+    assert len(documents) == LEAST * WINDOWS and "target_stderr" not in caplog.text
+
+
 def test_metrics_count_what_was_evaluated(long_study):
     documents = evaluated(long_study, target_stderr=target_between(evaluated(long_study), 2 * LEAST))
     table = metrics(documents, uniform(VOCABULARY), scored_labels(long_study), TOP_K)
