@@ -151,14 +151,14 @@ class Pretrained:
 
     def from_pretrained(self, auto_model: Any) -> torch.nn.Module:
         """The unmodified model on its device, in eval mode; weights from safetensors or GGUF alone."""
-        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        dtype, where = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype), device(self.device)
         options: dict[str, Any] = {"dtype": dtype, "device_map": self.device_map}
         options["attn_implementation"] = self.attn_implementation
         if not self.gguf_file:
             options["use_safetensors"] = self.use_safetensors
         if self.quantize:
             options["quantization_config"] = _bits(self.quantize, dtype)
-            options["device_map"] = self.device_map or {"": str(device(self.device))}
+            options["device_map"] = self.device_map or {"": str(where)}
         module, info = self.guarded(
             lambda: auto_model.from_pretrained(
                 self.source,
@@ -184,7 +184,7 @@ class Pretrained:
             )
         log.debug("attention implementation: %s", getattr(module.config, "_attn_implementation", None))
         placed = options["device_map"] is not None
-        return (module if placed else module.to(device(self.device))).eval()
+        return (module if placed else module.to(where)).eval()
 
     def guarded(self, load: Callable[[], Any]) -> Any:
         """Runs `load`; what goes wrong with the source becomes one line that names it."""
@@ -223,10 +223,18 @@ def fingerprint(path: str) -> str:
 
 
 def device(name: str) -> torch.device:
-    """`auto`: the first GPU, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """`auto`: the first GPU, else the CPU.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.device={name}: cannot be used here ({reason}); give auto or cpu") from error
 
 
 @contextmanager

@@ -38,6 +38,12 @@ class Local:
     def queue(self, sweep: Path) -> LocalQueue:
         return LocalQueue(sweep / ".dispatch", self._names(), self.max_parallel)
 
+    @property
+    def at_once(self) -> int:
+        """Packs; one, if their model is spread over all GPUs."""
+        n = len(self._names())
+        return min(n, self.max_parallel or n) if n else self.max_parallel or 1
+
     def _names(self) -> list[str]:
         """Of the GPUs, as CUDA_VISIBLE_DEVICES has them; where it is set, it is these that are counted."""
         n = torch.cuda.device_count()

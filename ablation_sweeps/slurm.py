@@ -54,6 +54,11 @@ class Slurm:
     sbatch: dict[str, Any]
     folder: str
 
+    @property
+    def at_once(self) -> int:
+        """Packs."""
+        return self.max_parallel
+
     def queue(self, sweep: Path) -> SlurmQueue:
         return SlurmQueue(self, sweep)
 

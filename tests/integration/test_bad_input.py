@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from command import FAULTS, LAUNCH, Launch, states, write_images, write_texts
 
 from ablation_sweeps.methods.zero import Zero
@@ -303,6 +304,13 @@ def test_a_job_that_fails_costs_no_other_job(launch: Launch, on_text, saved, bro
     assert set(pd.read_parquet(sweep / "curves.parquet")["method"]) == {"zero", "mean"}
     (log,) = sweep.glob("broken-*-zero-*/log")
     assert "Traceback" in log.read_text(), "the terminal has one line, the log has all"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("kind", ["on_text", "on_images"])
+def test_a_gpu_that_is_not_there(launch: Launch, request, kind):
+    error = launch(*request.getfixturevalue(kind), "model.device=cuda").error
+    assert "model.device=cuda: cannot be used here (" in error and error.endswith("give auto or cpu")
 
 
 def test_a_method_that_raises_costs_no_other_job(launch: Launch, on_text, tmp_path, monkeypatch):

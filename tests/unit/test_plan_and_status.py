@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from socket import gethostname
 from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ablation_sweeps import files, launching, store, watching
 from ablation_sweeps.cli import app
+from ablation_sweeps.local import Local
 from ablation_sweeps.queue import Place
 
 
@@ -58,6 +63,31 @@ def test_status_is_read_from_the_files(tmp_path):
     assert "its process died 2 times: [red]OUT_OF_MEMORY" in shown.output
     nothing = CliRunner().invoke(app, ["status", str(tmp_path / "one")])
     assert "no job was ever started there" in str(nothing.exception)
+
+
+def test_a_job_whose_process_was_killed_does_not_run_for_ever(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for name, pid, host in (("here", os.getpid(), gethostname()), ("killed", ended.pid, gethostname()),
+                            ("elsewhere", ended.pid, "another")):  # fmt: skip
+        status = {"state": "running", "host": host, "pid": pid}
+        files.write_json(tmp_path / name / "status.json", status)
+    said = CliRunner().invoke(app, ["status", str(tmp_path)]).output
+    assert "1 died, 2 running" in said and "its process is gone" in said
+
+
+@pytest.mark.parametrize(
+    "n, options, at_once",
+    [(4, {}, 4), (4, {"max_parallel": 3}, 3), (2, {"max_parallel": 3}, 2), (4, {"gpus": [1, 2]}, 2), (0, {}, 1),
+     (0, {"max_parallel": 3}, 3)],
+)  # fmt: skip
+def test_a_plan_knows_how_many_packs_a_machine_runs_at_once(monkeypatch, n, options, at_once):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    local = Local(**{"max_jobs_per_pack": None, "max_parallel": None, "max_attempts": 2, "gpus": None, **options})
+    assert local.at_once == at_once
+    queue = local.queue(Path("nowhere"))
+    assert len(queue._slots([])) == at_once
 
 
 def test_the_table_says_how_far_the_running_job_of_a_pack_is(tmp_path):
