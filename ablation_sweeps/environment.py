@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import platform
 import resource
 import subprocess
@@ -35,12 +36,21 @@ def describe() -> dict[str, Any]:
     return {
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changed": bool(_git("status", "--porcelain")),
+        "code": _code(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "device": gpu or platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _code() -> str:
+    """Of this package's sources, in a checkout or not."""
+    digest, folder = hashlib.sha256(), Path(__file__).parent
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _git(*arguments: str) -> str | None:

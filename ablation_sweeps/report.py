@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,13 @@ from ablation_sweeps.curves import Study, read_curves, studies, summarise
 from ablation_sweeps.figures import draw, save
 from ablation_sweeps.lazy import pd
 from ablation_sweeps.tables import print_tables
+from ablation_sweeps.tracking import flatten
 
 if TYPE_CHECKING:
     from pandas import DataFrame
     from rich.console import Console
+
+DIFFER = "runs differ in"  # beside method and seed
 
 
 def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[Path]:
@@ -48,9 +52,10 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
     shown = [found for _, found in both]
     if not shown:
         return written
-    for found, _, _ in shown:
+    for found, _, setup in shown:
         said = page.verdict(found)
         said = f"{found.title}: {said}" if len(shown) > 1 else said
+        said += f" Its runs differ in {setup[DIFFER]}." if setup[DIFFER] else ""
         console.print(Text(encodable(said, console)), soft_wrap=True)
     write_csv(comparisons([(study, found) for study, (found, _, _) in both]), sweep_dir / "comparisons.csv")
     failures = [
@@ -109,7 +114,7 @@ def folders_by_id(*sweeps: Path) -> dict[str, Path]:
 def _shown(study: Study, folders: dict[str, Path]) -> page.Shown | None:
     found = measured(study, folders)
     runs = [folders[run_id[:8]] for run_id in study.rows["run_id"].unique()] if found else []
-    return found and (found, _neurons(runs), _setup(runs[0]))
+    return found and (found, _neurons(runs), _setup(runs))
 
 
 def _neurons(runs: list[Path]) -> dict[str, Any] | None:
@@ -122,6 +127,14 @@ def _neurons(runs: list[Path]) -> dict[str, Any] | None:
     return None
 
 
-def _setup(run: Path) -> dict[str, Any]:
-    """Of one run, for all that it is compared with: they differ in method and seed."""
-    return {"configuration": store.config(run), "environment": store.environment(run)}
+def _setup(runs: list[Path]) -> dict[str, Any]:
+    """Of one run, for all that it is compared with: they differ in method and seed, and in what is said here."""
+    environments = [store.environment(run) for run in runs]
+    parts = [
+        flatten({"code": e.get("code"), "packages": e.get("packages"), "device": e.get("device"),
+                 "on": str(e.get("model_device", "")).split(":")[0]}) for e in environments
+    ]  # fmt: skip
+    # Earlier versions did not keep all of it.
+    values = {key: sorted({str(part[key]) for part in parts if part.get(key)}) for key in dict.fromkeys(chain(*parts))}
+    differ = [f"{key} ({', '.join(found)})" for key, found in values.items() if len(found) > 1]
+    return {DIFFER: ", ".join(differ), "configuration": store.config(runs[0]), "environment": environments[0]}

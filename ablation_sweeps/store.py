@@ -84,7 +84,7 @@ def begin(folder: Path, config: dict) -> None:
     earlier, now = environment(folder), describe()
     notes = {"notes": earlier["notes"]} if "notes" in earlier else {}
     files.write_json(folder / "environment.json", now | notes)
-    before = {key: earlier.get(key) for key in ("git_commit", "packages", "device", "threads")}
+    before = {key: earlier.get(key) for key in ("code", "packages", "device", "threads")}
     if batches_done(folder) and any(before[key] != now[key] for key in before):
         note(folder, f"begun elsewhere ({counted(batches_done(folder), 'batch', 'es')}): {json.dumps(before)}")
     files.write_json(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -40,6 +41,22 @@ def test_a_curve_of_several_runs_is_compared_at_all_their_fractions(launch: Laun
     whole = pd.read_csv(tmp_path / "results" / "whole" / "comparisons.csv").query("metric == 'loss'")
     columns = ["fraction", "difference", "low", "high", "p"]
     pd.testing.assert_frame_equal(found[columns], whole[columns], check_exact=False, rtol=1e-5)
+
+
+def test_runs_of_other_code_or_another_torch_are_not_taken_for_equals_in_silence(launch: Launch, on_text, tmp_path):
+    """They are not computed again for it, since most changes of code and of versions change no number."""
+    said = launch(*on_text, "-m", "method=zero,mean").out
+    assert "Its runs differ in" not in said
+    (file,) = tmp_path.glob("results/default/*-mean-*/environment.json")
+    found = json.loads(file.read_text())
+    code, torch_ = found["code"], found["packages"]["torch"]
+    packages = found["packages"] | {"torch": "0.1"}
+    file.write_text(json.dumps(found | {"code": "0" * 16, "packages": packages, "threads": 9}))
+    command = [sys.executable, "-m", "ablation_sweeps", "report", "results/default"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    differ = f"code ({'0' * 16}, {code}), packages.torch (0.1, {torch_})"
+    assert f" Its runs differ in {differ}." in done.stdout
+    assert f'"runs differ in": "{differ}"' in (tmp_path / "results" / "default" / "report.html").read_text()
 
 
 def test_export_for_other_programs_and_for_a_paper(launch: Launch, on_text, tmp_path):
