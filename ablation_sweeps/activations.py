@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 MOMENTS_FILE, BOTH = "moments.safetensors", "moments-and-fine-counts.safetensors"
 
-Passes = Literal[1, 2]
+NPasses = Literal[1, 2]
 
 
 class Histogram(NamedTuple):
@@ -94,7 +94,7 @@ def collect(
     batches: Sequence[Batch],
     cache: Path,
     *histograms: Histogram,
-    passes: Passes = 2,
+    passes: NPasses = 2,
     note: Callable[[str], None] = log.warning,
 ) -> Statistics:
     """Exact to the bit in two passes: one for the moments and the range, a second one for the counts. In one pass,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DRAWS = 2000
 AT_ONCE = 1 << 24  # weights of documents in memory, 8 bytes each
 LEVEL = 0.95
-LESS_IS_BETTER = ("loss", "perplexity", "kl")
+LESS_IS_BETTER = ("loss", "kl")
 
 Sums = Float[np.ndarray, "seeds fractions documents"]
 Values = Float[np.ndarray, "draws points"]
@@ -100,8 +100,6 @@ def differences(a: Curve, b: Curve, metric: str, seed: int = 0) -> tuple[list[Es
 
 def _points_and_area(curve: Curve, metric: str, seeds: Weights, documents: Weights) -> Values:
     values, clean = curve.values(seeds, documents), curve.clean(seeds, documents)
-    if metric == "perplexity":
-        values, clean = np.exp(np.minimum(values, 700)), np.exp(np.minimum(clean, 700))
     return np.concatenate([values, area(curve.fractions, values, clean, metric)[:, None]], 1)
 
 

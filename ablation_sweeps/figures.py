@@ -20,8 +20,8 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
 # A method looks the same in all figures. The others get a place by their name, and the next free one if it is taken.
-PLACES = {"zero": 0, "mean": 1, "median": 2, "peak": 3, "resample": 4, "resample-dataset": 4}
-PLACES |= {"resample-random_tokens": 5, "resample-random_pixels": 5, "resample-random_characters": 7, "optimal": 6}
+PLACES = {"zero": 0, "mean": 1, "median": 2, "peak": 3, "resample": 4, "resample-random_input": 6}
+PLACES |= {"resample-random_tokens": 5, "resample-random_pixels": 5, "resample-random_characters": 7}
 GREY = "#6E6E6E"
 WIDTH = 7.2  # inches
 RC: dict[Any, Any] = {

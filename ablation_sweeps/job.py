@@ -47,7 +47,7 @@ class Calibration:
 
     tokens: Annotated[int, Field(ge=2)]
     documents: Annotated[int | None, Field(ge=1)]
-    passes: activations.Passes = 2
+    passes: activations.NPasses = 2
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))

@@ -60,8 +60,8 @@ class Skipped(Exception):
 
 
 class Ours:
-    def __init__(self, model: str, tokens: int, length: int, passes: activations.Passes = 2, dtype: str = "float32"):
-        self.passes: activations.Passes = passes
+    def __init__(self, model: str, tokens: int, length: int, passes: activations.NPasses = 2, dtype: str = "float32"):
+        self.passes: activations.NPasses = passes
         job = composed(f"model={model}", f"statistics.tokens={tokens}", f"model.max_tokens={length}",
                        f"model.dtype={dtype}", "model.pack=concatenate", f"batch_tokens={BATCH * length}")  # fmt: skip
         transformer = load(job.model)

@@ -113,7 +113,6 @@ def test_an_area_is_a_share_of_the_clean_value_on_the_documents_of_each_point():
     totals[:, 1, 2:] = counts[:, 1, 2:] = 0
     found = comparison.levels(Curve(FRACTIONS, totals, counts), "loss")
     assert [e.value for e in found[0]] == [4, 2, 4] and found[1].value == 1
-    assert comparison.levels(Curve(FRACTIONS, totals, counts), "perplexity")[1].value == 1
 
 
 def of(fractions: dict[float, range]) -> pd.DataFrame:
