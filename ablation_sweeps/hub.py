@@ -151,7 +151,8 @@ class Pretrained:
 
     def from_pretrained(self, auto_model: Any) -> torch.nn.Module:
         """The unmodified model on its device, in eval mode; weights from safetensors or GGUF alone."""
-        dtype, where = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype), device(self.device)
+        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        where = device(self.device)  # before the weights are read
         options: dict[str, Any] = {"dtype": dtype, "device_map": self.device_map}
         options["attn_implementation"] = self.attn_implementation
         if not self.gguf_file:
