@@ -20,6 +20,7 @@ from ablation_sweeps.ablation import Fitting, Method, Replacement
 from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.console import counted
 from ablation_sweeps.data import NOT_SCORED, Batch, Split, UserError
+from ablation_sweeps.environment import OURS
 from ablation_sweeps.lazy import pd, torch
 from ablation_sweeps.selection import Random, Schedule, masks
 from ablation_sweeps.tracking import RunRecord
@@ -28,13 +29,6 @@ from ablation_sweeps.transformer import Budget, Transformer
 log = logging.getLogger(__name__)
 
 NUMBERS = 2  # raise it when the code changes numbers beyond rounding: earlier results are then not taken for new
-# What NUMBERS stands for: a method or dataset of one's own may lie beside these.
-OURS = {
-    *("selection", "models.causal_lm", "models.masked_lm", "models.image_classifier", "models.timm"),
-    *("datasets.digits", "datasets.hub_images", "datasets.hub_text", "datasets.image_folder"),
-    *("datasets.python_docs", "datasets.text_files"),
-    *("methods.mean", "methods.median", "methods.peak", "methods.resample", "methods.zero"),
-}
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))

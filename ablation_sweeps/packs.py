@@ -103,7 +103,7 @@ def _run(folder: Path, config: dict[str, Any]) -> None:
         job = from_dict(config)
         if job.folder != folder:
             raise UserError(
-                f"{folder.name}: the model or the data were changed after it was submitted; run the same command again"
+                "the model, the data or a method's code was changed after it was submitted; run the same command again"
             )
         run_job(job)
     except Exception as error:

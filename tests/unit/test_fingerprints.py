@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL.Image import new
 
-from ablation_sweeps import job, rows
+from ablation_sweeps import environment, job, rows
 from ablation_sweeps.data import UserError
 from ablation_sweeps.datasets.image_folder import ImageFolder
 from ablation_sweeps.datasets.text_files import TextFiles
@@ -113,6 +113,18 @@ def test_a_class_of_ones_own_that_is_edited_is_another_one(tmp_path: Path, monke
     assert job._class(folder_of_images := ImageFolder("a", None, "folder", None, 0.2)) == (
         f"{type(folder_of_images).__module__}.ImageFolder"
     )
+
+
+def test_a_method_of_ones_own_beside_ours_does_not_change_our_code(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
+    (tmp_path / "methods").mkdir()
+
+    def after(name: str) -> str:
+        (tmp_path / name).write_text(f"{name} is edited")
+        return environment._code()
+
+    codes = [after(name) for name in ("job.py", "methods/mean.py", "methods/mine.py")]
+    assert codes[0] != codes[1] == codes[2]
 
 
 def test_what_numbers_stand_for_exists():
