@@ -29,11 +29,14 @@ PACKAGES = (
 )
 
 # The parts to choose from that are shipped; a method or dataset of one's own may lie beside them.
-OURS = {
-    *("selection", "models.causal_lm", "models.masked_lm", "models.image_classifier", "models.timm"),
-    *("datasets.digits", "datasets.hub_images", "datasets.hub_text", "datasets.image_folder"),
-    *("datasets.python_docs", "datasets.text_files"),
-    *("methods.mean", "methods.median", "methods.peak", "methods.resample", "methods.zero"),
+SHIPPED = {
+    f"{__package__}.{name}"
+    for name in (
+        *("selection", "models.causal_lm", "models.masked_lm", "models.image_classifier", "models.timm"),
+        *("datasets.digits", "datasets.hub_images", "datasets.hub_text", "datasets.image_folder"),
+        *("datasets.python_docs", "datasets.text_files"),
+        *("methods.mean", "methods.median", "methods.peak", "methods.resample", "methods.zero"),
+    )
 }
 
 
@@ -44,7 +47,7 @@ def describe() -> dict[str, Any]:
     return {
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changed": bool(_git("status", "--porcelain")),
-        "code": _code(),
+        "code": code(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -53,13 +56,14 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _code() -> str:
+@functools.cache
+def code() -> str:
     """Of this package's own sources, in a checkout or not."""
     digest, folder = hashlib.sha256(), Path(__file__).parent
     for file in sorted(folder.rglob("*.py")):
-        name = ".".join(file.relative_to(folder).with_suffix("").parts)
-        if "." not in name or name in OURS:
-            digest.update(f"{name}\0".encode() + file.read_bytes())
+        module = ".".join(file.relative_to(folder.parent).with_suffix("").parts)
+        if module.count(".") == 1 or module in SHIPPED:
+            digest.update(f"{module}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -218,9 +218,12 @@ def _bits(quantize: str, dtype: Any) -> Any:
 
 
 def fingerprint(path: str) -> str:
-    """Of the content of all files of a model but its documentation."""
-    files = sorted(file for file in Path(path).rglob("*") if file.is_file() and file.suffix not in (".md", ".pyc"))
-    return signature([(str(file.relative_to(path)), fingerprint_of_file(file)) for file in files])
+    """Of the content of all files of a model but its documentation, and what Hydra, git or the hub's client leave
+    there."""
+    names = [file.relative_to(path) for file in sorted(Path(path).rglob("*")) if file.is_file()]
+    names = [name for name in names if name.suffix not in (".md", ".pyc") and name.name != "multirun.yaml"]
+    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    return signature([(str(name), fingerprint_of_file(Path(path) / name)) for name in names])
 
 
 def device(name: str) -> torch.device:

@@ -20,7 +20,7 @@ from ablation_sweeps.ablation import Fitting, Method, Replacement
 from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.console import counted
 from ablation_sweeps.data import NOT_SCORED, Batch, Split, UserError
-from ablation_sweeps.environment import OURS
+from ablation_sweeps.environment import SHIPPED
 from ablation_sweeps.lazy import pd, torch
 from ablation_sweeps.selection import Random, Schedule, masks
 from ablation_sweeps.tracking import RunRecord
@@ -197,7 +197,7 @@ def _class(part: Any) -> str:
 def _edited(kind: type) -> list[str]:
     """What the file of a class held when it was imported, where NUMBERS does not stand for it: it may be changed at any
     time."""
-    if kind.__module__.removeprefix("ablation_sweeps.") in OURS:
+    if kind.__module__ in SHIPPED:
         return []
     return [files.fingerprint_of_file(Path(inspect.getfile(kind)))]
 

@@ -17,6 +17,7 @@ from ablation_sweeps import report, store
 from ablation_sweeps.config import to_job
 from ablation_sweeps.console import counted, plain
 from ablation_sweeps.data import Split, UserError
+from ablation_sweeps.environment import code
 from ablation_sweeps.packs import packed
 from ablation_sweeps.publishing import publish, send_tables
 
@@ -135,6 +136,18 @@ def _mirror(folder: Path, tracking: Any) -> None:
         send_tables(folder)
 
 
+def _say_what_other_code_did(jobs: Sequence[Job]) -> None:
+    """A shipped method that was edited, say, does not change the name of a result."""
+    finished = [job.folder for job in jobs if store.status(job.folder)["state"] == "finished"]
+    earlier = [folder for folder in finished if store.environment(folder).get("code", code()) != code()]
+    if earlier:
+        which = f"the {len(earlier)} folders" if len(earlier) > 1 else os.path.relpath(earlier[0])
+        log.warning(
+            "%d of %s: finished before by other code than this, and kept; delete %s to compute anew",
+            len(earlier), counted(len(jobs), "job"), which,
+        )  # fmt: skip
+
+
 def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
     """Tables and figures of all that is finished in the sweep's folder; then, loudly, what failed.
 
@@ -147,6 +160,7 @@ def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
         for file in report.write(folder):
             if file.suffix in KINDS:
                 print(f"{KINDS[file.suffix]}: {os.path.relpath(file)}")
+    _say_what_other_code_did(jobs)
     for folder in with_results:
         try:
             _mirror(folder, jobs[0].tracking)

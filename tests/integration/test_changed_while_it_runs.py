@@ -76,3 +76,13 @@ def test_a_method_of_ones_own(launch: Launch, on_text, tmp_path, monkeypatch):
     assert len(runs) == 2 and "VALUE = 5.0" in (tmp_path / "edited_method.py").read_text()
     kinds = {json.loads(params)["class"] for rows in runs for params in rows["method_params"]}
     assert kinds == {f"Edited@{before[:6]}"}
+
+
+def test_a_result_of_other_code_is_kept_and_said(launch: Launch, on_text, tmp_path):
+    assert "other code" not in launch("-m", *on_text, "method=mean", "seed=0").err
+    (run,) = tmp_path.glob("results/default/*-s0-*")
+    files.write_json(run / "environment.json", files.read_json(run / "environment.json") | {"code": "edited since"})
+    again = launch("-m", *on_text, "method=mean", "seed=0,1").err
+    assert f"1 of 2 jobs: finished before by other code than this, and kept; delete {run.relative_to(tmp_path)}" in again
+    shutil.rmtree(run)
+    assert "other code" not in launch("-m", *on_text, "method=mean", "seed=0,1").err

@@ -116,24 +116,41 @@ def test_a_class_of_ones_own_that_is_edited_is_another_one(tmp_path: Path, monke
 
 
 def test_a_method_of_ones_own_beside_ours_does_not_change_our_code(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
-    (tmp_path / "methods").mkdir()
+    folder = tmp_path / "ablation_sweeps"
+    monkeypatch.setattr(environment, "__file__", str(folder / "environment.py"))
+    (folder / "methods").mkdir(parents=True)
 
     def after(name: str) -> str:
-        (tmp_path / name).write_text(f"{name} is edited")
-        return environment._code()
+        (folder / name).write_text(f"{name} is edited")
+        return environment.code.__wrapped__()
 
     codes = [after(name) for name in ("job.py", "methods/mean.py", "methods/mine.py")]
     assert codes[0] != codes[1] == codes[2]
 
 
 def test_what_numbers_stand_for_exists():
-    for name in job.OURS:
-        importlib.import_module(f"ablation_sweeps.{name}")
+    for module in environment.SHIPPED:
+        importlib.import_module(module)
 
 
-def test_documentation_beside_a_model_does_not_change_its_fingerprint(tmp_path: Path):
-    (tmp_path / "config.json").write_text("{}")
-    before = fingerprint(str(tmp_path))
-    (tmp_path / "README.md").write_text("a model")
-    assert fingerprint(str(tmp_path)) == before
+def test_a_package_of_ones_own_that_is_called_as_ours_is_not_ours(tmp_path: Path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "mean.py").write_text(METHOD.format(""))
+    assert job._class(importlib.import_module("methods.mean").Own("own")).startswith("methods.mean.Own ")
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", ".git/HEAD", ".cache/huggingface/download/config.json.metadata", "results/a/multirun.yaml"]
+)
+def test_what_no_model_reads_does_not_change_its_fingerprint(tmp_path: Path, name: str):
+    """Hydra writes its multirun.yaml before a launch with results in a model's folder is refused."""
+    folder = tmp_path / ".models" / "one"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    before = fingerprint(str(folder))
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("no weights")
+    assert fingerprint(str(folder)) == before
+    (folder / "generation_config.json").write_text("{}")
+    assert fingerprint(str(folder)) != before
