@@ -11,7 +11,7 @@ import typer
 
 from ablation_sweeps import store
 from ablation_sweeps.data import UserError
-from ablation_sweeps.watching import looked_at, overview
+from ablation_sweeps.watching import overview
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -34,7 +34,7 @@ def status(sweep: Sweep) -> None:
     if not console.is_terminal:
         console.width = 200
     console.print(overview(runs))
-    counts = Counter(looked_at(run)["state"] for run in runs)
+    counts = Counter(store.looked_at(run)["state"] for run in runs)
     console.print(", ".join(f"{n} {state}" for state, n in sorted(counts.items())), highlight=False)
 
 

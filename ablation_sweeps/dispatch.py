@@ -55,7 +55,7 @@ def launch(options: Any, jobs: Sequence[Job]) -> None:
             queue.cancel(list(work.packs))
             for folder in (folder for folders in work.packs.values() for folder in folders):
                 if store.status(folder)["state"] == "queued":  # one that runs may be about to finish
-                    store.write_status(folder, "interrupted", "cancelled before it began")
+                    store.write_status(folder, "interrupted", "stopped while it waited; the same command runs it")
             raise
     failures = Failures()
     for folder in work.jobs:
@@ -154,7 +154,7 @@ class Work:
             some = packs[start : start + MOST]
             for pack in some:
                 for folder, config in pack.configs.items():
-                    store.queue(Path(folder), config)
+                    store.queue(Path(folder), config, self.queue.lasts)
             try:
                 self.packs |= {name: pack.folders for name, pack in self.queue.submit(some).items()}
             except UserError as error:

@@ -62,6 +62,8 @@ class Local:
 
 @dataclass
 class LocalQueue:
+    lasts: ClassVar[bool] = False
+
     logs: Path
     gpus: list[str]
     max_parallel: int | None

@@ -27,6 +27,8 @@ class Place:
 
 @runtime_checkable
 class Queue(Protocol):
+    lasts: bool  # what waits in it is run even if this process ends
+
     def submit(self, packs: list[Pack]) -> dict[str, Pack]:
         """Each under its name; at most `MOST`."""
         ...

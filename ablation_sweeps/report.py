@@ -62,7 +62,7 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
         (run.name, found["state"], str(found.get("reason", "")))
         for sweep in (sweep_dir, *more)
         for run in sorted(path.parent for path in Path(sweep).rglob("status.json"))  # as deep as curves are read
-        if (found := store.status(run))["state"] != "finished"
+        if (found := store.looked_at(run))["state"] != "finished"
     ]
     files.write_text(sweep_dir / "report.html", page.render(sweep_dir.absolute().name, shown, failures))
     return [*written, sweep_dir / "comparisons.csv", sweep_dir / "report.html"]

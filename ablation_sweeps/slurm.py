@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
@@ -66,6 +66,8 @@ class Slurm:
 @dataclass
 class SlurmQueue:
     """The packs of one sweep, each under the name of its array and its number in it."""
+
+    lasts: ClassVar[bool] = True
 
     options: Slurm
     sweep: Path

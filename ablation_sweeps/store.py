@@ -21,6 +21,8 @@ from ablation_sweeps.lazy import pd
 
 log = logging.getLogger(__name__)
 
+GOES_ON = "the same command goes on where it was"
+
 
 class _RunLog(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
@@ -68,9 +70,13 @@ def config(folder: Path) -> dict:
     return yaml.safe_load(file.read_text()) if file.is_file() else {}
 
 
-def queue(folder: Path, config: dict) -> None:
+def queue(folder: Path, config: dict, lasts: bool) -> None:
+    """Args:
+    lasts: it will be run even if this process ends.
+    """
     _write_config(folder, config)
-    write_status(folder, "queued")
+    by = {} if lasts else _process()
+    files.write_json(folder / "status.json", {"state": "queued", "time": _now(), **by})
 
 
 def _write_config(folder: Path, config: dict) -> None:
@@ -87,9 +93,7 @@ def begin(folder: Path, config: dict) -> None:
     before = {key: earlier.get(key) for key in ("code", "packages", "device", "threads")}
     if batches_done(folder) and any(before[key] != now[key] for key in before):
         note(folder, f"begun elsewhere ({counted(batches_done(folder), 'batch', 'es')}): {json.dumps(before)}")
-    files.write_json(
-        folder / "status.json", {"state": "running", "started": _now(), "host": gethostname(), "pid": os.getpid()}
-    )
+    files.write_json(folder / "status.json", {"state": "running", "started": _now(), **_process()})
 
 
 def note(folder: Path, text: str) -> None:
@@ -108,7 +112,10 @@ def fail(folder: Path, error: BaseException) -> None:
     """A signal to stop is no failure: the job can go on where it was."""
     log.debug("the job stopped", exc_info=error)
     with suppress(OSError, UserError):  # a full disk may be the reason; it is the first error that counts
-        write_status(folder, "failed" if isinstance(error, Exception) else "interrupted", plain(error))
+        if isinstance(error, Exception):
+            write_status(folder, "failed", plain(error))
+        else:
+            write_status(folder, "interrupted", f"by a signal; {GOES_ON}")
 
 
 def write_status(folder: Path, state: str, reason: str | None = None) -> None:
@@ -147,6 +154,30 @@ def statistics_of(folder: Path) -> Path | None:
 def environment(folder: Path) -> dict:
     """What it ran on, and what was found out while it ran."""
     return files.read_json(folder / "environment.json") or {}
+
+
+def looked_at(folder: Path) -> dict:
+    """Its status; a process of this machine that was killed could not write it."""
+    found = status(folder)
+    if found.get("host") != gethostname() or not _gone(found["pid"]):
+        return found
+    if found["state"] == "queued":
+        return {**found, "state": "interrupted", "reason": "stopped while it waited; the same command runs it"}
+    return {**found, "state": "died", "reason": f"its process is gone; {GOES_ON}"}
+
+
+def _gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # which sends nothing
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # of somebody else
+        pass
+    return False
+
+
+def _process() -> dict[str, object]:
+    return {"host": gethostname(), "pid": os.getpid()}
 
 
 def status(folder: Path) -> dict:

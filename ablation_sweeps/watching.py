@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from socket import gethostname
 from typing import TYPE_CHECKING
 
 from ablation_sweeps import store
@@ -93,27 +91,8 @@ def overview(runs: Sequence[Path]) -> Table:
 
     shown = Table("job", "state", "where", "how far, or why", box=box.SIMPLE_HEAD, pad_edge=False)
     for run in runs:
-        status = looked_at(run)
+        status = store.looked_at(run)
         total = status.get("batches")
         far = f"{store.batches_done(run)}/{total} batches" if status["state"] == "running" and total else ""
         shown.add_row(*map(Text, (run.name, status["state"], status.get("host", ""), status.get("reason", far))))
     return shown
-
-
-def looked_at(run: Path) -> dict:
-    """Its status; a process of this machine that was killed could not write it."""
-    status = store.status(run)
-    if status["state"] == "running" and status.get("host") == gethostname() and _gone(status["pid"]):
-        why = "its process is gone; the same command goes on where it was"
-        return {**status, "state": "died", "reason": why}
-    return status
-
-
-def _gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)  # which sends nothing
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # of somebody else
-        pass
-    return False

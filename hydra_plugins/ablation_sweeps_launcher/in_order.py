@@ -25,6 +25,7 @@ class InOrderLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from ablation_sweeps import store
         from ablation_sweeps.launching import Failures, by_model, check, end_of_sweep, only_asked
         from ablation_sweeps.packs import poisons
 
@@ -35,6 +36,9 @@ class InOrderLauncher(Launcher):
         jobs = check(configs)
         if only_asked(jobs, None, 1):
             return []
+        for job in jobs:  # so that `status` and `retry` know of those that a killed process does not come to
+            if store.looked_at(job.folder)["state"] not in ("running", "finished"):
+                store.queue(job.folder, job.config, lasts=False)
         failures = Failures()
         returns: dict[int, JobReturn] = {}
         for place, i in enumerate(by_model(jobs), start=1):

@@ -14,8 +14,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from command import LAUNCH, Launch, states, write_texts
+from typer.testing import CliRunner
 
 from ablation_sweeps import store
+from ablation_sweeps.cli import app
 
 WAIT = 180.0  # seconds
 
@@ -81,3 +83,16 @@ def test_a_damaged_batch_is_computed_again(launch: Launch, options, tmp_path):
     (run / "status.json").write_text(json.dumps({"state": "running"}))
     assert launch(*options).code == 0
     pd.testing.assert_frame_equal(pd.read_parquet(run / "documents.parquet"), documents, check_exact=True)
+
+
+def test_jobs_that_a_killed_sweep_did_not_come_to_are_known(launch: Launch, options, tmp_path, monkeypatch):
+    run = kill_after_batches(2, ["-m", *options, "seed=0,1,2"], tmp_path, signal.SIGKILL)
+    said = CliRunner().invoke(app, ["status", str(run.parent)]).output
+    assert "1 died, 2 interrupted" in said
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["retry", str(run.parent)])
+    assert done.exit_code == 0, done.exception
+    assert list(states(run.parent).values()) == ["finished"] * 3
+    before = {path: path.stat().st_mtime_ns for path in run.parent.glob("*/rows.parquet")}
+    assert launch("-m", *options, "seed=0,1,2").code == 0
+    assert before == {path: path.stat().st_mtime_ns for path in run.parent.glob("*/rows.parquet")}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pandas as pd
 import pytest
@@ -72,6 +73,8 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch, tmp_path):
 @dataclass
 class FakeQueue:
     """`run` is what each pack does; it returns where the pack is afterwards."""
+
+    lasts: ClassVar[bool] = True
 
     run: Callable[[Pack], Place]
     log: Path
@@ -361,7 +364,7 @@ def test_a_pack_that_gets_nowhere_before_its_time_limit_is_given_up(monkeypatch,
 
 
 def test_retry_runs_nothing_that_others_may_have_written(tmp_path):
-    store.queue(tmp_path / "sweep" / "a", {"seed": 0})
+    store.queue(tmp_path / "sweep" / "a", {"seed": 0}, lasts=True)
     store.write_status(tmp_path / "sweep" / "a", "failed")
     (tmp_path / "sweep" / "a").chmod(0o775)
     with pytest.raises(UserError, match="others may write to it"):

@@ -76,6 +76,15 @@ def test_a_job_whose_process_was_killed_does_not_run_for_ever(tmp_path):
     assert "1 died, 2 running" in said and "its process is gone" in said
 
 
+def test_what_waited_for_a_launcher_that_was_killed_waits_no_more(tmp_path, monkeypatch):
+    store.queue(tmp_path / "here", {}, lasts=False)
+    store.queue(tmp_path / "on a cluster", {}, lasts=True)
+    assert "2 queued" in CliRunner().invoke(app, ["status", str(tmp_path)]).output
+    monkeypatch.setattr(store, "_gone", lambda pid: pid == os.getpid())
+    said = CliRunner().invoke(app, ["status", str(tmp_path)]).output
+    assert "1 interrupted, 1 queued" in said and "stopped while it waited; the same command runs it" in said
+
+
 @pytest.mark.parametrize(
     "n, options, at_once",
     [(4, {}, 4), (4, {"max_parallel": 3}, 3), (2, {"max_parallel": 3}, 2), (4, {"gpus": [1, 2]}, 2), (0, {}, 1),
