@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 
@@ -67,6 +67,18 @@ class Constant:
         return self.values
 
 
+def values_of(replacement: Replacement, batch: Batch, clean: list[torch.Tensor], n_layers: int) -> list[torch.Tensor]:
+    """Raises:
+    UserError: it gives something else than one tensor a layer.
+    """
+    values: Any = replacement(batch, clean)
+    whole = isinstance(values, list | tuple) and all(isinstance(value, torch.Tensor) for value in values)
+    if whole and len(values) == n_layers:
+        return list(values)
+    given = f"{len(values)} tensors" if whole else f"no list of tensors, but {values!r:.60}"
+    raise UserError(f"method: gives {given} for {n_layers} layers; give one tensor a layer")
+
+
 @contextmanager
 def ablated(
     projections: list[Projection], masks: list[Bool[torch.Tensor, " _neurons"]], values: list[torch.Tensor], batch: int
@@ -77,8 +89,6 @@ def ablated(
     Raises:
         UserError: the values do not fit.
     """
-    if len(values) != len(projections):
-        raise UserError(f"method: gives {len(values)} values for {len(projections)} layers; give one tensor a layer")
 
     def at(layer: int, x: torch.Tensor) -> torch.Tensor:
         # `where`, not a product with the mask: NaN times zero is NaN.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import importlib
 import importlib.util
@@ -16,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ablation_sweeps.console import as_typed
 from ablation_sweeps.data import UserError
-from ablation_sweeps.messages import explain, first_line, near
+from ablation_sweeps.messages import explain, first_line, near, no_such_option
 
 if TYPE_CHECKING:
     from ablation_sweeps.job import Job
@@ -90,22 +91,41 @@ def build(part: str, options: Any) -> Any:
     for key, value in fields.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{part}.{key}={value}: must be a finite number")
-    try:
-        module, _, name = str(options["_target_"]).rpartition(".")
-        target = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{part}._target_={options['_target_']}: there is no such class ({first_line(error)}); give it as "
-            "package.module.Class of something that Python can import here"
-        ) from error
+    target = _find(part, str(options["_target_"]))
+    known = [field.name for field in dataclasses.fields(target)]
+    for key in fields.keys() - set(known):  # which pydantic does not mind, unless it is told to
+        raise UserError(no_such_option(part, key, known))
     try:
         return target(**fields)
     except ValidationError as error:
         empty = {e["loc"] for e in error.errors() if e["type"] == "too_short"}
         errors = [e for e in error.errors() if not (e["loc"] in empty and fields.get(str(e["loc"][0])))]
-        raise UserError("; ".join(explain(part, target, fields, e) for e in errors)) from error
+        raise UserError("; ".join(explain(part, fields, e) for e in errors)) from error
     except (TypeError, ValueError) as error:  # of a class that pydantic does not check
         raise UserError(f"{part}: {first_line(error)}") from error
+
+
+def _find(part: str, path: str) -> Any:
+    """The class of that path, which has what a part needs."""
+    try:
+        module, _, name = path.rpartition(".")
+        target = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{part}._target_={path}: there is no such class ({first_line(error)}); give it as package.module.Class of "
+            "something that Python can import here"
+        ) from error
+    if not dataclasses.is_dataclass(target) or target.__hash__ is None:
+        raise UserError(
+            f"{part}._target_={path}: is no frozen dataclass, whose fields are its options; put "
+            "@dataclass(frozen=True) before its class"
+        )
+    if part in ("model", "dataset", "method") and "label" not in {*target.__dataclass_fields__, *dir(target)}:
+        raise UserError(
+            f"{part}._target_={path}: has no name for tables, figures and folders; give its class `label: str`, and "
+            "its yaml `label: NAME`"
+        )
+    return target
 
 
 NUMBER = r"(?:[-+]?(?:[.\d][.\deE+-]*|inf|nan))"

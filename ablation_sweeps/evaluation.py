@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
-from ablation_sweeps.ablation import Replacement, ablated, reading
+from ablation_sweeps.ablation import Replacement, ablated, reading, values_of
 from ablation_sweeps.clean import CleanPasses, Part
 from ablation_sweeps.data import NOT_SCORED, TOO_LARGE, Batch, UserError, made_ahead
 from ablation_sweeps.lazy import pd, torch
@@ -164,7 +164,7 @@ class Passes:
             values: what is written, of this part; None of a whole batch, of which it is computed once.
         """
         if values is None and not self.replacement.reads_clean:
-            values = self.replacement(batch, [])
+            values = self._values(batch, [])
         if batch.fits(self.at_once):
             try:
                 return self._of_all_at_once(batch, part, values)
@@ -172,7 +172,7 @@ class Passes:
                 self._too_large(batch)
         # Not inside of `except`, whose error holds on to the memory of the pass that failed.
         if values is None:
-            values = self.replacement(batch.to(torch.device("cpu")), self._clean_activations(batch, part))
+            values = self._values(batch.to(torch.device("cpu")), self._clean_activations(batch, part))
         n, (first, last) = len(batch.names), batch.halves()
         sums = [
             self.sums(first, (*part, 0), _rows(values, slice(None, len(first.names)), n)),
@@ -180,12 +180,15 @@ class Passes:
         ]
         return {fraction: np.concatenate([of_half[fraction] for of_half in sums]) for fraction in sums[0]}
 
+    def _values(self, batch: Batch, clean: list[torch.Tensor]) -> list[torch.Tensor]:
+        return values_of(self.replacement, batch, clean, len(self.projections))
+
     def _of_all_at_once(self, batch: Batch, part: Part, values: list[torch.Tensor] | None) -> Sums:
         size, targets = len(batch.names), _targets(batch)
         if values is None:
             with reading(self.projections, size) as clean_activations:
                 logits = self.model.logits(batch)
-            values = self.replacement(batch, clean_activations)
+            values = self._values(batch, clean_activations)
             del clean_activations
         else:
             logits = self.clean.logits(part, batch)

@@ -27,7 +27,7 @@ def _of_hydra(error: BaseException, text: str, conf: Path) -> str:
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read; {remedy}"
     if match := re.search(r"(?:Could not (?:override|delete.*?)\.?|but config group) '([^']+)'", text):
-        return _no_such_option(match[1], conf)
+        return _unknown(match[1], conf)
     if match := re.search(r"An item is already at '([^']+)'", text):
         return f"+{match[1]}: there is such an option already; write it without the +"
     if match := re.search(r"Could not find '([^']+)/([^'/]*)'", text):
@@ -46,13 +46,15 @@ def _of_hydra(error: BaseException, text: str, conf: Path) -> str:
     return f"{text} ({first_line(error.__cause__)})" if error.__cause__ else text
 
 
-def _no_such_option(key: str, conf: Path) -> str:
+def _unknown(key: str, conf: Path) -> str:
     if key.startswith("hydra"):
         return f"{key}: Hydra has no such option; see python launch.py --hydra-help"
     known = _known_options(conf)
     if known.get(key):
-        return (f"{key}: what is chosen has no such option; these have: {', '.join(sorted(known[key]))} (where several "
-                f"are swept over, write ++{key}=VALUE)")  # fmt: skip
+        return (
+            f"{key}: what is chosen has no such option; these have: {', '.join(sorted(known[key]))} (where all "
+            f"that are swept over have it, write ++{key}=VALUE; else launch those that do alone, into the same sweep)"
+        )
     group = key.split(".")[0]
     inside = [option for option in known if option.startswith(f"{group}.")] if "." in key else []
     hint = f"; {group} has {', '.join(sorted(inside))}" if inside else "; see python launch.py --help"
@@ -89,12 +91,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def explain(part: str, target: Any, fields: dict[str, Any], error: Any) -> str:
+def no_such_option(part: str, name: str, known: list[str]) -> str:
+    option, options = f"{part}.{name}", sorted(f"{part}.{field}" for field in known)
+    return f"{option}: there is no such option{near(option, options)}; {part} has {', '.join(options)}"
+
+
+def explain(part: str, fields: dict[str, Any], error: Any) -> str:
     name = str(error["loc"][0]) if error["loc"] else ""
     option = f"{part}.{name}" if name else part
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = [f"{part}.{field}" for field in getattr(target, "__dataclass_fields__", {})]
-        return f"{option}: there is no such option{near(option, known)}; {part} has {', '.join(sorted(known))}"
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{option}: has no value; set {option}=VALUE, or write it in the yaml"
     given = f"={as_typed(fields[name])}" if name in fields else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,6 +128,7 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Add:
     monkeypatch.syspath_prepend(tmp_path / "packages")
 
     def add(group: str, name: str, python: str, options: str) -> str:
+        sys.modules.pop(f"my_{name}", None)  # of another test
         (tmp_path / "packages").mkdir()
         (tmp_path / "packages" / f"my_{name}.py").write_text(python)
         (tmp_path / "my_conf" / group).mkdir(parents=True)
@@ -163,6 +165,33 @@ def test_a_mistake_in_an_own_yaml_is_named_too(launch: Launch, add: Add, on_text
     assert "method" in (error := launch("--config-dir", conf, *on_text, "method=level").error) and "value" in error
     listed = launch("--config-dir", conf, *on_text, "method=levle").error
     assert "did you mean level?" in listed and "peak" in listed
+
+
+def test_a_misspelt_option_of_a_class_that_pydantic_checks_is_not_passed_over(launch: Launch, add: Add, on_text):
+    """It has no options that are forbidden, unless it says so."""
+    own = METHOD.replace("from dataclasses import", "from pydantic.dataclasses import")
+    conf = add("method", "level", own, "_target_: my_level.Level\nlabel: level\nvalue: 7.0\n")
+    error = launch("--config-dir", conf, *on_text, "method=level", "++method.valeu=1.0").error
+    assert "method.valeu: there is no such option (did you mean method.value?); method has method.label" in error
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("@dataclass(frozen=True)\n", "", "my_level.Level: is no frozen dataclass, whose fields are its options; put"),
+        ("(frozen=True)", "", "my_level.Level: is no frozen dataclass, whose fields are its options; put"),
+        (
+            "    label: str\n",
+            "",
+            "my_level.Level: has no name for tables, figures and folders; give its class `label: str`",
+        ),
+        ("return Constant(", "return (", "its fit gives list, which is no Replacement"),
+    ],
+)
+def test_what_a_class_lacks_is_said_with_its_remedy(launch: Launch, add: Add, on_text, before, after, said):
+    conf = add("method", "level", METHOD.replace(before, after), "_target_: my_level.Level\nvalue: 7.0\n")
+    named = () if "no name" in said else ("+method.label=level",)
+    assert said in launch("--config-dir", conf, *on_text, "method=level", *named).error
 
 
 def test_a_dataset(launch: Launch, add: Add, on_text, tmp_path):

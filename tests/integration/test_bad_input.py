@@ -349,7 +349,7 @@ def test_nothing_more_is_computed_where_the_gpu_is_lost(launch: Launch, on_text,
     outcome = launch("-m", *FAULTS, *on_text, "method=zero,poisons,mean")
     assert "1 of 3 jobs failed" in outcome.error and "CUDA error" in outcome.error
     sweep = tmp_path / "results" / "default"
-    assert sorted(states(sweep).values()) == ["failed", "finished"]
+    assert sorted(states(sweep).values()) == ["failed", "finished", "queued"]
     assert launch("-m", *FAULTS, *on_text, "method=zero,poisons,mean").code == 0
     assert set(states(sweep).values()) == {"finished"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -466,7 +467,7 @@ class OfTheBatch:
 
 @dataclasses.dataclass
 class Writing:
-    values: list
+    values: Any
     reads_clean = False
 
     def __call__(self, batch, clean):
@@ -521,8 +522,17 @@ def test_values_that_do_not_fit_are_refused(study, monkeypatch, shape, at_once):
     monkeypatch.setattr(Transformer, "at_once", at_once)
     with pytest.raises(UserError, match=r"method: gives values of shape \[.*give these three"):
         evaluated(study, replacement=Writing([torch.zeros(shape)]))
-    with pytest.raises(UserError, match="gives 2 values for 1 layers"):
+    with pytest.raises(UserError, match="gives 2 tensors for 1 layers"):
         evaluated(study, replacement=Writing([torch.zeros(D)] * 2))
+
+
+@pytest.mark.parametrize("values", [None, np.zeros((1, D)), [np.zeros(D)], [0.0], (torch.zeros(D) for _ in range(1))])
+@pytest.mark.parametrize("reads_clean", [False, True])
+def test_values_that_are_no_list_of_tensors_are_refused(study, values, reads_clean):
+    replacement = Writing(values)
+    replacement.reads_clean = reads_clean
+    with pytest.raises(UserError, match=r"method: gives no list of tensors, but .*give one tensor a layer"):
+        evaluated(study, replacement=replacement)
 
 
 def test_values_that_are_not_finite_are_the_methods(study):
