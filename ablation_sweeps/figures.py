@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#8C6D1F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
-# A method looks the same in all figures. The others get a place by their name, and the next free one if it is taken.
+# A method that is shipped looks the same in all figures. Another one gets a place by its name, if it can one whose colour
+# is not in the figure yet, and rather none that readers know as another method's.
 PLACES = {"zero": 0, "mean": 1, "median": 2, "peak": 3, "resample": 4, "resample-random_input": 6}
 PLACES |= {"resample-random_tokens": 5, "resample-random_pixels": 5, "resample-random_characters": 7}
+FAMILIAR = [PLACES[method] for method in ("zero", "mean", "peak", "resample")]
 GREY = "#6E6E6E"
 WIDTH = 7.2  # inches
 RC: dict[Any, Any] = {
@@ -50,18 +53,23 @@ def in_order(methods: Iterable[str]) -> list[str]:
 
 def looks(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour, marker and dashes of each method."""
-    free = list(range(len(COLOURS) * len(DASHES)))
-    found = {}
+    free, used, found = list(range(len(COLOURS) * len(DASHES))), Counter[int](), {}
     for method in in_order(methods):
-        digest = int.from_bytes(hashlib.sha256(method.encode()).digest()[:4], "big")
-        wanted = PLACES.get(method, digest % len(free))
-        place = min(free, key=lambda place: (place - wanted) % (len(COLOURS) * len(DASHES)))
+        wanted = PLACES.get(method, int.from_bytes(hashlib.sha256(method.encode()).digest()[:4], "big"))
+        place = min(free, key=lambda place: _strangeness(place, wanted, method in PLACES, used))
         if len(free) > 1:
             free.remove(place)
+        used[place % len(COLOURS)] += 1
         i, turn = place % len(COLOURS), place // len(COLOURS)
         marker = MARKERS[(i + 3 * turn) % len(MARKERS)]
         found[method] = {"color": COLOURS[i], "marker": marker, "linestyle": DASHES[turn]}
     return found
+
+
+def _strangeness(place: int, wanted: int, known: bool, used: Counter[int]) -> tuple[int, bool, int]:
+    """How little a place suits a method: the least is taken."""
+    colour, distance = place % len(COLOURS), (place - wanted) % (len(COLOURS) * len(DASHES))
+    return (0, False, distance) if known else (used[colour], colour in FAMILIAR, distance)
 
 
 def draw(rows: DataFrame, title: str, unit: str) -> Figure:

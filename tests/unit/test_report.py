@@ -346,3 +346,13 @@ def test_a_method_looks_the_same_in_all_figures_and_never_like_another():
     many = figures.looks(["zero", "mean", "median", "peak", "peak-kde", "resample", "mine", "x", "y", "z", "w"])
     assert many["peak"] == alone
     assert len({(look["color"], look["linestyle"]) for look in many.values()}) == len(many)
+
+
+def test_a_method_of_ones_own_takes_no_colour_of_another_while_there_are_some():
+    shipped = ("zero", "mean", "peak", "resample")
+    familiar = {look["color"] for look in figures.looks(shipped).values()}
+    for number in range(50):
+        own = f"mine class=Mine@{number:06x}"
+        assert figures.looks([own])[own]["color"] not in familiar
+        colours = [look["color"] for look in figures.looks([*shipped, own, f"{own} again", "third", "4th"]).values()]
+        assert len(set(colours)) == len(colours) == 8
