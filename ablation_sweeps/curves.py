@@ -59,7 +59,7 @@ def read_curves(*sweeps: Path) -> DataFrame:
     for folders in by_study.values():
         whole |= _on_the_same_documents({folder: whole[folder] for folder in folders})
     rows = _distinguish(pd.concat(whole.values(), ignore_index=True))
-    rows["options"] = rows["study"].map(_differing({study: folders[0] for study, folders in by_study.items()}, rows))
+    rows["options"] = rows["study"].map(_differing(by_study, rows))
     return rows.drop_duplicates(POINT).sort_values(POINT).reset_index(drop=True)
 
 
@@ -97,20 +97,28 @@ def _distinguish(rows: DataFrame) -> DataFrame:
     return rows
 
 
-def _differing(runs: dict[str, Path], rows: DataFrame) -> dict[str, str]:
-    """Of each study, the options in which it differs from others of the same labels, as typed; "" if there are none.
+def _differing(runs: dict[str, list[Path]], rows: DataFrame) -> dict[str, str]:
+    """Of each study, the options in which it differs from others of the same labels, as typed; where those are the same
+    (it is the model's or the data's files that differ), when it was finished; "" if it is the only one.
 
     Args:
-        runs: one of each study.
+        runs: of each study.
     """
     found = {}
     for _, same in rows.groupby(NAME):
-        options = {study: _options(store.config(runs[study])) for study in same["study"].unique()}
+        options = {study: _options(store.config(runs[study][0])) for study in same["study"].unique()}
         keys = sorted({key for of_study in options.values() for key in of_study})
         keys = [key for key in keys if len({of_study.get(key) for of_study in options.values()}) > 1]
         for study, of_study in options.items():
             found[study] = " ".join(f"{key}={as_typed(of_study.get(key))}" for key in keys)
+        for study, count in {study: [*map(found.get, options)].count(found[study]) for study in options}.items():
+            if count > 1:
+                found[study] = f"{found[study]} finished {_finished(runs[study])}".strip()
     return found
+
+
+def _finished(runs: list[Path]) -> str:
+    return max(str(store.status(run).get("time")) for run in runs).removesuffix("+00:00").replace("T", " ") + " UTC"
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:
@@ -171,14 +179,15 @@ def summarise(curves: DataFrame) -> DataFrame:
 
 
 def studies(curves: DataFrame) -> list[Study]:
-    """Each study under a name that says what it is; where that is not unique, a hash is part of the name, and the
-    options in which they differ are part of the title."""
+    """Each study under a name that says what it is; where that is not unique, a hash is part of the name, and what they
+    differ in is part of the title. Of those that differ in no option, the last comes first."""
     by_name: dict[str, list[DataFrame]] = {}
     for _, rows in curves.groupby("study"):
         name = "-".join(str(rows[label].iloc[0]) for label in NAME)
         by_name.setdefault(re.sub(r"[^\w.-]+", "_", name), []).append(rows)
     found = []
     for name, of_name in sorted(by_name.items()):
+        of_name.sort(key=lambda rows: rows["options"].iloc[0], reverse=True)
         options = [rows["options"].iloc[0] for rows in of_name]
         for rows, own in zip(of_name, options, strict=True):
             short, unit = rows["study"].iloc[0][:8], "image" if rows["kind"].iloc[0] == "image_classifier" else "token"

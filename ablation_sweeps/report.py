@@ -45,6 +45,7 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
             written.append(sweep_dir / "figures" / f"{study.name}.{suffix}")
             with files.replacing(written[-1]) as temporary:
                 save(figure, temporary, suffix)
+    _remove_figures_of_before(sweep_dir / "figures", [file.name for file in written[2:]])
     console = console or Console()
     print_tables(curves, console)
     folders = folders_by_id(sweep_dir, *more)
@@ -66,6 +67,14 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
     ]
     files.write_text(sweep_dir / "report.html", page.render(sweep_dir.absolute().name, shown, failures))
     return [*written, sweep_dir / "comparisons.csv", sweep_dir / "report.html"]
+
+
+def _remove_figures_of_before(folder: Path, names: list[str]) -> None:
+    """Of studies that are not shown any more, or under another name; what others have put there is left alone."""
+    ours = folder / ".written.json"
+    for name in set((files.read_json(ours) or {}).get("names", [])) - set(names):
+        (folder / Path(name).name).unlink(missing_ok=True)
+    files.write_json(ours, {"names": names})
 
 
 def comparisons(found: list[tuple[Study, page.Measured]]) -> DataFrame:

@@ -19,7 +19,7 @@ from matplotlib.image import imread
 from rich.console import Console
 from scipy import integrate, stats
 
-from ablation_sweeps import figures, report, store, tables
+from ablation_sweeps import figures, files, report, store, tables
 from ablation_sweeps.curves import areas, read_curves, studies, summarise
 from ablation_sweeps.data import UserError
 
@@ -232,7 +232,7 @@ def test_write_everything(tmp_path: Path):
     written = report.write(tmp_path, console=Console(file=file))
     names = ["curves.parquet", "summary.csv", *(f"figures/opt-pile-attn_pre_out.{kind}" for kind in KINDS)]
     assert written == [tmp_path / name for name in names]
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {Path(name).name for name in names[2:]}
+    assert {path.name for path in (tmp_path / "figures").glob("[!.]*")} == {Path(name).name for name in names[2:]}
     pdf = written[4].read_bytes()
     assert pdf.startswith(b"%PDF") and b"/FontFile2" in pdf and b"/Type3" not in pdf, "a font is not embedded"
     assert len(pd.read_parquet(written[0])) == len(two_methods())
@@ -258,19 +258,40 @@ def test_two_studies_of_one_name_are_kept_apart(tmp_path: Path):
     }
 
 
+def test_a_figure_of_a_study_that_is_not_shown_any_more_is_removed(tmp_path: Path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "own.png").touch()
+    save_run(tmp_path / "a", curve("zero"))
+
+    def figures_after_a_report() -> tuple[set[str], set[str]]:
+        written = report.write(tmp_path, console=Console(file=io.StringIO()))
+        there = {path.name for path in (tmp_path / "figures").glob("[!.]*")}
+        return there, {path.name for path in written if path.parent.name == "figures"} | {"own.png"}
+
+    there, expected = figures_after_a_report()
+    assert there == expected and len(there) == 4
+    save_run(tmp_path / "b", curve("zero", study="b" * 8))
+    there, expected = figures_after_a_report()
+    assert there == expected and len(there) == 7
+    shutil.rmtree(tmp_path / "b")
+    there, expected = figures_after_a_report()
+    assert there == expected and len(there) == 4
+
+
 def test_studies_of_one_name_say_in_which_options_they_differ(tmp_path: Path):
     dtypes = {"a": "float32", "b": "bfloat16", "c": "bfloat16"}
     for i, (name, dtype) in enumerate(dtypes.items()):
         save_run(tmp_path / name, curve("zero", study=8 * name))
         options = {"model": {"label": f"opt{i}", "dtype": dtype}, "seed": i, "method": {"label": "zero", "n_bins": i}}
         (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(options))
-    first, *others = studies(read_curves(tmp_path))
-    assert first.title.endswith(" · 1 seed · model.dtype=float32")
-    assert [study.title.split(" · ")[-2:] for study in others] == [
-        ["model.dtype=bfloat16", "study bbbbbbbb"],  # whose data were changed, for example
-        ["model.dtype=bfloat16", "study cccccccc"],
-    ]
-    assert set(summarise(read_curves(tmp_path))["options"]) == {"model.dtype=float32", "model.dtype=bfloat16"}
+    for name, time in {"b": "02:04:06", "c": "02:04:07"}.items():
+        status = store.status(tmp_path / name)
+        files.write_json(tmp_path / name / "status.json", status | {"time": f"2026-01-02T{time}+00:00"})
+    *others, newer, older = [study.title.split(" · ")[-1] for study in studies(read_curves(tmp_path))]
+    assert others == ["model.dtype=float32"]
+    assert newer == "model.dtype=bfloat16 finished 2026-01-02 02:04:07 UTC"  # its data were changed, for example
+    assert older == "model.dtype=bfloat16 finished 2026-01-02 02:04:06 UTC"
+    assert "model.dtype=float32" in set(summarise(read_curves(tmp_path))["options"])
     shutil.rmtree(tmp_path / "b")
     shutil.rmtree(tmp_path / "c")
     (alone,) = studies(read_curves(tmp_path))
