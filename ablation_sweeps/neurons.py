@@ -73,6 +73,7 @@ def _per_layer(layer: np.ndarray, apart: np.ndarray, spread: np.ndarray) -> Any:
         low, middle, high = ([float(np.quantile(values[layer == i], share)) for i in x] for share in (0.25, 0.5, 0.75))
         add_line(figure, name, x, middle, low, high, colour, "")
     figure.update_layout(**LAYOUT, xaxis_title="Layer", yaxis_title="Activation")
+    figure.update_xaxes(dtick=max(1, len(x) // 8))  # layers are whole
     return figure.to_plotly_json()
 
 

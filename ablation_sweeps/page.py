@@ -30,6 +30,7 @@ LAYOUT = {
     "template": "none",
     "margin": {"l": 60, "r": 12, "t": 12, "b": 48},
     "hovermode": "closest",
+    "modebar": {"orientation": "v"},  # or it lies upon the legend
     "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
     "font": {"family": "system-ui, sans-serif", "size": 13},
 }

@@ -104,7 +104,8 @@ class SlurmQueue:
         except RuntimeError as error:
             (self.records / f"{name}.json").unlink()
             if isinstance(error, FailedJobError | FailedSubmissionError):
-                raise UserError(f"hydra.launcher: sbatch refuses: {' '.join(str(error).split())}") from error
+                said = " ".join(dict.fromkeys(str(error).splitlines()))  # sbatch tries again, and says the same
+                raise UserError(f"hydra.launcher: sbatch refuses: {said}") from error
             raise UserError(
                 "hydra/launcher=slurm: there is no srun here; type the command on a machine of the cluster, or take "
                 "hydra/launcher=local"
