@@ -6,6 +6,7 @@ import dataclasses
 import glob
 import importlib
 import importlib.util
+import inspect
 import math
 import os
 import re
@@ -92,17 +93,26 @@ def build(part: str, options: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{part}.{key}={value}: must be a finite number")
     target = _find(part, str(options["_target_"]))
-    known = [field.name for field in dataclasses.fields(target)]
+    known = list(inspect.signature(target).parameters)
     for key in fields.keys() - set(known):  # which pydantic does not mind, unless it is told to
         raise UserError(no_such_option(part, key, known))
     try:
-        return target(**fields)
+        built = target(**fields)
     except ValidationError as error:
         empty = {e["loc"] for e in error.errors() if e["type"] == "too_short"}
         errors = [e for e in error.errors() if not (e["loc"] in empty and fields.get(str(e["loc"][0])))]
         raise UserError("; ".join(explain(part, fields, e) for e in errors)) from error
     except (TypeError, ValueError) as error:  # of a class that pydantic does not check
         raise UserError(f"{part}: {first_line(error)}") from error
+    if part in ("model", "dataset"):
+        try:
+            hash(built)  # what is loaded is kept under it
+        except TypeError as error:
+            raise UserError(
+                f"{part}._target_={options['_target_']}: {error}; declare the field that holds it a tuple, and take "
+                "pydantic.dataclasses.dataclass, which makes it one"
+            ) from error
+    return built
 
 
 def _find(part: str, path: str) -> Any:
@@ -115,12 +125,14 @@ def _find(part: str, path: str) -> Any:
             f"{part}._target_={path}: there is no such class ({first_line(error)}); give it as package.module.Class of "
             "something that Python can import here"
         ) from error
+    if part not in ("model", "dataset", "method"):
+        return target
     if not dataclasses.is_dataclass(target) or target.__hash__ is None:
         raise UserError(
             f"{part}._target_={path}: is no frozen dataclass, whose fields are its options; put "
             "@dataclass(frozen=True) before its class"
         )
-    if part in ("model", "dataset", "method") and "label" not in {*target.__dataclass_fields__, *dir(target)}:
+    if "label" not in {*target.__dataclass_fields__, *dir(target)}:
         raise UserError(
             f"{part}._target_={path}: has no name for tables, figures and folders; give its class `label: str`, and "
             "its yaml `label: NAME`"

@@ -53,9 +53,7 @@ def launch(options: Any, jobs: Sequence[Job]) -> None:
         except KeyboardInterrupt:
             log.warning("cancelling %s", counted(len(work.packs), "pack"))
             queue.cancel(list(work.packs))
-            for folder in (folder for folders in work.packs.values() for folder in folders):
-                if store.status(folder)["state"] == "queued":  # one that runs may be about to finish
-                    store.write_status(folder, "interrupted", "stopped while it waited; the same command runs it")
+            store.give_up(folder for folders in work.packs.values() for folder in folders)
             raise
     failures = Failures()
     for folder in work.jobs:
@@ -80,20 +78,29 @@ def retry(sweep: Path) -> None:
     how = files.read_json(sweep / ".dispatch" / HOW) or {}
     if Path(how.get("folder", "")).is_dir():
         os.chdir(how.get("folder", "."))  # from where paths were given
-    jobs = [job for run in runs if (job := _again(run))]
+    launcher = {"Slurm": Slurm, "Local": Local}[how.get("launcher", "Local")]
+    held = [run for run in runs if launcher is Local and store.is_held(run)]  # SLURM is asked
+    if held:
+        log.warning("%s left to the process that is at it, or will be", counted(len(held), "job"))
+    jobs = [job for run in runs if run not in held and (job := _again(run))]
+    if not jobs and held:
+        return
     if not jobs:
         raise UserError(f"{sweep}: nothing there can be tried again; launch it with its options")
     # A sweep that ran without a launcher goes on in packs of this machine.
-    launcher = {"Slurm": Slurm, "Local": Local}[how.get("launcher", "Local")]
     plain = {"max_jobs_per_pack": None, "max_parallel": None, "max_attempts": 2, "gpus": None}
     launch(launcher(**how.get("options", plain)), jobs)
 
 
 def _again(run: Path) -> Job | None:
-    job = from_dict({**store.config(run), "results_dir": str(run.parents[1]), "sweep": run.parent.name})
-    if job.folder == run:
-        return job
-    log.warning("%s: left alone: its model, its data or this program were changed since it was launched", run.name)
+    try:
+        job = from_dict({**store.config(run), "results_dir": str(run.parents[1]), "sweep": run.parent.name})
+        if job.folder == run:
+            return job
+        why = "its model, its data or this program were changed since it was launched"
+    except UserError as error:
+        why = str(error)
+    log.warning("%s: left alone: %s", run.name, why)
     return None
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#8C6D1F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
-# A method that is shipped looks the same in all figures. Another one gets a place by its name: one whose colour is not
+# These methods look the same in all figures. Another one gets a place by its name: one whose colour is not
 # in the figure yet, if there are any, and rather none that readers know as another method's.
 PLACES = {"zero": 0, "mean": 1, "median": 2, "peak": 3, "resample": 4, "resample-random_input": 6}
 PLACES |= {"resample-random_tokens": 5, "resample-random_pixels": 5, "resample-random_characters": 7}

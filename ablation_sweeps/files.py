@@ -70,6 +70,13 @@ def _hash_of_samples(path: Path, length: int, mtime_ns: int, blocks: int, size: 
     return digest.hexdigest()
 
 
+def names_in(folder: str | Path) -> list[Path]:
+    """Of the files below it, in order, but for those that Hydra, git or the hub's client leave there."""
+    names = [file.relative_to(folder) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    names = [name for name in names if name.name != "multirun.yaml"]
+    return [name for name in names if not any(part.startswith(".") for part in name.parts)]
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`, and moves it there once it is written whole.

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.data import Modality, UserError
 from ablation_sweeps.download import check_here, commit, fetch_model, why_not
-from ablation_sweeps.files import fingerprint_of_file, signature
+from ablation_sweeps.files import fingerprint_of_file, names_in, signature
 from ablation_sweeps.lazy import torch
 
 if TYPE_CHECKING:
@@ -218,11 +218,8 @@ def _bits(quantize: str, dtype: Any) -> Any:
 
 
 def fingerprint(path: str) -> str:
-    """Of the content of all files of a model but its documentation, and what Hydra, git or the hub's client leave
-    there."""
-    names = [file.relative_to(path) for file in sorted(Path(path).rglob("*")) if file.is_file()]
-    names = [name for name in names if name.suffix not in (".md", ".pyc") and name.name != "multirun.yaml"]
-    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    """Of the content of all files of a model but its documentation."""
+    names = [name for name in names_in(path) if name.suffix not in (".md", ".pyc")]
     return signature([(str(name), fingerprint_of_file(Path(path) / name)) for name in names])
 
 

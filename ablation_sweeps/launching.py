@@ -6,7 +6,8 @@ import glob
 import logging
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ def check(configs: Sequence[DictConfig]) -> list[Job]:
     """Builds all jobs of a sweep, so that a mistake in the last one is found before the first one runs."""
     from tqdm import tqdm
 
+    code()  # as it is now; files may be edited before the sweep ends
     jobs = []
     for config in tqdm(configs, desc="checking the jobs", delay=2, leave=False, disable=None):
         job = to_job(config)
@@ -136,15 +138,27 @@ def _mirror(folder: Path, tracking: Any) -> None:
         send_tables(folder)
 
 
+@contextmanager
+def waiting(jobs: Sequence[Job]) -> Iterator[None]:
+    """`status` and `retry` know of them, also of those that this process does not come to."""
+    mine = [job for job in jobs if store.looked_at(job.folder)["state"] in ("new", "interrupted", "died")]
+    for job in mine:
+        store.queue(job.folder, job.config, lasts=False)
+    try:
+        yield
+    finally:
+        store.give_up(job.folder for job in mine)
+
+
 def _say_what_other_code_did(jobs: Sequence[Job]) -> None:
     """A shipped method that was edited, say, does not change the name of a result."""
     finished = [job.folder for job in jobs if store.status(job.folder)["state"] == "finished"]
-    earlier = [folder for folder in finished if store.environment(folder).get("code", code()) != code()]
-    if earlier:
-        which = f"the {len(earlier)} folders" if len(earlier) > 1 else os.path.relpath(earlier[0])
-        log.warning(
-            "%d of %s: finished before by other code than this, and kept; delete %s to compute anew",
-            len(earlier), counted(len(jobs), "job"), which,
+    other = [folder.name for folder in finished if store.environment(folder).get("code") != code()]
+    if other:
+        named = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
+        log.info(
+            "%d of %s finished by another version of this code, which is taken for equal (NUMBERS in job.py): %s; "
+            "results_dir=FOLDER computes anew", len(other), counted(len(jobs), "job"), named,
         )  # fmt: skip
 
 
@@ -170,7 +184,9 @@ def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
             log.error("%s", error)  # what failed comes last, where it is seen
     if failures.reasons:
         n = len(failures.reasons)
-        others = "" if n == len(jobs) else ", the others are finished and kept"
+        done = sum(store.status(job.folder)["state"] == "finished" for job in jobs)
+        others = "the others are" if done == len(jobs) - n else f"{done} {'is' if done == 1 else 'are'}"
+        others = f", {others} finished and kept" if done else ""
         raise UserError(
             f"{n} of {len(jobs)} jobs failed{others}; the same command runs only what is missing; more is in each "
             f"folder's log. The first: {failures.reasons[0]}"

@@ -16,7 +16,14 @@ from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.data import Modality, Pairs, Split, UserError, unit_hash
 from ablation_sweeps.download import REMEDY, commit, why_not
-from ablation_sweeps.files import fingerprint_of_file, fingerprint_of_samples, replacing, signature, write_json
+from ablation_sweeps.files import (
+    fingerprint_of_file,
+    fingerprint_of_samples,
+    names_in,
+    replacing,
+    signature,
+    write_json,
+)
 
 Row = dict[str, Any]
 PART_ROWS, PART_BYTES = 512, 1 << 25  # a file of kept rows holds so many at most
@@ -270,11 +277,9 @@ def _size(rows: list[tuple[int, Row]]) -> int:
     return sum(len(value.get("bytes") or b"") for _, row in rows for value in row.values() if isinstance(value, dict))
 
 
-@functools.cache
 def content(path: str) -> str:
     """Of a folder's files; of those above 64 MiB, 64 KiB out of each of 64 parts."""
-    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
-    return signature([(str(file.relative_to(path)), _of_file(file)) for file in files])
+    return signature([(str(name), _of_file(Path(path) / name)) for name in names_in(path)])
 
 
 def _of_file(file: Path) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +22,7 @@ from ablation_sweeps.lazy import pd
 log = logging.getLogger(__name__)
 
 GOES_ON = "the same command goes on where it was"
+WAITED = "stopped while it waited; the same command runs it"
 
 
 class _RunLog(logging.FileHandler):
@@ -112,10 +113,10 @@ def fail(folder: Path, error: BaseException) -> None:
     """A signal to stop is no failure: the job can go on where it was."""
     log.debug("the job stopped", exc_info=error)
     with suppress(OSError, UserError):  # a full disk may be the reason; it is the first error that counts
-        if isinstance(error, Exception):
-            write_status(folder, "failed", plain(error))
-        else:
+        if isinstance(error, KeyboardInterrupt):
             write_status(folder, "interrupted", f"by a signal; {GOES_ON}")
+        else:
+            write_status(folder, "failed" if isinstance(error, Exception) else "interrupted", plain(error))
 
 
 def write_status(folder: Path, state: str, reason: str | None = None) -> None:
@@ -156,13 +157,28 @@ def environment(folder: Path) -> dict:
     return files.read_json(folder / "environment.json") or {}
 
 
+def give_up(folders: Iterable[Path]) -> None:
+    """Those that wait will not be run; one that runs may be about to finish."""
+    with suppress(OSError, UserError):  # a full disk may be the reason for it
+        for folder in folders:
+            if status(folder)["state"] == "queued":
+                write_status(folder, "interrupted", WAITED)
+
+
+def is_held(folder: Path) -> bool:
+    """A process of this machine runs it, or will."""
+    found = status(folder)
+    here = found.get("host") == gethostname() and found["state"] in ("queued", "running")
+    return here and not _gone(found["pid"])
+
+
 def looked_at(folder: Path) -> dict:
     """Its status; a process of this machine that was killed could not write it."""
     found = status(folder)
     if found.get("host") != gethostname() or not _gone(found["pid"]):
         return found
     if found["state"] == "queued":
-        return {**found, "state": "interrupted", "reason": "stopped while it waited; the same command runs it"}
+        return {**found, "state": "interrupted", "reason": WAITED}
     return {**found, "state": "died", "reason": f"its process is gone; {GOES_ON}"}
 
 

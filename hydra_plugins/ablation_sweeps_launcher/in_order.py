@@ -25,8 +25,7 @@ class InOrderLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from ablation_sweeps import store
-        from ablation_sweeps.launching import Failures, by_model, check, end_of_sweep, only_asked
+        from ablation_sweeps.launching import Failures, by_model, check, end_of_sweep, only_asked, waiting
         from ablation_sweeps.packs import poisons
 
         setup_globals()
@@ -36,23 +35,21 @@ class InOrderLauncher(Launcher):
         jobs = check(configs)
         if only_asked(jobs, None, 1):
             return []
-        for job in jobs:  # so that `status` and `retry` know of those that a killed process does not come to
-            if store.looked_at(job.folder)["state"] not in ("running", "finished"):
-                store.queue(job.folder, job.config, lasts=False)
         failures = Failures()
         returns: dict[int, JobReturn] = {}
-        for place, i in enumerate(by_model(jobs), start=1):
-            log.info("[%d/%d] %s", place, len(jobs), jobs[i].folder.name)
-            returns[i] = run_job(
-                task_function=self.task_function, config=configs[i], job_dir_key="hydra.sweep.dir",
-                job_subdir_key="hydra.sweep.subdir", hydra_context=self.hydra_context,
-            )  # fmt: skip
-            configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-            if returns[i].status is not JobStatus.COMPLETED:
-                error = returns[i]._return_value
-                failures.add(jobs[i].folder.name, error)
-                if poisons(error):
-                    log.error("nothing more can be computed in this process; the same command does what is missing")
-                    break
+        with waiting(jobs):
+            for place, i in enumerate(by_model(jobs), start=1):
+                log.info("[%d/%d] %s", place, len(jobs), jobs[i].folder.name)
+                returns[i] = run_job(
+                    task_function=self.task_function, config=configs[i], job_dir_key="hydra.sweep.dir",
+                    job_subdir_key="hydra.sweep.subdir", hydra_context=self.hydra_context,
+                )  # fmt: skip
+                configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+                if returns[i].status is not JobStatus.COMPLETED:
+                    error = returns[i]._return_value
+                    failures.add(jobs[i].folder.name, error)
+                    if poisons(error):
+                        log.error("nothing more can be computed in this process; the same command does what is missing")
+                        break
         end_of_sweep(jobs, failures)
         return [returns[i] for i in range(len(jobs))]

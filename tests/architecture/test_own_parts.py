@@ -204,6 +204,14 @@ def test_a_dataset(launch: Launch, add: Add, on_text, tmp_path):
     assert set(rows[rows["metric"] == "loss"]["n"]) == {5 * 20}  # <s> is not scored, each letter is
 
 
+def test_a_list_that_nothing_can_be_kept_under_is_refused(launch: Launch, add: Add, on_text):
+    own = DATASET.replace("letters: int", "letters: list")
+    conf = add("dataset", "alphabet", own, "_target_: my_alphabet.Alphabet\nlabel: alphabet\nletters: [1, 2]\n")
+    options = [option for option in on_text if not option.startswith("dataset")]
+    error = launch(*options, "--config-dir", conf, "dataset=alphabet", "method=mean").error
+    assert "my_alphabet.Alphabet: unhashable type: 'list'; declare the field that holds it a tuple" in error
+
+
 def test_a_kind_of_model(launch: Launch, add: Add, on_text, tmp_path):
     options = [option for option in on_text if not option.startswith("model")]
     yaml = "_target_: my_bytes.ByteModel\nlabel: bytes\nlength: 12\nsite_paths: null\n"

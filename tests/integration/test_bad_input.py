@@ -347,9 +347,9 @@ def test_the_model_of_a_job_that_failed_does_not_stay_in_memory(launch: Launch, 
 def test_nothing_more_is_computed_where_the_gpu_is_lost(launch: Launch, on_text, faults, tmp_path):
     """All that came after it in this process would fail as well."""
     outcome = launch("-m", *FAULTS, *on_text, "method=zero,poisons,mean")
-    assert "1 of 3 jobs failed" in outcome.error and "CUDA error" in outcome.error
+    assert "1 of 3 jobs failed, 1 is finished and kept" in outcome.error and "CUDA error" in outcome.error
     sweep = tmp_path / "results" / "default"
-    assert sorted(states(sweep).values()) == ["failed", "finished", "queued"]
+    assert sorted(states(sweep).values()) == ["failed", "finished", "interrupted"]
     assert launch("-m", *FAULTS, *on_text, "method=zero,poisons,mean").code == 0
     assert set(states(sweep).values()) == {"finished"}
 

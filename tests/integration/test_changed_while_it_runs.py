@@ -79,11 +79,11 @@ def test_a_method_of_ones_own(launch: Launch, on_text, tmp_path, monkeypatch):
 
 
 def test_a_result_of_other_code_is_kept_and_said(launch: Launch, on_text, tmp_path):
-    assert "other code" not in launch("-m", *on_text, "method=mean", "seed=0").err
+    assert "another version" not in launch("-m", *on_text, "method=mean", "seed=0").err
     (run,) = tmp_path.glob("results/default/*-s0-*")
     files.write_json(run / "environment.json", files.read_json(run / "environment.json") | {"code": "edited since"})
     again = launch("-m", *on_text, "method=mean", "seed=0,1").err
-    said = f"1 of 2 jobs: finished before by other code than this, and kept; delete results/default/{run.name} "
-    assert said in again
+    assert "1 of 2 jobs finished by another version of this code, which is taken for equal" in again
+    assert f": {run.name}; results_dir=FOLDER computes anew" in again
     shutil.rmtree(run)
-    assert "other code" not in launch("-m", *on_text, "method=mean", "seed=0,1").err
+    assert "another version" not in launch("-m", *on_text, "method=mean", "seed=0,1").err

@@ -85,6 +85,17 @@ def test_what_waited_for_a_launcher_that_was_killed_waits_no_more(tmp_path, monk
     assert "1 interrupted, 1 queued" in said and "stopped while it waited; the same command runs it" in said
 
 
+def test_retry_leaves_alone_what_another_process_will_come_to(tmp_path, monkeypatch, caplog):
+    others = tmp_path / "in order"
+    store.queue(others, {}, lasts=False)
+    assert CliRunner().invoke(app, ["retry", str(tmp_path)]).exit_code == 0
+    assert store.status(others)["state"] == "queued" and "1 job left to the process that is at it" in caplog.text
+    monkeypatch.setattr(store, "_gone", lambda pid: True)
+    tried = CliRunner().invoke(app, ["retry", str(tmp_path)])
+    assert "nothing there can be tried again" in str(tried.exception)
+    assert "in order: left alone: model: must be given" in caplog.text
+
+
 @pytest.mark.parametrize(
     "n, options, at_once",
     [(4, {}, 4), (4, {"max_parallel": 3}, 3), (2, {"max_parallel": 3}, 2), (4, {"gpus": [1, 2]}, 2), (0, {}, 1),
