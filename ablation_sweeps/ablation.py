@@ -72,7 +72,7 @@ def values_of(replacement: Replacement, batch: Batch, clean: list[torch.Tensor],
     UserError: it gives something else than one tensor a layer.
     """
     values: Any = replacement(batch, clean)
-    whole = isinstance(values, list | tuple | torch.Tensor) and all(isinstance(value, torch.Tensor) for value in values)
+    whole = isinstance(values, list | tuple) and all(isinstance(value, torch.Tensor) for value in values)
     if whole and len(values) == n_layers:
         return list(values)
     given = f"{len(values)} tensors" if whole else f"no list of tensors, but {values!r:.60}"

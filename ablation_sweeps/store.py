@@ -80,6 +80,14 @@ def queue(folder: Path, config: dict, lasts: bool) -> None:
     files.write_json(folder / "status.json", {"state": "queued", "time": _now(), **by})
 
 
+def give_up(folders: Iterable[Path]) -> None:
+    """Those that wait will not be run; one that runs may be about to finish."""
+    with suppress(OSError, UserError):  # a full disk may be the reason for it
+        for folder in folders:
+            if status(folder)["state"] == "queued":
+                write_status(folder, "interrupted", WAITED)
+
+
 def _write_config(folder: Path, config: dict) -> None:
     import yaml
 
@@ -157,19 +165,8 @@ def environment(folder: Path) -> dict:
     return files.read_json(folder / "environment.json") or {}
 
 
-def give_up(folders: Iterable[Path]) -> None:
-    """Those that wait will not be run; one that runs may be about to finish."""
-    with suppress(OSError, UserError):  # a full disk may be the reason for it
-        for folder in folders:
-            if status(folder)["state"] == "queued":
-                write_status(folder, "interrupted", WAITED)
-
-
-def is_held(folder: Path) -> bool:
-    """A process of this machine runs it, or will."""
-    found = status(folder)
-    here = found.get("host") == gethostname() and found["state"] in ("queued", "running")
-    return here and not _gone(found["pid"])
+def status(folder: Path) -> dict:
+    return files.read_json(folder / "status.json") or {"state": "new"}
 
 
 def looked_at(folder: Path) -> dict:
@@ -180,6 +177,12 @@ def looked_at(folder: Path) -> dict:
     if found["state"] == "queued":
         return {**found, "state": "interrupted", "reason": WAITED}
     return {**found, "state": "died", "reason": f"its process is gone; {GOES_ON}"}
+
+
+def is_held(folder: Path) -> bool:
+    """A process of this machine runs it, or will."""
+    found = looked_at(folder)
+    return found["state"] in ("queued", "running") and found.get("host") == gethostname()
 
 
 def _gone(pid: int) -> bool:
@@ -194,10 +197,6 @@ def _gone(pid: int) -> bool:
 
 def _process() -> dict[str, object]:
     return {"host": gethostname(), "pid": os.getpid()}
-
-
-def status(folder: Path) -> dict:
-    return files.read_json(folder / "status.json") or {"state": "new"}
 
 
 def finish(folder: Path, rows: pd.DataFrame, documents: pd.DataFrame, seconds: float, like: str = "") -> None:
