@@ -28,8 +28,8 @@ def scores_of(job_of):
         guess = chance(job, model, batches, calibration)
         top_k = job.eval.top_k_images if model.modality == "image" else job.eval.top_k
         projections = sites.find(model, job.site, None)
-        nothing = Constant([])
-        sums = evaluation.evaluate(model, projections, batches, {}, nothing, guess.common, top_k, [], lambda *_: None)
+        unused = Constant([torch.zeros(projection.width) for projection in projections])
+        sums = evaluation.evaluate(model, projections, batches, {}, unused, guess.common, top_k, [], lambda *_: None)
         labels = torch.cat([batch.labels[batch.labels != NOT_SCORED] for batch in batches])
         rows = evaluation.metrics(sums, guess, labels, top_k)
         return {row.metric: (row.value, row.stderr) for row in rows.itertuples()}
