@@ -132,6 +132,9 @@ def _find(part: str, path: str) -> Any:
             f"{part}._target_={path}: is no frozen dataclass, whose fields are its options; put "
             "@dataclass(frozen=True) before its class"
         )
+    does = {"model": "load", "dataset": "examples", "method": "fit"}[part]
+    if not hasattr(target, does):
+        raise UserError(f"{part}._target_={path}: has no {does}(); see the README, Adding")
     if "label" not in {*target.__dataclass_fields__, *dir(target)}:
         raise UserError(
             f"{part}._target_={path}: has no name for tables, figures and folders; give its class `label: str`, and "

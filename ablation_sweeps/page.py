@@ -122,10 +122,13 @@ def _common(documents: Documents) -> Documents:
 def verdict(study: Measured) -> str:
     """One sentence: which method does least damage, by the area under its loss, and whether that may be luck."""
     if len(study.methods) == 1:
-        return f"Only {study.methods[0]} was run: there is nothing to compare it with."
+        return f"Only {study.methods[0]} is finished: there is nothing to compare it with."
     height = {method: area.value for method, area in study.areas["loss"].items()}
     if any(math.isnan(value) for value in height.values()):
-        return "The methods were not run on the same seeds and fractions, so they are not compared."
+        return (
+            "Not all methods have results on the same seeds and fractions, so that none is called the best; "
+            "comparisons.csv has what each two of them share."
+        )
     best, *others = sorted(study.methods, key=lambda method: height[method])
     pairs = {frozenset((row["method"], row["other"])): row for row in study.ranking.to_dict("records")}
     versus = {other: pairs[frozenset((best, other))] for other in others}

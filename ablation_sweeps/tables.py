@@ -57,12 +57,17 @@ def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Co
 
     is_loss, rows = metric == "loss", study.rows.query("metric == @metric")
     methods, scale, digits = in_order(rows["method"].unique()), 1 if is_loss else 100, 3 if is_loss else 1
-    points = groups(rows, ["fraction", "method"])
+    points = list(groups(rows, ["fraction", "method"]))
+    seeds = {tuple(at.values()): frozenset(of_seeds["seed"]) for at, of_seeds in points}
     means = {tuple(at.values()): round(scale * float(of_seeds["value"].mean()), digits) for at, of_seeds in points}
     auc = summary[summary["metric"] == metric].set_index("method")[["auc", "auc_low", "auc_high"]].round(3).T.to_dict()
     fractions = sorted(rows["fraction"].unique())
     shown = [*fractions[:-1:step], fractions[-1]]
     columns = {f"{100 * f:.4g} %" if f else "clean": [means.get((f, m), math.nan) for m in methods] for f in shown}
+    # Means over other seeds, and so other neurons, are no better or worse.
+    fair = {title: len({seeds[f, m] for m in methods if (f, m) in seeds}) == 1
+            for title, f in zip(columns, shown, strict=True)}  # fmt: skip
+    fair["AUC"] = len({seeds[f, m] for m in methods for f in fractions if (f, m) in seeds}) == 1
     if any(not math.isnan(auc[method]["auc"]) for method in methods):
         columns["AUC"] = [auc[method]["auc"] for method in methods]
 
@@ -71,7 +76,8 @@ def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Co
     for title, values in columns.items():
         table.add_column(title, justify="right", no_wrap=True)
         known = {value for value in values if not math.isnan(value)}
-        best = (min if is_loss else max)(known) if len(known) > 1 else None  # where all are equal, as clean, none is
+        # Where all are equal, as clean, none is.
+        best = (min if is_loss else max)(known) if len(known) > 1 and fair[title] else None
         for method, row, value in zip(methods, cells, values, strict=True):
             text = "–" if math.isnan(value) else f"{value:.{3 if title == 'AUC' else digits}f}"
             text += "" if console.is_terminal else "*" if value == best else " "
@@ -87,8 +93,9 @@ def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Co
 def _notes(rows: DataFrame, summary: DataFrame, step: int, console: Console) -> list[str]:
     n_fractions, n_seeds = rows["fraction"].nunique(), rows["seed"].nunique()
     notes = [] if console.is_terminal or rows["method"].nunique() == 1 else ["*: best of its column"]
+    uneven = len(rows) < rows["method"].nunique() * n_seeds * n_fractions * rows["metric"].nunique()
     if n_seeds > 1:
-        notes.append(f"means over {n_seeds} seeds")
+        notes.append(f"means over {n_seeds} seeds{' or fewer' if uneven else ''}")
     if summary["auc"].notna().any():
         notes.append("AUC: mean over fractions 0 to 1, as a share of the clean value [95 % t-interval over seeds]")
         if summary["auc_low"].isna().any():
@@ -98,6 +105,9 @@ def _notes(rows: DataFrame, summary: DataFrame, step: int, console: Console) -> 
                      "of each is in curves.parquet, and the AUC is of that")  # fmt: skip
     if step > 1:
         notes.append(f"{math.ceil((n_fractions - 1) / step) + 1} of {n_fractions} fractions; all are in curves.parquet")
-    if len(rows) < rows["method"].nunique() * n_seeds * n_fractions * rows["metric"].nunique():
-        notes.append("not every method has every seed at every fraction: compare with care (curves.parquet)")
+    if uneven:
+        has = rows[rows["metric"] == rows["metric"].iloc[0]].groupby("method").size().to_dict()
+        few = ", ".join(f"{method} {n}" for method, n in has.items() if n < n_seeds * n_fractions)
+        notes.append(f"not every method has every seed at every fraction: of {n_seeds * n_fractions} points, {few}; "
+                     "where seeds differ, none is called the best")  # fmt: skip
     return notes

@@ -377,3 +377,16 @@ def test_a_method_of_ones_own_takes_no_colour_of_another_while_there_are_some():
         assert figures.looks([own])[own]["color"] not in familiar
         colours = [look["color"] for look in figures.looks([*shipped, own, f"{own} again", "third", "4th"]).values()]
         assert len(set(colours)) == len(colours) == 8
+
+
+def test_no_method_is_called_the_best_by_other_seeds_than_the_others():
+    """The second seed of `zero` is worse than its first, and so its mean: on the seed that both have, it is better."""
+    fractions = [0.0, 0.5, 1.0]
+    zero = [curve("zero", 0, fractions, 4.0), curve("zero", 1, fractions, 5.0)]
+    uneven = printed(pd.concat([*zero, curve("mean", 0, fractions, 4.1)]), width=200)
+    assert "of 6 points, mean 3; where seeds differ, none is called the best" in uneven
+    assert "*" not in uneven.partition("AUC:")[0].replace("*: best of its column", "")
+    even = printed(pd.concat([*zero, *(curve("mean", seed, fractions, 4.1) for seed in (0, 1))]), width=200)
+    assert "3.512*" not in even and "4.025*" in even and "not every method" not in even
+    some = printed(pd.concat([*zero, *(curve("mean", seed, fractions[: 3 - seed], 4.1) for seed in (0, 1))]), width=200)
+    assert "4.025*" in some and "7.100*" not in some
