@@ -16,6 +16,7 @@ from ablation_sweeps import files
 from ablation_sweeps.data import TOO_LARGE, Batch, UserError, made_ahead
 from ablation_sweeps.growing import FINE, GrowingCounts
 from ablation_sweeps.lazy import torch
+from ablation_sweeps.recording import Recording, See
 from ablation_sweeps.sites import Projection, as_rows, hooked, rows_at_a_time
 from ablation_sweeps.transformer import Transformer
 
@@ -96,6 +97,7 @@ def collect(
     *histograms: Histogram,
     passes: NPasses = 2,
     note: Callable[[str], None] = log.warning,
+    recording: Recording | None = None,
 ) -> Statistics:
     """Exact to the bit in two passes: one for the moments and the range, a second one for the counts. In one pass,
     moments and range are those; the counts are put together from finer ones, whose range grows.
@@ -105,6 +107,7 @@ def collect(
 
     Args:
         note: told when the device has too little memory for the batches, which are then halved.
+        recording: of a pass over the same batches, or empty: where one is whole, two passes are one of the model.
 
     Raises:
         UserError: an activation is not finite, there is no calibration data, or one pass is not enough for so many
@@ -116,7 +119,7 @@ def collect(
     if halved.exists():
         note(halved.read_text())
     batches = [part for batch in batches for part in batch.parts(model.at_once)]
-    data = CalibrationData(model, projections, batches)
+    data = CalibrationData(model, projections, batches, None if passes == 1 else recording)
     try:
         with files.locked(cache):
             return (_in_one_pass if passes == 1 else _in_two_passes)(data, cache, histograms)
@@ -126,7 +129,7 @@ def collect(
     # From the start, and not inside of `except`, whose error holds on to the memory of the pass that failed.
     splits = lambda batch: len(batch.names) > 1 or largest == 1  # noqa: E731  (one alone cannot be split, and says so)
     smaller = [part for batch in batches for part in (batch.halves() if splits(batch) else (batch,))]
-    return collect(model, projections, smaller, cache, *histograms, passes=passes, note=note)
+    return collect(model, projections, smaller, cache, *histograms, passes=passes, note=note, recording=recording)
 
 
 def kept(cache: Path, histogram: Histogram) -> Statistics | None:
@@ -149,9 +152,19 @@ class CalibrationData:
     model: Transformer
     projections: list[Projection]
     batches: Sequence[Batch]
+    recording: Recording | None = None
 
-    def run(self, see: Callable[[int, Float[torch.Tensor, "tokens neurons"]], None], title: str) -> None:
+    def run(self, see: See, title: str) -> None:
         """One pass; `see` is given each layer's activations at all positions that count, some of them at a time."""
+        if self.recording is None:
+            self._pass(see, title)
+        elif self.recording.whole:
+            self.recording.play(see)
+        else:
+            with self.recording.of(see) as see_and_record:
+                self._pass(see_and_record, title)
+
+    def _pass(self, see: See, title: str) -> None:
         batches = made_ahead(self.batches)
         for batch in tqdm(batches, desc=title, total=len(self.batches), delay=2, leave=False, disable=None):
             keep = batch.keep
@@ -161,12 +174,7 @@ class CalibrationData:
                 self.model.body(batch.to(self.model.device))
 
     def _see_layer(
-        self,
-        see: Callable[[int, Float[torch.Tensor, "tokens neurons"]], None],
-        batch: Batch,
-        counted: Int[torch.Tensor, " counted"] | None,
-        layer: int,
-        x: torch.Tensor,
+        self, see: See, batch: Batch, counted: Int[torch.Tensor, " counted"] | None, layer: int, x: torch.Tensor
     ) -> None:
         """Args:
         counted: places of the positions that count, in all of the batch; None: all of them do.

@@ -22,6 +22,7 @@ from ablation_sweeps.console import counted
 from ablation_sweeps.data import NOT_SCORED, Batch, Split, UserError
 from ablation_sweeps.environment import SHIPPED
 from ablation_sweeps.lazy import pd, torch
+from ablation_sweeps.recording import Recording
 from ablation_sweeps.selection import Random, Schedule, masks
 from ablation_sweeps.tracking import RunRecord
 from ablation_sweeps.transformer import Budget, Transformer
@@ -234,8 +235,9 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     note = functools.partial(store.note, folder)
     store.remember(folder, statistics=cache.name, n_heads=model.n_heads, model_device=str(model.device))
     statistics = functools.partial(
-        activations.collect, model, projections, calibration, cache, passes=job.statistics.passes, note=note
-    )
+        activations.collect, model, projections, calibration, cache, passes=job.statistics.passes, note=note,
+        recording=recording(job, model),
+    )  # fmt: skip
 
     # Evaluation: the same documents, and the same neurons, for every method.
     images = model.modality == "image"
@@ -333,6 +335,7 @@ def load(model: Any) -> Transformer:
         _loaded.clear()
         _encode.cache_clear()
         _clean_passes.cache_clear()
+        _recording.cache_clear()
         if torch.cuda.is_available():
             gc.collect()  # a model that is spread over devices holds itself
             torch.cuda.empty_cache()
@@ -351,6 +354,14 @@ def clean_passes(job: Job, model: Transformer) -> CleanPasses:
     return _clean_passes(*_of(job, model, "evaluation"))
 
 
+def recording(job: Job, model: Transformer) -> Recording | None:
+    """Of the pass over the calibration split: that of the job before, where it had the same. None for a GPU, which
+    computes faster than a disk writes."""
+    if not model.on_cpu:
+        return None
+    return _recording(job.results_dir / ".cache", job.site, *_of(job, model, "calibration"))
+
+
 def _of(job: Job, model: Transformer, split: Split) -> tuple[Any, Any, Split, Budget, int, int]:
     """What batches depend on."""
     seed = job.seed if model.kind == "masked_lm" and split == "evaluation" else 0  # only masking is random
@@ -365,6 +376,11 @@ def _encode(model: Any, dataset: Any, split: Split, budget: Budget, batch_tokens
 @functools.lru_cache(maxsize=1)
 def _clean_passes(model: Any, *batches: Any) -> CleanPasses:
     return CleanPasses(load(model))
+
+
+@functools.lru_cache(maxsize=1)
+def _recording(folder: Path, *_data: Any) -> Recording:
+    return Recording(folder)
 
 
 @functools.lru_cache(maxsize=64)

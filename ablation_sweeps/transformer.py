@@ -81,11 +81,15 @@ class Transformer:
         return input_device(self.module)
 
     @property
+    def on_cpu(self) -> bool:
+        """All of it."""
+        return {parameter.device.type for parameter in self.module.parameters()} == {"cpu"}
+
+    @property
     def at_once(self) -> int:
         """Positions of text, or images, that it is passed at once: of a larger batch, a half, or a half of that. A CPU
         takes up to a fifth longer for a batch of 4,096 positions at once (benchmarks/tried.py); of images, nothing."""
-        all_on_a_cpu = {parameter.device.type for parameter in self.module.parameters()} == {"cpu"}
-        return 1024 if all_on_a_cpu else sys.maxsize
+        return 1024 if self.on_cpu else sys.maxsize
 
 
 def input_device(module: torch.nn.Module) -> torch.device:

@@ -57,7 +57,8 @@ def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
     def run(*arguments: str) -> Outcome:
-        for kept in (job._content, job._encode, job._clean_passes):  # as in a process of its own; models stay loaded
+        # As in a process of its own, but that models stay loaded.
+        for kept in (job._content, job._encode, job._clean_passes, job._recording):
             kept.cache_clear()
         state, handlers, environment = Singleton.get_state(), logging.getLogger().handlers[:], dict(os.environ)
         GlobalHydra.instance().clear()

@@ -1,0 +1,221 @@
+"""The second pass over the calibration data is read from disk: the same bits, without the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from test_activations import CountingBody, assert_equal, batches_of
+
+from ablation_sweeps import files, job, sites
+from ablation_sweeps.activations import CalibrationData, Histogram, collect
+from ablation_sweeps.data import UserError
+from ablation_sweeps.recording import Recording
+
+H = Histogram(100)
+
+
+@pytest.fixture
+def study(tiny, site, tmp_path):
+    """`study(recording, *histograms)` collects with nothing kept, and counts how often each batch was passed."""
+    model = tiny("llama")
+    projections, batches = sites.find(model, site("attn_pre_out"), None), batches_of(model)
+    assert len(batches) > 1 and not all(batch.keep.all() for batch in batches)  # there is padding
+
+    def run(recording: Recording | None, *histograms: Histogram, passes: int = 2):
+        body = CountingBody(model.body)
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        counting = dataclasses.replace(model, body=body)
+        found = collect(
+            counting, projections, batches, tmp_path / "cache", *histograms, passes=passes, recording=recording
+        )
+        return found, body.calls / len(batches)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [(family, torch.float32) for family in ("llama", "opt", "albert", "vit", "timm_swin")] + [("llama", torch.bfloat16)],
+)
+@pytest.mark.parametrize("name", ["attn_pre_out", "mlp_pre_out"])
+def test_what_is_played_is_what_was_seen(fresh, site, tmp_path, family, dtype, name):
+    model = fresh(family)
+    model.module.to(dtype)
+    projections = sites.find(model, site(name), None)
+    batches = [model.other_input("probe", 8, seed) for seed in range(3)]
+    first, second = [], []
+    data = CalibrationData(model, projections, batches, Recording(tmp_path))
+    data.run(lambda layer, x: first.append((layer, x.clone())), "")
+    data.run(lambda layer, x: second.append((layer, x.clone())), "")
+    assert len(first) == len(second) >= len(projections)
+    for (layer, x), (other, y) in zip(first, second, strict=True):
+        assert layer == other and x.dtype == y.dtype == dtype
+        assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+
+
+def test_two_passes_are_one_of_the_model(study, tmp_path):
+    plain, passes = study(None, H, Histogram(7))
+    assert passes == 2
+    found, passes = study(Recording(tmp_path), H, Histogram(7))
+    assert passes == 1
+    assert_equal(plain, found, H, Histogram(7))
+
+
+def test_the_jobs_that_follow_read_it_too(study, tmp_path):
+    recording = Recording(tmp_path)
+    _, passes = study(recording)  # of a mean: the moments alone
+    assert passes == 1
+    found, passes = study(recording, H)
+    assert passes == 0
+    assert_equal(study(None, H)[0], found, H)
+
+
+def test_one_pass_writes_nothing(study, tmp_path):
+    recording = Recording(tmp_path)
+    _, passes = study(recording, H, passes=1)
+    assert passes == 1 and not recording.whole
+
+
+def test_it_leaves_no_file(study, tmp_path):
+    recording = Recording(tmp_path / "here")
+    study(recording, H)
+    assert recording.whole and not list((tmp_path / "here").iterdir())
+
+
+# Without room
+
+
+def on_a_disk_of(monkeypatch, free: int) -> None:
+    usage = namedtuple("usage", "total used free")  # noqa: PYI024
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10 * free, 9 * free, free))
+
+
+@pytest.mark.parametrize("free", [0, 1000, 20_000])
+def test_it_takes_half_of_a_disk_at_the_most(study, tmp_path, monkeypatch, free):
+    expected, _ = study(None, H)
+    recording = Recording(tmp_path)
+    on_a_disk_of(monkeypatch, free)
+    found, passes = study(recording, H)
+    assert passes == 2 and not recording.whole and recording._file is None
+    assert_equal(expected, found, H)
+    on_a_disk_of(monkeypatch, 10**9)
+    assert study(recording, H)[1] == 1
+
+
+def test_nor_more_than_its_room(study, tmp_path):
+    assert study(Recording(tmp_path, room=10_000), H)[1] == 2
+    assert study(Recording(tmp_path, room=10**9), H)[1] == 1
+
+
+@pytest.mark.parametrize("n_parts", [2, 2.5])
+def test_a_disk_that_fills_up_in_the_middle_costs_no_result(study, tmp_path, monkeypatch, n_parts):
+    """The system refuses to write, or writes a part of what it is given."""
+    plain, _ = study(None, H)
+    recording = Recording(tmp_path)
+    study(recording, H)
+    assert len({part.shape for part in recording._parts[:3]}) == 1 and len(recording._parts) > 3
+    size = int(n_parts * 4 * recording._parts[0].shape.numel())
+    original, seen = CalibrationData._pass, []
+
+    def with_little_room(*arguments):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            original(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            seen.append(recording._file)
+
+    monkeypatch.setattr(CalibrationData, "_pass", with_little_room)
+    recording.whole = False
+    found, passes = study(recording, H)
+    assert passes == 2 and not recording.whole
+    assert seen == [None, None]  # closed, so that others have the room
+    assert_equal(plain, found, H)
+
+
+def test_a_pass_that_failed_is_not_played(tiny, site, tmp_path):
+    model = tiny("llama")
+    projections, batches = sites.find(model, site("attn_pre_out"), None), batches_of(model)
+    recording, seen = Recording(tmp_path), []
+
+    def interrupted(batch):
+        if len(seen) == len(projections):
+            raise KeyboardInterrupt
+        return model.body(batch)
+
+    def see(layer, x):
+        seen.append(layer)
+
+    with pytest.raises(KeyboardInterrupt):
+        CalibrationData(dataclasses.replace(model, body=interrupted), projections, batches, recording).run(see, "")
+    assert seen and not recording.whole and recording._file is None
+    seen.clear()
+    CalibrationData(model, projections, batches, recording).run(see, "")
+    n = len(seen)
+    CalibrationData(model, projections, batches, recording).run(see, "")
+    assert len(seen) == 2 * n == 2 * len(projections) * len(batches)
+
+
+@pytest.mark.parametrize("how", ["altered", "truncated"])
+def test_a_disk_that_gives_back_something_else_is_noticed(study, tmp_path, how):
+    recording = Recording(tmp_path)
+    study(recording)
+    size = recording._file.seek(0, 2)
+    if how == "truncated":
+        recording._file.truncate(size - 5)
+    else:
+        recording._file.seek(size // 2)
+        recording._file.write(b"\0\0\0\0")
+    with pytest.raises(UserError, match="does not give back"):
+        study(recording, H)
+    assert study(recording, H)[1] == 1  # from the beginning
+
+
+# Jobs
+
+
+FEW = ["model=tiny_causal", "tracking=none", "statistics.tokens=500"]
+
+
+def test_jobs_share_it_where_they_have_the_same_data(job_of, tmp_path):
+    def recording(*options: str) -> Recording | None:
+        one = job_of(*FEW, f"results_dir={tmp_path}", *options)
+        return job.recording(one, job.load(one.model))
+
+    first = recording("method=mean", "seed=0")
+    assert recording("method=peak", "seed=1", "eval.tokens=77") is first
+    for other in ("dataset=python_code", "statistics.tokens=600", "batch_tokens=999", "site=mlp_pre_out"):
+        assert recording(other) is not first
+        first = recording("method=mean", "seed=0")
+    first = recording()
+    job.load(job_of("model=tiny_masked").model)
+    assert recording() is not first
+
+
+def test_a_sweep_passes_its_calibration_data_once(job_of, tmp_path, monkeypatch):
+    passes, original = [], CalibrationData._pass
+    monkeypatch.setattr(CalibrationData, "_pass", lambda *arguments: passes.append(1) or original(*arguments))
+    for method in ("zero", "mean", "peak", "median"):
+        one = job_of(*FEW, "eval.tokens=300", "fraction.values=[0.5]", f"results_dir={tmp_path}", f"method={method}")
+        job.run_job(one)
+    assert len(passes) == 1
+    (cache,) = (file.parent for file in Path(tmp_path).glob(".cache/*/moments.safetensors"))
+    played = {file.name: files.load_tensors(file) for file in cache.glob("counts*.safetensors")}
+    assert len(played) == 2  # peak's and median's
+    shutil.rmtree(cache)
+    monkeypatch.setattr(job, "recording", lambda *_: None)
+    for method in ("peak", "median"):
+        one = job_of(*FEW, "eval.tokens=300", "fraction.values=[0.5]", f"results_dir={tmp_path}", f"method={method}",
+                     "sweep=again")  # fmt: skip
+        job.run_job(one)
+    assert len(passes) == 4
+    for name, tensors in played.items():
+        again = files.load_tensors(cache / name)
+        assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items()) and len(again) == len(tensors)
