@@ -76,7 +76,8 @@ class Recording:
         for part in self._parts:
             x = torch.empty(part.shape, dtype=part.dtype)
             content = x.view(torch.uint8).numpy()
-            if self._file.readinto(content) != content.nbytes or zlib.crc32(content) != part.checksum:
+            self._file.readinto(content)
+            if zlib.crc32(content) != part.checksum:
                 self._forget()
                 raise UserError(
                     f"{self.folder}: its disk does not give back the activations that were just written there; check "
