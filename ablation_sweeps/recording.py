@@ -60,7 +60,7 @@ class Recording:
                 self._record(self._file, room, layer, x)
 
         try:
-            self._file = cast(FileIO, tempfile.TemporaryFile(dir=self.folder, buffering=0))
+            self._file = cast(FileIO, tempfile.TemporaryFile(dir=self.folder, buffering=0))  # noqa: SIM115
             yield see_and_record
             self.whole = self._file is not None
         finally:
@@ -75,7 +75,7 @@ class Recording:
         self._file.seek(0)
         for part in self._parts:
             x = torch.empty(part.shape, dtype=part.dtype)
-            content = x.view(torch.uint8).numpy()
+            content = x.view(torch.uint8).numpy().data
             self._file.readinto(content)
             if zlib.crc32(content) != part.checksum:
                 self._forget()
@@ -86,7 +86,7 @@ class Recording:
             see(part.layer, x)
 
     def _record(self, file: FileIO, room: int, layer: int, x: Float[torch.Tensor, "positions neurons"]) -> None:
-        content = x.contiguous().view(torch.uint8).numpy()
+        content = x.contiguous().view(torch.uint8).numpy().data
         try:
             whole = file.tell() + content.nbytes <= room and file.write(content) == content.nbytes
         except OSError:  # the disk is full

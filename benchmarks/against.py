@@ -18,6 +18,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,7 @@ from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.data import Batch
 from ablation_sweeps.hub import load_tokenizer
 from ablation_sweeps.job import encode, load
+from ablation_sweeps.recording import Recording
 
 HERE = ROOT / "benchmarks"
 FRACTIONS = (0.2, 0.5)
@@ -94,9 +96,10 @@ class Ours:
         def run() -> dict[str, Any]:
             passes, found = CleanPasses(case.model), {}
             with tempfile.TemporaryDirectory() as cache:
-
-                def collected(*histograms: activations.Histogram) -> activations.Statistics:
-                    return activations.collect(case.model, case.projections, case.batches, Path(cache), *histograms)
+                collected = partial(
+                    activations.collect, case.model, case.projections, case.batches, Path(cache),
+                    recording=Recording(Path(cache)) if case.model.on_cpu else None,
+                )  # fmt: skip
 
                 for name in METHODS:
                     sums = (

@@ -41,7 +41,8 @@ def study(tiny, site, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [(family, torch.float32) for family in ("llama", "opt", "albert", "vit", "timm_swin")] + [("llama", torch.bfloat16)],
+    [(family, torch.float32) for family in ("llama", "opt", "albert", "vit", "timm_swin")]
+    + [("llama", torch.bfloat16)],
 )
 @pytest.mark.parametrize("name", ["attn_pre_out", "mlp_pre_out"])
 def test_what_is_played_is_what_was_seen(fresh, site, tmp_path, family, dtype, name):
@@ -102,7 +103,7 @@ def test_it_leaves_no_file(study, tmp_path):
 
 
 def on_a_disk_of(monkeypatch, free: int) -> None:
-    usage = namedtuple("usage", "total used free")  # noqa: PYI024
+    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10 * free, 9 * free, free))
 
 
