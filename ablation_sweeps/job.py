@@ -37,7 +37,7 @@ class Calibration:
     """Attributes:
     tokens: positions that the statistics are taken over; for images, their patches.
     documents: at most so many documents or images; None is no limit.
-    passes: over the data: 2 gives exact histograms, 1 takes half of the time.
+    passes: over the data: 2 gives exact histograms, 1 takes half of the time where the second one is of the model, too.
     """
 
     tokens: Annotated[int, Field(ge=2)]
