@@ -65,9 +65,9 @@ def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Co
     shown = [*fractions[:-1:step], fractions[-1]]
     columns = {f"{100 * f:.4g} %" if f else "clean": [means.get((f, m), math.nan) for m in methods] for f in shown}
     # Means over other seeds, and so other neurons, are no better or worse.
-    fair = {title: len({seeds[f, m] for m in methods if (f, m) in seeds}) == 1
-            for title, f in zip(columns, shown, strict=True)}  # fmt: skip
-    fair["AUC"] = len({seeds[f, m] for m in methods for f in fractions if (f, m) in seeds}) == 1
+    covered = {title: [f] for title, f in zip(columns, shown, strict=True)} | {"AUC": fractions}
+    fair = {title: len({seeds[f, m] for f in of for m in methods if (f, m) in seeds}) == 1
+            for title, of in covered.items()}  # fmt: skip
     if any(not math.isnan(auc[method]["auc"]) for method in methods):
         columns["AUC"] = [auc[method]["auc"] for method in methods]
 

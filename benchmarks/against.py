@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import transformers
 import typer
-from bench import GPU, ROOT, TENTHS, Case, collect, composed, evaluate, masks_of, seconds
+from bench import GPU, ROOT, TENTHS, Case, collect, composed, evaluate, masks_of, recording, seconds
 from rich.console import Console
 from rich.table import Table
 
@@ -36,7 +36,6 @@ from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.data import Batch
 from ablation_sweeps.hub import load_tokenizer
 from ablation_sweeps.job import encode, load
-from ablation_sweeps.recording import Recording
 
 HERE = ROOT / "benchmarks"
 FRACTIONS = (0.2, 0.5)
@@ -98,7 +97,7 @@ class Ours:
             with tempfile.TemporaryDirectory() as cache:
                 collected = partial(
                     activations.collect, case.model, case.projections, case.batches, Path(cache),
-                    recording=Recording(Path(cache)) if case.model.on_cpu else None,
+                    recording=recording(case, Path(cache)),
                 )  # fmt: skip
 
                 for name in METHODS:

@@ -132,11 +132,15 @@ def collect(case: Case, passes: activations.NPasses = 2, again: bool = False) ->
         again: both are passes of the model, as on a GPU, or where the disk has no room.
     """
     with tempfile.TemporaryDirectory() as cache:
-        recording = Recording(Path(cache)) if case.model.on_cpu and not again else None
         return activations.collect(
             case.model, case.projections, case.batches, Path(cache), activations.Histogram(100), passes=passes,
-            recording=recording,
+            recording=None if again else recording(case, Path(cache)),
         )  # fmt: skip
+
+
+def recording(case: Case, folder: Path) -> Recording | None:
+    """As a job has it."""
+    return Recording(folder) if case.model.on_cpu else None
 
 
 def masks_of(case: Case, fractions: Sequence[float]) -> dict[float, list[torch.Tensor]]:
