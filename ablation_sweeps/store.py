@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 GOES_ON = "the same command goes on where it was"
 WAITED = "stopped while it waited; the same command runs it"
+CLOCKS = 5.0  # seconds by which the times of a file and of a process may differ
 
 
 class _RunLog(logging.FileHandler):
@@ -172,7 +173,7 @@ def status(folder: Path) -> dict:
 def looked_at(folder: Path) -> dict:
     """Its status; a process of this machine that was killed could not write it."""
     found = status(folder)
-    if found.get("host") != gethostname() or not _gone(found["pid"]):
+    if found.get("host") != gethostname() or not _gone(found["pid"], found.get("started") or found["time"]):
         return found
     if found["state"] == "queued":
         return {**found, "state": "interrupted", "reason": WAITED}
@@ -185,14 +186,14 @@ def is_held(folder: Path) -> bool:
     return found["state"] in ("queued", "running") and found.get("host") == gethostname()
 
 
-def _gone(pid: int) -> bool:
+def _gone(pid: int, wrote: str) -> bool:
+    """One that began after the status was written is another process: numbers are given again, soon in a container."""
+    import psutil
+
     try:
-        os.kill(pid, 0)  # which sends nothing
-    except ProcessLookupError:
+        return psutil.Process(pid).create_time() > datetime.fromisoformat(wrote).timestamp() + CLOCKS
+    except psutil.NoSuchProcess:
         return True
-    except PermissionError:  # of somebody else
-        pass
-    return False
 
 
 def _process() -> dict[str, object]:

@@ -68,19 +68,25 @@ def test_status_is_read_from_the_files(tmp_path):
 def test_a_job_whose_process_was_killed_does_not_run_for_ever(tmp_path):
     ended = subprocess.Popen(["true"])
     ended.wait()
-    for name, pid, host in (("here", os.getpid(), gethostname()), ("killed", ended.pid, gethostname()),
-                            ("elsewhere", ended.pid, "another")):  # fmt: skip
-        status = {"state": "running", "host": host, "pid": pid}
+    now = datetime.now(timezone.utc)
+    before_this_process = now - timedelta(days=1)  # so that its number is that of a process which was here before
+    for name, pid, host, started in (
+        ("here", os.getpid(), gethostname(), now),
+        ("recycled", os.getpid(), gethostname(), before_this_process),
+        ("killed", ended.pid, gethostname(), now),
+        ("elsewhere", ended.pid, "another", now),
+    ):
+        status = {"state": "running", "host": host, "pid": pid, "started": started.isoformat(timespec="seconds")}
         files.write_json(tmp_path / name / "status.json", status)
     said = CliRunner().invoke(app, ["status", str(tmp_path)]).output
-    assert "1 died, 2 running" in said and "its process is gone" in said
+    assert "2 died, 2 running" in said and said.count("its process is gone") == 2
 
 
 def test_what_waited_for_a_launcher_that_was_killed_waits_no_more(tmp_path, monkeypatch):
     store.queue(tmp_path / "here", {}, lasts=False)
     store.queue(tmp_path / "on a cluster", {}, lasts=True)
     assert "2 queued" in CliRunner().invoke(app, ["status", str(tmp_path)]).output
-    monkeypatch.setattr(store, "_gone", lambda pid: pid == os.getpid())
+    monkeypatch.setattr(store, "_gone", lambda pid, wrote: pid == os.getpid())
     said = CliRunner().invoke(app, ["status", str(tmp_path)]).output
     assert "1 interrupted, 1 queued" in said and "stopped while it waited; the same command runs it" in said
 
@@ -90,7 +96,7 @@ def test_retry_leaves_alone_what_another_process_will_come_to(tmp_path, monkeypa
     store.queue(others, {}, lasts=False)
     assert CliRunner().invoke(app, ["retry", str(tmp_path)]).exit_code == 0
     assert store.status(others)["state"] == "queued" and "1 job left to the process that is at it" in caplog.text
-    monkeypatch.setattr(store, "_gone", lambda pid: True)
+    monkeypatch.setattr(store, "_gone", lambda pid, wrote: True)
     tried = CliRunner().invoke(app, ["retry", str(tmp_path)])
     assert "nothing there can be tried again" in str(tried.exception)
     assert "in order: left alone: model: must be given" in caplog.text
