@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,8 @@ class Measured:
     Attributes:
         curves: for each metric and method, over all its seeds, on the same documents.
         levels: their points, with intervals.
-        areas: of each metric and method, over the seeds and fractions that all methods have; NaN where there are none.
+        areas: of each metric and method, over the seeds and fractions that all methods have; NaN where there are none,
+            or for a method that is left out so that the others have some.
         ranking: the pairs of methods by these areas of the loss (see `comparison.compare`).
         reach: the last fraction of the areas.
     """
@@ -104,7 +106,19 @@ def _curves(documents: Documents, metric: str) -> dict[str, Curve]:
 
 
 def _common(documents: Documents) -> Documents:
-    """What all methods have: areas over other seeds or fractions are not comparable. Empty where that is nothing."""
+    """What all methods have: areas over other seeds or fractions are not comparable. Where that is nothing, those with
+    the fewest points are left out, one after the other; it is empty where no two methods remain."""
+    points = Counter[str]()
+    for (method, _), table in documents.items():
+        points[method] += table["fraction"].nunique()
+    methods = [method for method, _ in points.most_common()]
+    for count in range(len(methods), min(len(methods), 2) - 1, -1):
+        if found := _of_all({key: table for key, table in documents.items() if key[0] in methods[:count]}):
+            return found
+    return {}
+
+
+def _of_all(documents: Documents) -> Documents:
     seeds: dict[str, set[int]] = {}
     for method, seed in documents:
         seeds.setdefault(method, set()).add(seed)
@@ -123,13 +137,22 @@ def verdict(study: Measured) -> str:
     """One sentence: which method does least damage, by the area under its loss, and whether that may be luck."""
     if len(study.methods) == 1:
         return f"Only {study.methods[0]} is finished: there is nothing to compare it with."
-    height = {method: area.value for method, area in study.areas["loss"].items()}
-    if any(math.isnan(value) for value in height.values()):
+    compared = [method for method in study.methods if not math.isnan(study.areas["loss"][method].value)]
+    if not compared:
         return (
             "Not all methods have results on the same seeds and fractions, so that none is called the best; "
             "comparisons.csv has what each two of them share."
         )
-    best, *others = sorted(study.methods, key=lambda method: height[method])
+    left = [method for method in study.methods if method not in compared]
+    are = "is" if len(left) == 1 else "are"
+    return _best(study, compared) + (
+        f" {_listed(left)} {are} left out, for want of results on the same seeds and fractions." if left else ""
+    )
+
+
+def _best(study: Measured, compared: Sequence[str]) -> str:
+    height = {method: study.areas["loss"][method].value for method in compared}
+    best, *others = sorted(compared, key=lambda method: height[method])
     pairs = {frozenset((row["method"], row["other"])): row for row in study.ranking.to_dict("records")}
     versus = {other: pairs[frozenset((best, other))] for other in others}
     tied = [other for other, row in versus.items() if row["better"] != best]

@@ -77,6 +77,23 @@ def test_a_line_from_end_to_end_is_not_taken_for_a_curve():
     assert found.comparisons["fraction"].tolist() == [1.0, 1.0]  # of loss and top1; no area
 
 
+def test_one_odd_run_does_not_keep_the_others_from_being_compared():
+    """Mean was run at 100 % alone, or with another seed: the verdict on the others is that without it."""
+    without = {key: table for key, table in runs().items() if key[0] != "mean"}
+    ends = {key: t[t["fraction"] != 0.5] if key[0] == "mean" else t for key, t in runs().items()}
+    elsewhere = {**without, ("mean", 7): runs()["mean", 0]}
+    for odd in (ends, elsewhere):
+        found, expected = study(odd), study(without)
+        assert page.verdict(found) == page.verdict(expected) + (
+            " mean is left out, for want of results on the same seeds and fractions."
+        )
+        areas = {row["method"]: row for row in page.areas(found)}
+        assert math.isnan(areas.pop("mean")["area of loss"][0])
+        assert str([row["area of loss"] for row in areas.values()]) == str(
+            [row["area of loss"] for row in page.areas(expected)]
+        )
+
+
 def test_where_nothing_was_ablated_there_is_no_area():
     clean = {key: table[table["fraction"] == 0] for key, table in runs().items()}
     found = study(clean)
