@@ -47,6 +47,7 @@ class ImageEncoder:
         pictures = [self._checked(example) for example in islice(examples, limit)]
         if not pictures:
             raise UserError(f"dataset: the {split} split has no images; check dataset.path")
+        budget.say_if_short(split, len(pictures) * self.tokens)
         size = max(2, batch_tokens // self.tokens)
         starts = range(0, max(1, len(pictures) - 1), size)  # never one alone: resampling needs another example
         n_kept = ROOM // self.pixels(pictures[:1]).nbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Literal, Protocol, runtime_checkable
 
 from ablation_sweeps.data import Batch, Document, Modality, Picture, Split
 from ablation_sweeps.lazy import torch
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["causal_lm", "masked_lm", "image_classifier"]
 
@@ -25,6 +28,12 @@ class Budget:
     tokens: int | None
     examples: int | None
     window: int | None = None
+
+    def say_if_short(self, split: Split, positions: int) -> None:
+        """Statistics do not show how much data they were taken over; scores do."""
+        enough = self.tokens is None or positions >= self.tokens - 1  # one token alone is not scored
+        if split == "calibration" and not enough and self.examples is None:
+            log.info("statistics.tokens=%d: there are only %d in the calibration data", self.tokens, positions)
 
 
 @runtime_checkable

@@ -123,6 +123,14 @@ def test_a_budget_is_met(tiny, budget, n):
     assert sum(len(batch.names) for batch in encoded(tiny("vit"), pictures(9), budget)) == n
 
 
+@pytest.mark.parametrize(("budget", "said"), [(Budget(47, None), ["45"]), (Budget(45, None), []), (Budget(47, 9), [])])
+def test_less_calibration_data_than_asked_for_is_said(tiny, caplog, budget, said):
+    caplog.set_level("INFO", "ablation_sweeps")
+    tiny("vit").encode(pictures(9), "calibration", budget, 10, 0)
+    expected = [f"statistics.tokens={budget.tokens}: there are only {n} in the calibration data" for n in said]
+    assert caplog.messages == expected
+
+
 def test_a_label_that_the_model_does_not_know_is_refused(tiny):
     for family in ("vit", "timm_vit"):
         with pytest.raises(UserError, match=r"odd has class 5, but the model knows 5 classes.*dataset\.classes"):

@@ -107,6 +107,19 @@ def test_a_budget_larger_than_the_data_takes_all(tiny):
     assert len(by_document(encoded(tiny("llama"), budget=Budget(10**6, None)))) == 6
 
 
+@pytest.mark.parametrize(("split", "budget", "said"), [
+    ("calibration", Budget(10**6, None), "statistics.tokens=1000000: there are only 139 in the calibration data"),
+    ("calibration", Budget(10**6, 3), ""),  # limited on purpose
+    ("calibration", Budget(137, None), ""), ("calibration", Budget(21, None), ""),  # a rest of one token
+    ("calibration", NO_LIMIT, ""), ("evaluation", Budget(10**6, None), ""),
+])  # fmt: skip
+def test_less_calibration_data_than_asked_for_is_said(tiny, caplog, split, budget, said):
+    """No number in the results shows it."""
+    caplog.set_level("INFO", "ablation_sweeps")
+    encoded(tiny("llama"), budget=budget, split=split)
+    assert caplog.messages == ([said] if said else [])
+
+
 # Padding and batching
 
 
