@@ -54,11 +54,11 @@ def report(
     sweep: Sweep, more: Annotated[list[Path] | None, typer.Argument(help="sweeps to cover as well")] = None
 ) -> None:
     """Write tables, figures and report.html into the sweep's folder, and print the tables."""
-    from ablation_sweeps.report import write
+    from ablation_sweeps.report import KINDS, write
 
     for file in write(sweep, *(more or ())):
-        if file.suffix == ".html":
-            print(f"page: {file}")
+        if file.suffix in KINDS:
+            print(f"{KINDS[file.suffix]}: {file}")
     if more:
         print(f"{sweep} now has tables of {', '.join(map(str, more))}, too; report {sweep} alone takes them out again")
 

@@ -6,7 +6,8 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -51,8 +52,7 @@ def read_curves(*sweeps: Path) -> DataFrame:
     read = {path.parent: store.result(path.parent, path.name) for path in paths}
     whole = {folder: _filled(rows) for folder, rows in read.items() if rows is not None}
     if not whole:
-        where = ", ".join(map(str, sweeps))
-        raise UserError(f"no finished run below {where}: name the folder of a sweep (results/<sweep>) that has run")
+        raise UserError(_nothing_below(sweeps))
     by_study: dict[str, list[Path]] = {}
     for folder, rows in whole.items():
         by_study.setdefault(rows["study"].iloc[0], []).append(folder)
@@ -61,6 +61,15 @@ def read_curves(*sweeps: Path) -> DataFrame:
     rows = _distinguish(pd.concat(whole.values(), ignore_index=True))
     rows["options"] = rows["study"].map(_differing(by_study, rows))
     return rows.drop_duplicates(POINT).sort_values(POINT).reset_index(drop=True)
+
+
+def _nothing_below(sweeps: Sequence[Path]) -> str:
+    states = Counter(store.looked_at(run)["state"] for sweep in sweeps for run in store.runs(Path(sweep)))
+    remedy = "name the folder of a sweep (results/<sweep>) that has run"
+    if states:
+        known = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
+        remedy = f"{known}; python -m ablation_sweeps status {sweeps[0]} tells more"
+    return f"no finished run below {', '.join(map(str, sweeps))}: {remedy}"
 
 
 def _filled(rows: DataFrame) -> DataFrame:

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-KINDS = {".png": "figure", ".html": "page"}
-
-
 def check(configs: Sequence[DictConfig]) -> list[Job]:
     """Builds all jobs of a sweep, so that a mistake in the last one is found before the first one runs."""
     from tqdm import tqdm
@@ -172,8 +169,8 @@ def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
     with_results = [folder for folder in folders if not failures.reasons or list(folder.glob("*/rows.parquet"))]
     for folder in with_results:
         for file in report.write(folder):
-            if file.suffix in KINDS:
-                print(f"{KINDS[file.suffix]}: {os.path.relpath(file)}")
+            if file.suffix in report.KINDS:
+                print(f"{report.KINDS[file.suffix]}: {os.path.relpath(file)}")
     _say_what_other_code_did(jobs)
     for folder in with_results:
         try:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from rich.console import Console
 
+KINDS = {".png": "figure", ".html": "page"}  # of what is written, those that are looked at
 DIFFER = "runs differ in"  # beside method and seed
 
 

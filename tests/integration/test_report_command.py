@@ -20,7 +20,7 @@ def test_two_sweeps_are_compared_on_one_page(launch: Launch, on_text, tmp_path):
     command = [sys.executable, "-m", "ablation_sweeps", "report", "results/zero", "results/mean"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "page: results/zero/report.html" in done.stdout
+    assert "figure: results/zero/figures/" in done.stdout and "page: results/zero/report.html" in done.stdout
     assert "does least damage" in done.stdout or "cannot be told apart" in done.stdout
     found = pd.read_csv(tmp_path / "results" / "zero" / "comparisons.csv")
     assert set(zip(found["method"], found["other"], strict=True)) in ({("zero", "mean")}, {("mean", "zero")})

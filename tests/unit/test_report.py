@@ -74,8 +74,11 @@ def test_only_finished_runs_are_read_and_the_clean_pass_once(tmp_path: Path):
 
 
 def test_nothing_finished_is_the_users_to_mend(tmp_path: Path):
-    save_run(tmp_path / "a", curve("zero"), state="failed")
-    with pytest.raises(UserError, match="no finished run") as error:
+    with pytest.raises(UserError, match=r"no finished run below .*: name the folder of a sweep"):
+        read_curves(tmp_path)
+    for name, state in (("a", "failed"), ("b", "running"), ("c", "failed")):
+        save_run(tmp_path / name, curve("zero"), state=state)
+    with pytest.raises(UserError, match=r"no finished run below .*: 2 failed, 1 running; python -m .* status") as error:
         read_curves(tmp_path)
     assert "\n" not in str(error.value)
 
