@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 from jaxtyping import Float
 
@@ -19,7 +19,10 @@ from ablation_sweeps.lazy import torch
 
 ROOM = 1 << 32  # bytes of disk; of SmolLM2-135M, 62,000 positions
 
-See = Callable[[int, Float[torch.Tensor, "positions neurons"]], None]
+
+@runtime_checkable
+class See(Protocol):
+    def __call__(self, layer: int, x: Float[torch.Tensor, "positions neurons"], /) -> None: ...
 
 
 class Part(NamedTuple):

@@ -151,20 +151,34 @@ def test_cfg_job_prints_the_composed_options(launch: Launch):
     assert "hydra" not in options
 
 
-def test_help_is_worth_reading_and_comes_at_once(tmp_path: Path):
+def run_and_say_what_is_heavy(folder: Path, *arguments: str) -> str:
     script = (
-        f"import runpy, sys; sys.argv[:] = [{str(LAUNCH)!r}, '--help']; sys.path[0] = {str(ROOT)!r}\n"
+        f"import runpy, sys; sys.argv[:] = {[str(LAUNCH), *arguments]!r}; sys.path[0] = {str(ROOT)!r}\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "finally: print('HEAVY', sorted({'torch', 'transformers', 'pandas', 'wandb'} & set(sys.modules)))"
+        "finally: print('HEAVY', sorted({'torch', 'transformers', 'timm', 'pandas', 'wandb'} & set(sys.modules)))"
     )
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "HEAVY []" in done.stdout
-    assert done.stdout.count("\n  python launch.py ") >= 3
+    return done.stdout
+
+
+def test_a_plan_comes_at_once(tmp_path: Path):
+    """Without what takes seconds to import, whatever is chosen."""
+    said = run_and_say_what_is_heavy(
+        tmp_path, "-m", "dry_run=true", "method=zero,mean,median,peak,resample,resample_random", "statistics.passes=1,2"
+    )
+    assert "12 jobs" in said and "HEAVY []" in said
+    said = run_and_say_what_is_heavy(tmp_path, "-m", "dry_run=true", "model=tiny_vit", "dataset=digits")
+    assert "1 job" in said and "torch" not in said.split("HEAVY")[1]  # but pandas, which scikit-learn brings along
+
+
+def test_help_is_worth_reading_and_comes_at_once(tmp_path: Path):
+    said = run_and_say_what_is_heavy(tmp_path, "--help")
+    assert "HEAVY []" in said
+    assert said.count("\n  python launch.py ") >= 3
     for group in set(PARTS) - {"statistics", "eval"}:
         names = sorted(option.split("/")[1] for option in OPTIONS if option.startswith(f"{group}/"))
-        assert f"{group}: {', '.join(names)}\n" in done.stdout
+        assert f"{group}: {', '.join(names)}\n" in said
     for option in ("seed: 0", "batch_tokens:", "n_bins: 100", "HYDRA_FULL_ERROR=1"):
-        assert option in done.stdout
+        assert option in said
     assert list(tmp_path.iterdir()) == []
