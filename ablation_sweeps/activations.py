@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ablation_sweeps import files
 from ablation_sweeps.data import TOO_LARGE, Batch, UserError, made_ahead
-from ablation_sweeps.growing import FINE, GrowingCounts
+from ablation_sweeps.growing import FINE, GrowingCounts, by_neuron
 from ablation_sweeps.lazy import torch
 from ablation_sweeps.recording import Recording, See
 from ablation_sweeps.sites import Projection, as_rows, hooked, rows_at_a_time
@@ -236,7 +236,7 @@ def _at_once_in_bins(moments: list[Moments], fine: list[GrowingCounts], histogra
 
 
 def bins(
-    x: Float[torch.Tensor, "neurons tokens"],
+    x: Float[torch.Tensor, "tokens neurons"],
     low: Float[torch.Tensor, " neurons"],
     high: Float[torch.Tensor, " neurons"],
     n_bins: int,
@@ -246,8 +246,8 @@ def bins(
     A neuron that never changes has all its values in bin 0.
     """
     width = high - low
-    scaled = (x.float() - low[:, None]).mul_(n_bins).div_(torch.where(width > 0, width, 1)[:, None])
-    return scaled.long().clamp_(0, n_bins - 1)
+    scaled = (x.float() - low).mul_(n_bins).div_(torch.where(width > 0, width, 1))
+    return by_neuron(scaled).clamp_(0, n_bins - 1)
 
 
 def moments_of(
@@ -313,8 +313,7 @@ def _counts(
             low, high = ranges[h][layer]
             low, high = ranges[h][layer] = low.to(x.device), high.to(x.device)
             here = counts[h][layer] = counts[h][layer].to(x.device)
-            # Transposed: the scattered writes of a neuron then stay in a few cache lines.
-            index = bins(x.T.contiguous(), low, high, h.n_bins)
+            index = bins(x, low, high, h.n_bins)
             here.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
 
     data.run(see, "statistics, pass 2")

@@ -52,9 +52,7 @@ class GrowingCounts:
     ) -> None:
         """Counts `x`, whose smallest and largest values are given."""
         self._reach(low.double(), high.double())
-        start, scale = self.low.float()[:, None], (1 / self.width).float()[:, None]
-        # Transposed: the scattered writes of a neuron then stay in a few cache lines.
-        index = (x.T.contiguous().float() - start).mul_(scale).long().clamp_(0, FINE - 1)
+        index = by_neuron((x.float() - self.low.float()).mul_((1 / self.width).float())).clamp_(0, FINE - 1)
         self.counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
 
     def _reach(self, low: Float[torch.Tensor, " neurons"], high: Float[torch.Tensor, " neurons"]) -> None:
@@ -86,3 +84,9 @@ class GrowingCounts:
         counts = torch.cat([torch.zeros_like(all_of_them), inside, all_of_them], 1).diff(dim=1)
         constant = (high == low)[:, None]
         return torch.where(constant, torch.nn.functional.pad(all_of_them, (0, n_bins - 1)), counts)
+
+
+def by_neuron(places: Float[torch.Tensor, "tokens neurons"]) -> Int[torch.Tensor, "neurons tokens"]:
+    """Without their fractions, and transposed: the scattered writes of a neuron then stay in a few cache lines. Both at
+    once takes a quarter less than one after the other."""
+    return places.T.to(torch.int64, memory_format=torch.contiguous_format)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 from jaxtyping import Float
+from xxhash import xxh3_64_intdigest
 
 from ablation_sweeps.data import UserError
 from ablation_sweeps.lazy import torch
@@ -80,7 +80,7 @@ class Recording:
             x = torch.empty(part.shape, dtype=part.dtype)
             content = x.view(torch.uint8).numpy().data
             self._file.readinto(content)
-            if zlib.crc32(content) != part.checksum:
+            if xxh3_64_intdigest(content) != part.checksum:
                 self._forget()
                 raise UserError(
                     f"{self.folder}: its disk does not give back the activations that were just written there; check "
@@ -95,7 +95,7 @@ class Recording:
         except OSError:  # the disk is full
             whole = False
         if whole:
-            self._parts.append(Part(layer, x.shape, x.dtype, zlib.crc32(content)))
+            self._parts.append(Part(layer, x.shape, x.dtype, xxh3_64_intdigest(content)))
         else:
             self._forget()
 

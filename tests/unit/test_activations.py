@@ -180,7 +180,7 @@ def test_one_range_is_that_of_all_neurons_of_the_model(tiny, site, tmp_path):
 
 def test_bins_hold_their_lower_edge_and_the_last_one_the_maximum():
     x = torch.tensor([0.0, 0.25, 0.2499999, 0.5, 0.75, 0.999999, 1.0])[:, None]
-    assert bins(x.T, x.amin(0), x.amax(0), 4)[0].tolist() == [0, 1, 0, 2, 3, 3, 3]
+    assert bins(x, x.amin(0), x.amax(0), 4)[0].tolist() == [0, 1, 0, 2, 3, 3, 3]
 
 
 @pytest.mark.parametrize("value", [0.1, -3.3, 1e-30, 7e4])
@@ -189,7 +189,7 @@ def test_a_neuron_that_never_changes_has_its_value_as_mean_and_all_counts_in_one
     moments = Moments.of(x[:500]) + Moments.of(x[500:])
     assert torch.equal(moments.mean.float(), x[0])
     assert moments.variance.item() <= 1e-9 * value**2
-    assert bins(x.T, moments.minimum, moments.maximum, 100).unique().tolist() == [0]
+    assert bins(x, moments.minimum, moments.maximum, 100).unique().tolist() == [0]
 
 
 def test_variance_survives_a_large_mean_and_half_precision():

@@ -172,7 +172,7 @@ def statistics(layers: list[torch.Tensor]) -> Statistics:
     moments = [Moments.of(x) for x in layers]
     counts = []
     for x, m in zip(layers, moments, strict=True):
-        index = bins(x.T.contiguous(), m.minimum, m.maximum, 100)
+        index = bins(x, m.minimum, m.maximum, 100)
         counts.append(torch.stack([torch.bincount(row, minlength=100) for row in index]).int())
     return Statistics(moments, {Histogram(100): counts})
 
