@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from jaxtyping import Float, Int
+
 from ablation_sweeps.data import Batch
 from ablation_sweeps.lazy import torch
 from ablation_sweeps.transformer import Transformer
@@ -15,7 +17,8 @@ Part = tuple[int, ...]  # (7,) is batch 7, (7, 0) its first half, (7, 0, 1) the 
 
 @dataclass
 class CleanPasses:
-    """Gives the clean logits of a batch: to the bit those of a forward pass, and sooner for a batch that it has seen.
+    """Gives the clean logits of a batch where it is scored: to the bit those of a forward pass, and sooner for a batch
+    that it has seen.
 
     Logits of language models are large. Of these it keeps what the head takes, and applies the head again; where that
     does not give the logits (some models scale or cap them afterwards), it keeps nothing.
@@ -32,27 +35,29 @@ class CleanPasses:
         if self.model.head is not None and not self._head_comes_last():
             self.room = 0
 
-    def logits(self, part: Part, batch: Batch) -> torch.Tensor:
-        """`[batch, pos, d_vocab]` or `[batch, classes]`."""
+    def logits(self, part: Part, batch: Batch, rows: Int[torch.Tensor, " rows"]) -> Float[torch.Tensor, "rows classes"]:
+        """Args:
+        rows: places of the positions, or images, that are scored; the same whenever it is asked for this part.
+        """
         if part in self.kept:
             return self._from(self.kept[part])
-        x, logits = self._pass(batch)
+        x, logits = self._pass(batch, rows)
         if x.nbytes <= self.room:
             self.kept[part] = x.to("cpu", copy=True)
             self.room -= x.nbytes
         return logits
 
-    def _pass(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pass(self, batch: Batch, rows: Int[torch.Tensor, " rows"]) -> tuple[torch.Tensor, torch.Tensor]:
         """What the head takes, and the logits; where there is no head, these twice."""
         seen: list[torch.Tensor] = []
         head = self.model.head
         handle = head and head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            logits = self.model.logits(batch)
+            logits = self.model.logits_at(batch, rows)
         finally:
             if handle:
                 handle.remove()
-        return (seen[0] if seen else logits), logits
+        return (seen[0].flatten(0, -2)[rows.to(seen[0].device)] if seen else logits), logits
 
     def _from(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.model.device)
@@ -62,6 +67,7 @@ class CleanPasses:
 
     def _head_comes_last(self) -> bool:
         """Of one short input: the logits of a batch are large."""
+        probe = self.model.other_input("probe", 8, 0).to(self.model.device)
         with torch.inference_mode():
-            x, logits = self._pass(self.model.other_input("probe", 8, 0).to(self.model.device))
+            x, logits = self._pass(probe, torch.arange(1, 8, device=self.model.device))
             return torch.equal(self._from(x), logits)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
+from ablation_sweeps.lazy import torch
+
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
     from torch import Tensor
 
@@ -165,6 +166,17 @@ class Batch:
             index=self.index[rows],
             documents=self.documents and self.documents[rows],
         )
+
+
+def together(one: Batch, other: Batch) -> Batch:
+    """Two of the same length, one below the other; for probes, so that nothing of them is padding."""
+    return Batch(
+        {key: torch.cat([one.inputs[key], other.inputs[key]]) for key in one.inputs},
+        torch.cat([one.labels, other.labels]),
+        None,
+        (*one.names, *other.names),
+        tuple(range(len(one.names) + len(other.names))),
+    )
 
 
 def made_ahead(batches: Sequence[Batch]) -> Iterator[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -187,17 +188,17 @@ class Passes:
         size, targets = len(batch.names), _targets(batch)
         if values is None:
             with reading(self.projections, size) as clean_activations:
-                logits = self.model.logits(batch)
+                logits = self.model.logits_at(batch, targets.rows)
             values = self._values(batch, clean_activations)
             del clean_activations
         else:
-            logits = self.clean.logits(part, batch)
-        clean = _clean(logits, targets.rows)
+            logits = self.clean.logits(part, batch, targets.rows)
+        clean = _clean(logits)
         sums = {0.0: _sums(logits, clean, targets, self.common, self.top_k)}
         for fraction, layers in self.masks.items():
             del logits  # of which there is no room for two
             with ablated(self.projections, layers, values, size):
-                logits = self.model.logits(batch)
+                logits = self.model.logits_at(batch, targets.rows)
             sums[fraction] = _sums(logits, clean, targets, self.common, self.top_k)
         # Not before the last pass: a GPU stands still when its numbers are waited for.
         return dict(zip(sums, torch.stack(list(sums.values())).cpu().numpy(), strict=True))
@@ -211,7 +212,7 @@ class Passes:
                     if part in self.clean.kept:
                         self.model.body(batch)
                     else:  # which is needed next
-                        self.clean.logits(part, batch)
+                        self.clean.logits(part, batch, _targets(batch).rows)
                 return [x.cpu() for x in activations]
             except torch.OutOfMemoryError:
                 self._too_large(batch)
@@ -245,7 +246,7 @@ def _check_finite(sums: Sums, model: Transformer) -> None:
 
 
 class Targets(NamedTuple):
-    """The scored positions of a batch, as rows of its logits `[batch * pos, classes]`."""
+    """The scored positions of a batch: what each must be, and their places `[batch * pos]`."""
 
     rows: Int[torch.Tensor, " scored"]
     labels: Int[torch.Tensor, " scored"]
@@ -258,9 +259,9 @@ def _targets(batch: Batch) -> Targets:
     return Targets(rows, labels[rows], (len(batch.names), len(labels) // len(batch.names)))
 
 
-def _chunks(rows: Int[torch.Tensor, " scored"], n_classes: int) -> Iterator[slice]:
-    size = rows_at_a_time(n_classes, rows.device)
-    return (slice(start, start + size) for start in range(0, len(rows), size))
+def _chunks(logits: Float[torch.Tensor, "scored classes"]) -> Iterator[slice]:
+    size = rows_at_a_time(logits.shape[1], logits.device)
+    return (slice(start, start + size) for start in range(0, len(logits), size))
 
 
 class Clean(NamedTuple):
@@ -270,34 +271,30 @@ class Clean(NamedTuple):
     negentropy: Float[torch.Tensor, " scored"]  # the sum of p log p, in nats
 
 
-def _clean(logits: Float[torch.Tensor, "*batch classes"], rows: Int[torch.Tensor, " scored"]) -> Clean:
-    flat = logits.flatten(0, -2)
-    p = torch.empty(len(rows), flat.shape[-1], device=flat.device)
-    negentropy = torch.empty(len(rows), device=flat.device)
-    for chunk in _chunks(rows, flat.shape[-1]):
-        log_p = flat[rows[chunk]].float().log_softmax(-1)
+def _clean(logits: Float[torch.Tensor, "scored classes"]) -> Clean:
+    p = torch.empty(logits.shape, device=logits.device)
+    negentropy = torch.empty(len(logits), device=logits.device)
+    for chunk in _chunks(logits):
+        log_p = logits[chunk].float().log_softmax(-1)
         torch.exp(log_p, out=p[chunk])
         negentropy[chunk] = (p[chunk] * log_p).sum(-1)
     return Clean(p, negentropy)
 
 
 def _sums(
-    logits: Float[torch.Tensor, "*batch classes"],
+    logits: Float[torch.Tensor, "scored classes"],
     clean: Clean,
     targets: Targets,
     common: Int[torch.Tensor, " common"],
     top_k: int,
 ) -> Float[torch.Tensor, "batch sums"]:
     """The sums of `SUMS` over each example's scored positions, in float64."""
-    flat = logits.flatten(0, -2)
     values = [
-        _score(
-            flat[targets.rows[chunk]].float(), Clean(*(x[chunk] for x in clean)), targets.labels[chunk], common, top_k
-        )
-        for chunk in _chunks(targets.rows, flat.shape[-1])
+        _score(logits[chunk].float(), Clean(*(x[chunk] for x in clean)), targets.labels[chunk], common, top_k)
+        for chunk in _chunks(logits)
     ]
     # Position by position, and then each example's: adding to examples would have no order on a GPU, nor the same bits.
-    everywhere = torch.zeros(flat.shape[0], len(SUMS), dtype=torch.float64, device=flat.device)
+    everywhere = torch.zeros(math.prod(targets.shape), len(SUMS), dtype=torch.float64, device=logits.device)
     if values:
         everywhere[targets.rows] = torch.cat(values)
     return everywhere.unflatten(0, targets.shape).sum(1)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import Batch, UserError
+from ablation_sweeps.data import Batch, UserError, together
 from ablation_sweeps.lazy import torch
 from ablation_sweeps.transformer import Transformer
 
@@ -60,8 +60,8 @@ def find(model: Transformer, site: Site, paths: tuple[str, ...] | None) -> list[
     """
     found = _by_path(model.module, paths) if paths else _by_structure(model.module, site)
     one, other = (model.other_input("probe", 8, seed) for seed in (0, 1))
-    calls = _calls(model, site, found, _together(one, other))
-    swapped = _calls(model, site, found, _together(other, one))
+    calls = _calls(model, site, found, together(one, other))
+    swapped = _calls(model, site, found, together(other, one))
     _check(found, [(path, x.shape) for path, x in calls], site, model.n_heads)
     _check_examples(calls, swapped, site)
     return [Projection(path, found[path], x.shape[-1]) for path, x in calls]
@@ -90,11 +90,6 @@ def _calls(
         for handle in handles:
             handle.remove()
     return calls
-
-
-def _together(one: Batch, other: Batch) -> Batch:
-    inputs = {key: torch.cat([one.inputs[key], other.inputs[key]]) for key in one.inputs}
-    return Batch(inputs, torch.cat([one.labels, other.labels]), None, ("one", "other"), (0, 1))
 
 
 def _by_path(module: torch.nn.Module, paths: tuple[str, ...]) -> dict[str, torch.nn.Module]:

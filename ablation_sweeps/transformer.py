@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-from ablation_sweeps.data import Batch, Document, Modality, Picture, Split
+from jaxtyping import Float, Int
+
+from ablation_sweeps.data import Batch, Document, Modality, Picture, Split, together
 from ablation_sweeps.lazy import torch
 
 log = logging.getLogger(__name__)
@@ -64,7 +67,8 @@ class Transformer:
         other_input: see `OtherInput`.
         n_heads: query heads of a layer; None where the layers differ.
         special_ids: token ids that carry no text (BOS, CLS, PAD, ...); empty for images.
-        head: the language-model head; None where there is none, or nothing is known of it.
+        head: the language-model head, if it gives the logits of the positions that it is shown (see `with_head`); None
+            where there is none, or nothing is known of it.
         class_names: of an image classifier, in the order of its logits, where it knows them.
     """
 
@@ -99,6 +103,43 @@ class Transformer:
         """Positions of text, or images, that it is passed at once: of a larger batch, a half, or a half of that. A CPU
         takes up to a fifth longer for a batch of 4,096 positions at once (benchmarks/tried.py); of images, nothing."""
         return 1024 if self.on_cpu else sys.maxsize
+
+    def logits_at(self, batch: Batch, rows: Int[torch.Tensor, " rows"]) -> Float[torch.Tensor, "rows classes"]:
+        """Of some positions, or images. The head of a language model is not given the others: of a masked one they are
+        five of six, and its head may be most of the work.
+
+        Args:
+            rows: places in the batch, example after example.
+        """
+        if self.head is None:
+            return self.logits(batch).flatten(0, -2)[rows]
+
+        def narrow(_: torch.nn.Module, args: tuple) -> tuple:
+            return args[0].flatten(0, -2)[rows.to(args[0].device)][None], *args[1:]
+
+        handle = self.head.register_forward_pre_hook(narrow)
+        try:
+            return self.logits(batch).flatten(0, -2)
+        finally:
+            handle.remove()
+
+
+def with_head(model: Transformer, head: torch.nn.Module | None) -> Transformer:
+    """The model, and its head if the logits of some positions can be asked of it: seen with a probe, since a model may
+    do with them what it likes."""
+    one, other = (model.other_input("probe", 8, seed) for seed in (0, 1))
+    probe = together(one, other).to(model.device)
+    rows = torch.arange(1, 16, 3, device=model.device)
+    headed = dataclasses.replace(model, head=head)
+    with torch.inference_mode():
+        whole = model.logits_at(probe, rows).float()
+        try:
+            some = headed.logits_at(probe, rows).float()
+        except (RuntimeError, ValueError):  # it asks for the shape that it expects
+            return model
+    # Rows of other positions differ by more than the spread, the same ones by rounding; NaN is another error.
+    same = some.shape == whole.shape and not (some - whole).abs().max() > 0.1 * whole.std()
+    return headed if same else model
 
 
 def input_device(module: torch.nn.Module) -> torch.device:

@@ -11,7 +11,7 @@ from ablation_sweeps.data import Batch, Modality, UserError
 from ablation_sweeps.hub import Pretrained, context_length, load_tokenizer
 from ablation_sweeps.lazy import torch
 from ablation_sweeps.text import Pack, TextEncoder
-from ablation_sweeps.transformer import Transformer, input_device
+from ablation_sweeps.transformer import Transformer, input_device, with_head
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -59,14 +59,13 @@ class CausalLM(Pretrained):
             other_input=other_input,
             n_heads=module.config.get_text_config().num_attention_heads,  # type: ignore[union-attr,operator]
             special_ids=frozenset(tokenizer.all_special_ids),
-            head=module.get_output_embeddings(),  # type: ignore[operator]
         )
         if not _is_causal(model, encoder):
             raise UserError(
                 f"{self.option}: its logits depend on later tokens, so that it would be scored on what it has seen; an "
                 "encoder is model=masked_lm"
             )
-        return model
+        return with_head(model, module.get_output_embeddings())  # type: ignore[operator]
 
 
 def _is_causal(model: Transformer, encoder: TextEncoder) -> bool:

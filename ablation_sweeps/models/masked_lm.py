@@ -13,7 +13,7 @@ from ablation_sweeps.data import Batch, Modality, UserError
 from ablation_sweeps.hub import Pretrained, context_length, load_tokenizer
 from ablation_sweeps.lazy import torch
 from ablation_sweeps.text import Masking, Pack, TextEncoder
-from ablation_sweeps.transformer import Transformer
+from ablation_sweeps.transformer import Transformer, with_head
 
 log = logging.getLogger(__name__)
 
@@ -74,14 +74,13 @@ class MaskedLM(Pretrained):
             other_input=other_input,
             n_heads=module.config.num_attention_heads,  # type: ignore[union-attr]
             special_ids=frozenset(tokenizer.all_special_ids),
-            head=module.get_output_embeddings(),  # type: ignore[operator]
         )
         if _sees_padding(model, encoder):
             log.warning(
                 "model=%s: what it says of a text depends a little on the padding beside it, and so on batch_tokens",
                 self.label,
             )
-        return model
+        return with_head(model, module.get_output_embeddings())  # type: ignore[operator]
 
 
 def _sees_padding(model: Transformer, encoder: TextEncoder) -> bool:

@@ -92,10 +92,10 @@ def test_what_has_no_room_is_computed_again(tiny, site):
     study = of(tiny("llama"), site, 1)
     batches = study["batches"]
     clean = CleanPasses(study["model"])
-    clean.logits((0,), batches[0])
+    clean.logits((0,), batches[0], torch.arange(3))
     clean.room = 10
-    logits = clean.logits((1,), batches[1])
-    assert list(clean.kept) == [(0,)] and torch.equal(logits, study["model"].logits(batches[1]))
+    logits = clean.logits((1,), batches[1], places := torch.tensor([5, 2]))
+    assert list(clean.kept) == [(0,)] and torch.equal(logits, study["model"].logits_at(batches[1], places))
 
 
 @pytest.mark.parametrize(("model", "shared"), [("tiny_causal", True), ("tiny_masked", False)])

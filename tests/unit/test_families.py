@@ -138,6 +138,27 @@ def test_the_body_leaves_out_the_language_model_head(tiny, family):
     assert calls == ["head"]
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if FAMILIES[family].kind != "backbone"])
+def test_logits_of_some_positions_are_those_among_all(tiny, family):
+    """In any order; the head, which has not seen the others, is left as it was."""
+    model = tiny(family)
+    batch, shown, hooks = two_examples(model), [], n_hooks(model.module)
+    whole = logits(model, batch).flatten(0, -2)
+    rows = torch.arange(1, len(whole), 3 if model.modality == "text" else 1).flip(0)
+    with torch.inference_mode():
+        if model.head is not None:
+            handle = model.head.register_forward_hook(lambda _, args, __: shown.append(args[0].shape[:-1]))
+            some = model.logits_at(batch, rows)
+            handle.remove()
+            assert shown == [(1, len(rows))]
+        else:
+            assert model.modality == "image"
+            some = model.logits_at(batch, rows)
+        assert model.logits_at(batch, rows[:0]).shape == (0, whole.shape[-1])
+    torch.testing.assert_close(some, whole[rows], atol=1e-5, rtol=1e-5)
+    assert n_hooks(model.module) == hooks and torch.equal(logits(model, batch).flatten(0, -2), whole)
+
+
 # Which neuron is which
 
 
