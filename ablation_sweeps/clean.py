@@ -42,28 +42,28 @@ class CleanPasses:
         if part in self.kept:
             return self._from(self.kept[part])
         x, logits = self._pass(batch, rows)
-        if x.nbytes <= self.room:
+        if len(x) == len(rows) and x.nbytes <= self.room:
             self.kept[part] = x.to("cpu", copy=True)
             self.room -= x.nbytes
         return logits
 
     def _pass(self, batch: Batch, rows: Int[torch.Tensor, " rows"]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the head takes, and the logits; where there is no head, these twice."""
+        """What the head takes of these rows, and the logits; where there is no head, these twice."""
         seen: list[torch.Tensor] = []
         head = self.model.head
-        handle = head and head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        handle = head and head.register_forward_hook(lambda _, args, __: seen.append(args[0].flatten(0, -2)))
         try:
             logits = self.model.logits_at(batch, rows)
         finally:
             if handle:
                 handle.remove()
-        return (seen[0].flatten(0, -2)[rows.to(seen[0].device)] if seen else logits), logits
+        return (seen[0] if seen else logits), logits
 
     def _from(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.model.device)
         if self.model.head is not None:
-            x = self.model.head(x).to(self.model.device)  # a model that is spread over devices gives its logits there
-        return x
+            x = self.model.head(x[None])[0]
+        return x.to(self.model.device)  # where a model that is spread over devices gives its logits
 
     def _head_comes_last(self) -> bool:
         """Of one short input: the logits of a batch are large."""

@@ -168,14 +168,20 @@ class Batch:
         )
 
 
-def together(one: Batch, other: Batch) -> Batch:
-    """Two of the same length, one below the other; for probes, so that nothing of them is padding."""
+def together(*batches: Batch) -> Batch:
+    """One below the other, for a probe; shorter texts are padded at the right, as attention_mask says."""
+    width = max(batch.labels.shape[-1] for batch in batches)
+
+    def stacked(rows: list[Tensor], value: int = 0) -> Tensor:
+        missing = (width - batch.labels.shape[-1] for batch in batches)
+        return torch.cat([torch.nn.functional.pad(x, (0, n), value=value) for x, n in zip(rows, missing, strict=True)])
+
     return Batch(
-        {key: torch.cat([one.inputs[key], other.inputs[key]]) for key in one.inputs},
-        torch.cat([one.labels, other.labels]),
+        {key: stacked([batch.inputs[key] for batch in batches]) for key in batches[0].inputs},
+        stacked([batch.labels for batch in batches], NOT_SCORED),
         None,
-        (*one.names, *other.names),
-        tuple(range(len(one.names) + len(other.names))),
+        tuple(str(i) for i in range(len(batches))),
+        tuple(range(len(batches))),
     )
 
 
