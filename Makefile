@@ -11,7 +11,7 @@ VENV4 := .venv-transformers4
 # Where it is set, each of many processes compiles torch and transformers again: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-transformers4 test-slurm browser check smollm2 tiny bench bench-against reference lock clean
+.PHONY: help setup demo test test-transformers4 test-slurm browser check smollm2 tiny bench bench-against bench-gpu reference lock clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -75,6 +75,12 @@ bench: setup smollm2 ## speed against clean forward passes (an hour on a CPU); w
 
 bench-against: setup smollm2 ## the same against plain transformers, TransformerLens, nnsight and taker (an hour)
 	HF_HUB_OFFLINE=1 $(RUN) benchmarks/against.py --sweeps=1
+
+bench-gpu: setup smollm2 ## both on a GPU, with the shapes of the paper's models in bfloat16; never run so far
+	HF_HUB_OFFLINE=1 $(RUN) benchmarks/bench.py gpu
+	HF_HUB_OFFLINE=1 $(RUN) benchmarks/against.py --model OPT-1.3B --dtype bfloat16 --dataset python_code \
+	  --tokens 40000 --length 1000 --sweeps 3 --out benchmarks/against-gpu.json
+	HF_HUB_OFFLINE=1 $(RUN) benchmarks/tried.py folded stacked
 
 reference: setup smollm2 ## the runs of results/reference (hours); needs ASSETS, see results/reference/README.md
 	scripts/reference.sh

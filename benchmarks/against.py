@@ -2,7 +2,7 @@
 
 The others are plain transformers with a hook, TransformerLens, nnsight, and taker, the library of arXiv:2408.17322.
 Each is a script in others/ that runs in an environment of its own, which is made here. On one thread: some 25 minutes;
-with --sweeps=1, a whole sweep by the paper's library as well, 15 minutes more.
+with --sweeps=1, a whole sweep by the paper's library as well, 15 minutes more. On a GPU: make bench-gpu.
 """
 
 from __future__ import annotations
@@ -26,7 +26,20 @@ import numpy as np
 import torch
 import transformers
 import typer
-from bench import GPU, ROOT, TENTHS, Case, collect, composed, evaluate, masks_of, recording, seconds
+from bench import (
+    GPU,
+    ROOT,
+    TENTHS,
+    Case,
+    collect,
+    composed,
+    decoders,
+    evaluate,
+    masks_of,
+    recording,
+    save_random,
+    seconds,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -61,10 +74,11 @@ class Skipped(Exception):
 
 
 class Ours:
-    def __init__(self, model: str, tokens: int, length: int, passes: activations.NPasses = 2, dtype: str = "float32"):
+    def __init__(self, options: Sequence[str], length: int, passes: activations.NPasses = 2, dtype: str = "float32"):
         self.passes: activations.NPasses = passes
-        job = composed(f"model={model}", f"statistics.tokens={tokens}", f"model.max_tokens={length}",
-                       f"model.dtype={dtype}", "model.pack=concatenate", f"batch_tokens={BATCH * length}")  # fmt: skip
+        self.dtype = dtype
+        job = composed(*options, f"model.max_tokens={length}", f"model.dtype={dtype}", "model.pack=concatenate",
+                       f"batch_tokens={BATCH * length}")  # fmt: skip
         transformer = load(job.model)
         batches = [b for b in encode(job, transformer, "calibration") if b.labels.shape == (BATCH, length)]
         self.case, self.whole = (Case(job, transformer, some) for some in (batches, joined(batches)))
@@ -116,12 +130,12 @@ class Ours:
         return self.methods[method].fit(fitting).values  # type: ignore[attr-defined]
 
     def export(self, folder: Path) -> None:
-        """The model in float32, its tokenizer, and the work, for the others."""
+        """The model, its tokenizer, and the work, for the others."""
         module: Any = self.case.model.module
         config = copy.deepcopy(module.config)
         if hasattr(config, "quantization_config"):  # read from GGUF, which transformers does not write
             del config.quantization_config
-        plain = type(module)(config)
+        plain = type(module)(config).to(getattr(torch, self.dtype))
         plain.load_state_dict(module.state_dict())
         plain.save_pretrained(folder)
         load_tokenizer(self.case.job.model).save_pretrained(folder)  # type: ignore[arg-type]
@@ -131,7 +145,16 @@ class Ours:
             masks=stacked(self.masks),
             sweep_masks=stacked(masks_of(self.case, TENTHS)),
             values=torch.stack(self.values).cpu().numpy(),
+            dtype=self.dtype,
         )
+
+
+def model_options(name: str, folder: Path, length: int) -> list[str]:
+    """Of a preset; or of random weights, which are written to the folder."""
+    if name not in decoders():
+        return [f"model={name}"]
+    save_random(folder, decoders()[name], length, "bfloat16")
+    return ["model=causal_lm", f"model.path={folder}", f"model.label={name}"]
 
 
 def joined(batches: Sequence[Batch]) -> list[Batch]:
@@ -257,12 +280,13 @@ def in_turns(ours: Ours, others: dict[str, Ours | Other], rounds: int) -> dict[s
     return found
 
 
-def sweeps_in_turns(ours: Ours, brief: Ours, paper: Other, rounds: int) -> dict[str, Any]:
-    """A sweep of `METHODS` and ten fractions: the paper's library, ours, and ours in bfloat16."""
-    took: dict[str, list[float]] = {"the paper's library": [], "ours": [], "ours, bfloat16": []}
+def sweeps_in_turns(own: dict[str, Ours], paper: Other, rounds: int) -> dict[str, Any]:
+    """A sweep of `METHODS` and ten fractions: the paper's library, `ours`, and what else of ours is given."""
+    runs: dict[str, Ours | Other] = {"the paper's library": paper, **own}
+    took: dict[str, list[float]] = {name: [] for name in runs}
     losses: dict[str, Any] = {}
     for _ in range(rounds):
-        for name, one in zip(took, (paper, ours, brief), strict=True):
+        for name, one in runs.items():
             seconds_, losses[name] = one.sweep()
             took[name].append(seconds_)
     apart = {
@@ -271,8 +295,7 @@ def sweeps_in_turns(ours: Ours, brief: Ours, paper: Other, rounds: int) -> dict[
         if name != "ours"
     }
     ratios = {
-        name: summary([a / b for a, b in zip(took["the paper's library"], took[name], strict=True)])
-        for name in ("ours", "ours, bfloat16")
+        name: summary([a / b for a, b in zip(took["the paper's library"], took[name], strict=True)]) for name in own
     }
     return {"the paper's library / this": ratios, "seconds": took, "difference of losses to ours": apart}
 
@@ -297,21 +320,24 @@ def near(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], found: ac
 
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="some of them; all, if none is named")] = None,
-    model: str = "smollm2_135m",
+    model: Annotated[str, typer.Option(help="of conf/model; or OPT-1.3B, Mistral-7B: random weights")] = "smollm2_135m",
+    dataset: str = "python_docs",
     tokens: int = 2048,
     length: int = 256,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of all of them")] = "float32",
     rounds: int = 5,
     sweeps: Annotated[int, typer.Option(help="rounds of a whole sweep, which takes minutes")] = 0,
     envs: Annotated[Path, typer.Option(help="where the environments are, or are made")] = HERE / ".envs",
     out: Path = HERE / "against.json",
 ) -> None:
     """Seconds of each, divided by ours of the same round: median and range."""
-    ours = Ours(model, tokens, length)
-    quick = Ours(model, tokens, length, passes=1)
-    others: dict[str, Ours | Other] = {"ours, statistics.passes=1": quick}
     skipped: dict[str, str] = {}
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        temporary = lambda: Path(stack.enter_context(tempfile.TemporaryDirectory()))  # noqa: E731
+        options = [f"dataset={dataset}", f"statistics.tokens={tokens}", *model_options(model, temporary(), length)]
+        ours = Ours(options, length, dtype=dtype)
+        others: dict[str, Ours | Other] = {"ours, statistics.passes=1": Ours(options, length, passes=1, dtype=dtype)}
+        folder = temporary()
         ours.export(folder)
         results = lambda one: one.collect()[1] | one.points()[1]  # noqa: E731  (which warms up, too)
         mine = results(ours)
@@ -327,9 +353,11 @@ def main(
         times = in_turns(ours, others, rounds)
         whole: dict[str, Any] = {}
         if sweeps and "taker" in others:
-            brief = Ours(model, tokens, length, dtype="bfloat16")
+            own = {"ours": ours}
+            if dtype == "float32":
+                own["ours, bfloat16"] = Ours(options, length, dtype="bfloat16")
             try:
-                whole = sweeps_in_turns(ours, brief, others["taker"], sweeps)  # type: ignore[arg-type]
+                whole = sweeps_in_turns(own, others["taker"], sweeps)  # type: ignore[arg-type]
             except Skipped as error:
                 skipped["taker, a sweep"] = str(error)
                 print(f"the sweep is skipped: {error}")
@@ -340,14 +368,22 @@ def main(
     }
     took = {command: {name: summary(values) for name, values in by.items()} for command, by in times.items()}
     device = torch.cuda.get_device_name() if GPU else "cpu"
-    size = {"tokens": ours.case.n, "length": length, "batch": BATCH, "fractions": FRACTIONS, "rounds": rounds}
+    size = {
+        "dtype": dtype,
+        "tokens": ours.case.n,
+        "length": length,
+        "batch": BATCH,
+        "fractions": FRACTIONS,
+        "rounds": rounds,
+    }
     found = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "model": model, **size,
              "versions": {name: one.versions for name, one in others.items() if isinstance(one, Other)},
              "skipped": skipped,
              "agreement": agree, "ratios": ratios, "seconds": took, "sweep": whole}  # fmt: skip
     out.write_text(json.dumps(found, indent=2) + "\n")
     title = (
-        f"time / ours: {model}, {ours.case.n} tokens, {len(FRACTIONS)} fractions, {device}, {found['threads']} threads"
+        f"time / ours: {model}, {dtype}, {ours.case.n} tokens, {len(FRACTIONS)} fractions, {device}, "
+        f"{found['threads']} threads"
     )
     table = Table("", "collect", "points", "peaks", "difference of losses", "of KLs", title=title)
     table.add_row("ours", *(shown(took[command]["ours"], " s") for command in times))
@@ -358,7 +394,7 @@ def main(
     console = Console(width=None if os.isatty(1) else 120)
     console.print(table)
     for name, line in whole.get("the paper's library / this", {}).items():
-        console.print(f"a sweep, the paper's library in float32 / {name}: {shown(line)}")
+        console.print(f"a sweep, the paper's library in {dtype} / {name}: {shown(line)}")
     for name, apart in whole.get("difference of losses to ours", {}).items():
         # The paper's library rounds its losses to 1e-4.
         console.print(f"losses of {name} and ours: {apart:.1e} apart at most")

@@ -1,21 +1,26 @@
-"""What was tried to be faster, by itself: python benchmarks/tried.py. A quarter of an hour; torch.compile takes one."""
+"""What was tried to be faster, by itself: python benchmarks/tried.py [some of it]. Half an hour; on a GPU as well, but
+for what says CPU."""
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from bench import Case, body, evaluate, seconds, text, vision
+from bench import Case, body, evaluate, masks_of, seconds, text, vision
 from PIL import Image
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from ablation_sweeps.ablation import ablated
 from ablation_sweeps.activations import Moments
+from ablation_sweeps.data import Batch
 from ablation_sweeps.transformer import Transformer
 
 
@@ -92,9 +97,67 @@ def parts() -> None:
     show("images at once, DeiT-Tiny", vision("deit_tiny_patch16_224", 20, "float32", 4096), (5, 10, 20), 5)
 
 
-def main() -> None:
-    for run in (in_parts, threads, halves, parts, compiled):
-        run()
+def folded() -> None:
+    """A point whose constants are folded into weight and bias of the projections, against hooks that write them."""
+    case = one_batch("float32")
+    batch, masks, values = point_of(case)
+    changed = copy.deepcopy(case.model.module)
+    for projection, mask, value in zip(case.projections, masks, values, strict=True):
+        linear = changed.get_submodule(projection.path)
+        linear.bias = nn.Parameter(linear.weight[:, mask] @ value[mask], requires_grad=False)
+        linear.weight[:, mask] = 0
+
+    def by_hooks() -> Tensor:
+        with ablated(case.projections, masks, values, len(batch.names)):
+            return case.model.logits(batch)
+
+    def by_weights() -> Tensor:
+        return changed(**batch.inputs, use_cache=False).logits
+
+    with torch.inference_mode():
+        apart = (by_hooks() - by_weights()).abs().max().item()
+        hooks, weights = in_turns(by_hooks, by_weights, rounds=9)
+    print(f"a point of SmolLM2-135M: {hooks:.2f} s by hooks, {weights:.2f} folded; logits {apart:.0e} apart at most")
+
+
+def stacked() -> None:
+    """Four points of one text in one pass, whose examples are masked each in its own way, against one by one."""
+    for length in (16, 64, 256):
+        one_by_one, at_once = four_points(text("smollm2_135m", length, length, "model.pack=concatenate").some(1))
+        with torch.inference_mode():
+            singly, together = in_turns(one_by_one, at_once, rounds=9)
+        print(f"four points of one text of {length} tokens: {singly:.2f} s one by one, {together:.2f} at once")
+
+
+def four_points(case: Case) -> tuple[Callable[[], None], Callable[[], None]]:
+    batch, masks, values = point_of(case)
+    four = Batch({key: x.expand(4, -1) for key, x in batch.inputs.items()}, batch.labels.expand(4, -1), None,
+                 batch.names * 4, (0,) * 4)  # fmt: skip
+    of_four = [torch.stack([mask.roll(i) for i in range(4)])[:, None] for mask in masks]  # [4, 1, neurons] a layer
+
+    def one_by_one() -> None:
+        for number in range(4):
+            with ablated(case.projections, [mask[number, 0] for mask in of_four], values, 1):
+                case.model.logits(batch)
+
+    def at_once() -> None:
+        with ablated(case.projections, of_four, values, 4):
+            case.model.logits(four)
+
+    return one_by_one, at_once
+
+
+def point_of(case: Case) -> tuple[Batch, list[Tensor], list[Tensor]]:
+    """A batch, half of the neurons, and some values."""
+    device = case.model.device
+    masks = [mask.to(device) for mask in masks_of(case, (0.5,))[0.5]]
+    return case.batches[0].to(device), masks, [torch.full(mask.shape, 0.01, device=device) for mask in masks]
+
+
+def main(names: Annotated[list[str] | None, typer.Argument(help="some of them; all, if none is named")] = None) -> None:
+    for run in (in_parts, threads, halves, parts, folded, stacked, compiled):
+        if not names or run.__name__ in names:
+            run()
 
 
 if __name__ == "__main__":

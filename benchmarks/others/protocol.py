@@ -28,14 +28,21 @@ class Work:
     ids: Tensor  # [n_batches, batch, pos]
     masks: Tensor  # [n_fractions, layers, neurons]
     sweep_masks: Tensor  # of the fractions of a whole sweep, likewise
-    values: Tensor  # [layers, neurons]
+    values: Tensor  # [layers, neurons], of the model's dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self.values.dtype
 
     @classmethod
     def read(cls, file: Path) -> Work:
         with np.load(file) as arrays:
-            return cls(
+            work = cls(
                 *(torch.from_numpy(arrays[name]).to(DEVICE) for name in ("ids", "masks", "sweep_masks", "values"))
             )
+            work.values = work.values.to(getattr(torch, str(arrays["dtype"])))
+        return work
 
 
 def means_and_peaks(layers: list[Tensor]) -> dict[str, Tensor]:
@@ -44,7 +51,8 @@ def means_and_peaks(layers: list[Tensor]) -> dict[str, Tensor]:
     What np.histogram finds in a loop over the neurons, and as fast on a CPU; this works on a GPU, too.
     """
     means, peaks = [], []
-    for x in layers:
+    for raw in layers:
+        x = raw.float()
         low, high = x.aminmax(dim=0)
         width = high - low
         bins = ((x - low) * N_BINS / torch.where(width > 0, width, 1)).long().clamp_(0, N_BINS - 1)  # [tokens, neurons]

@@ -11,9 +11,12 @@ from torch import Tensor
 
 
 def load(folder: Path, work: Work):
-    model = nnsight.TransformersModel(str(folder), task="text-generation", dtype=torch.float32, dispatch=True)
+    model = nnsight.TransformersModel(str(folder), task="text-generation", dtype=work.dtype, dispatch=True)
     model.to(DEVICE)
-    projections = [layer.self_attn.o_proj for layer in model.model.layers]
+    if hasattr(model.model, "decoder"):
+        projections = [layer.self_attn.out_proj for layer in model.model.decoder.layers]  # OPT
+    else:
+        projections = [layer.self_attn.o_proj for layer in model.model.layers]
 
     def collect() -> list[Tensor]:
         passes = []

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 
 def load(folder: Path, work: Work):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE).eval()
-    projections = [layer.self_attn.o_proj for layer in model.model.layers]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=work.dtype).to(DEVICE).eval()
+    names = ("self_attn.o_proj", "self_attn.out_proj")  # of Llama and Mistral, and of OPT
+    projections = [module for name, module in model.named_modules() if name.endswith(names)]
 
     def hooked(hooks, run):
         handles = [p.register_forward_pre_hook(hook) for p, hook in zip(projections, hooks, strict=True)]
@@ -26,7 +27,7 @@ def load(folder: Path, work: Work):
         kept: list[list[Tensor]] = [[] for _ in projections]
         hooks = [lambda module, args, layer=layer: layer.append(args[0].flatten(0, 1)) for layer in kept]
         for ids in work.ids:
-            hooked(hooks, lambda ids=ids: model.model(ids, use_cache=False))  # without the head
+            hooked(hooks, lambda ids=ids: model.base_model(ids, use_cache=False))  # without the head
         return [torch.cat(layer) for layer in kept]
 
     def clean(ids: Tensor) -> Tensor:

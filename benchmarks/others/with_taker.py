@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 def load(folder: Path, work: Work):
-    model = Model(str(folder), dtype="fp32")
+    model = Model(str(folder), dtype={torch.float32: "fp32", torch.bfloat16: "bfp16"}[work.dtype])
     model.get_ids = lambda text: text
     documents = [{"text": ids[None]} for ids in work.ids.flatten(0, 1)]
     config = EvalConfig(

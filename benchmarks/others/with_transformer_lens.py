@@ -11,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 
 def load(folder: Path, work: Work):
-    model = TransformerBridge.boot_transformers(str(folder), device=DEVICE, dtype=torch.float32)
+    model = TransformerBridge.boot_transformers(str(folder), device=DEVICE, dtype=work.dtype)
     names = [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
 
     def collect() -> list[Tensor]:
