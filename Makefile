@@ -76,7 +76,7 @@ bench: setup smollm2 ## speed against clean forward passes (an hour on a CPU); w
 bench-against: setup smollm2 ## the same against plain transformers, TransformerLens, nnsight and taker (an hour)
 	HF_HUB_OFFLINE=1 $(RUN) benchmarks/against.py --sweeps=1
 
-bench-gpu: setup smollm2 ## both on a GPU, with the shapes of the paper's models in bfloat16; never run so far
+bench-gpu: setup smollm2 ## both on a GPU, with the shapes of the paper's models in bfloat16 (not run so far, for want of one)
 	HF_HUB_OFFLINE=1 $(RUN) benchmarks/bench.py gpu
 	HF_HUB_OFFLINE=1 $(RUN) benchmarks/against.py --model OPT-1.3B --dtype bfloat16 --dataset python_code \
 	  --tokens 40000 --length 1000 --sweeps 3 --out benchmarks/against-gpu.json

@@ -251,7 +251,7 @@ def timings() -> dict[str, dict[str, Any]]:
     """Of one pass or one point, against a clean pass."""
     from transformers import BertConfig
 
-    smollm2, deit = text("smollm2_135m", 1024, 512), vision("deit_tiny_patch16_224", 16, "float32")
+    smollm2, deit = text("smollm2_135m", 1024, 512), vision("deit_tiny_patch16_224", 64, "float32")
     half = (0.5,)
     found: dict[str, dict[str, Any]] = {}
     for name, case in (("SmolLM2-135M", smollm2), ("DeiT-Tiny", deit)):
