@@ -102,13 +102,13 @@ def save_random(folder: Path, config: Any, max_tokens: int, dtype: str, masked: 
 
 
 def shaped_like(
-    config: Any, tokens: int, max_tokens: int, dtype: str, batch_tokens: int = 1024, masked: bool = False
+    config: Any, tokens: int, max_tokens: int, dtype: str, *options: str, batch_tokens: int = 1024, masked: bool = False
 ) -> Case:
     with tempfile.TemporaryDirectory() as folder:
         save_random(Path(folder), config, max_tokens, dtype, masked)
         return text("masked_lm" if masked else "causal_lm", tokens, max_tokens, f"model.path={folder}",
                     "model.label=random", f"model.dtype={dtype}", f"batch_tokens={batch_tokens}",
-                    split="evaluation" if masked else "calibration")  # fmt: skip
+                    *options, split="evaluation" if masked else "calibration")  # fmt: skip
 
 
 def vision(name: str, images: int, dtype: str, batch_tokens: int = 1600) -> Case:
@@ -303,7 +303,7 @@ def on_a_gpu() -> dict[str, dict[str, Any]]:
     default = composed().batch_tokens
     found: dict[str, dict[str, Any]] = {}
     for name, config in decoders().items():
-        case = shaped_like(config, 50_000, 1000, "bfloat16", default)
+        case = shaped_like(config, 50_000, 1000, "bfloat16", "dataset=python_code", batch_tokens=default)
         found |= against_clean(name, case)
     return found | against_clean("ViT-Base", vision("vit_base_patch16_224", 512, "bfloat16", default))
 
