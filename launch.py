@@ -4,7 +4,10 @@ import os
 import sys
 from pathlib import Path
 
-import hydra
+try:
+    import hydra
+except ImportError:
+    sys.exit("error: this Python lacks hydra; make setup installs all, and source .venv/bin/activate makes it python")
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig

@@ -83,7 +83,8 @@ class TextEncoder:
                 f"dataset: nothing to score in the {split} split: it has no text, or all documents are shorter "
                 "than two tokens; give longer or other documents"
             )
-        budget.say_if_short(split, sum(len(sequence.ids) for sequence in sequences))
+        more = "; model.pack=concatenate takes what lies behind the cut, too" if self.pack == "documents" else ""
+        budget.say_if_short(split, sum(len(sequence.ids) for sequence in sequences), more)
         return self._batches(sequences, budget.window, batch_tokens, self.tokens if split == "calibration" else "all")
 
     def _documents(self, documents: Iterable[Document], budget: Budget) -> Iterator[tuple[str, int, list[int]]]:

@@ -32,11 +32,15 @@ class Budget:
     examples: int | None
     window: int | None = None
 
-    def say_if_short(self, split: Split, positions: int) -> None:
-        """Statistics do not show how much data they were taken over; scores do."""
+    def say_if_short(self, split: Split, positions: int, more: str = "") -> None:
+        """Statistics do not show how much data they were taken over; scores do.
+
+        Args:
+            more: what gives more of it.
+        """
         enough = self.tokens is None or positions >= self.tokens - 1  # one token alone is not scored
         if split == "calibration" and not enough and self.examples is None:
-            log.info("statistics.tokens=%d: there are only %d in the calibration data", self.tokens, positions)
+            log.info("statistics.tokens=%d: the calibration data have %d, all taken%s", self.tokens, positions, more)
 
 
 @runtime_checkable

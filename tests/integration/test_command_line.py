@@ -149,6 +149,12 @@ def test_results_do_not_lie_among_the_weights_or_the_data(launch: Launch, on_tex
     assert "link/results: lies in" in error and f"{option}.path={folder}" in error
 
 
+def test_a_python_without_the_packages_says_how_to_get_them(tmp_path):
+    done = subprocess.run([sys.executable, "-S", str(LAUNCH)], cwd=tmp_path, capture_output=True, timeout=60, env={})
+    (said,) = done.stderr.decode().splitlines()
+    assert done.returncode == 1 and said.startswith("error: ") and "make setup" in said and "activate" in said
+
+
 def test_a_file_gets_plain_text_and_no_progress_bars(on_text, tmp_path):
     """A process of its own, whose output is no terminal; the tables go to stdout, all else to stderr."""
     command = [sys.executable, str(LAUNCH), *on_text, "-m", "method=zero,peak", "statistics.tokens=64"]  # all there are

@@ -127,7 +127,7 @@ def test_a_budget_is_met(tiny, budget, n):
 def test_less_calibration_data_than_asked_for_is_said(tiny, caplog, budget, said):
     caplog.set_level("INFO", "ablation_sweeps")
     tiny("vit").encode(pictures(9), "calibration", budget, 10, 0)
-    expected = [f"statistics.tokens={budget.tokens}: there are only {n} in the calibration data" for n in said]
+    expected = [f"statistics.tokens={budget.tokens}: the calibration data have {n}, all taken" for n in said]
     assert caplog.messages == expected
 
 
