@@ -41,23 +41,12 @@ class CleanPasses:
         """
         if part in self.kept:
             return self._from(self.kept[part])
-        x, logits = self._pass(batch, rows)
-        if len(x) == len(rows) and x.nbytes <= self.room:
+        logits, shown = self.model.pass_at(batch, rows)
+        x = logits if self.model.head is None else shown
+        if x is not None and x.nbytes <= self.room:
             self.kept[part] = x.to("cpu", copy=True)
             self.room -= x.nbytes
         return logits
-
-    def _pass(self, batch: Batch, rows: Int[torch.Tensor, " rows"]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the head takes of these rows, and the logits; where there is no head, these twice."""
-        seen: list[torch.Tensor] = []
-        head = self.model.head
-        handle = head and head.register_forward_hook(lambda _, args, __: seen.append(args[0].flatten(0, -2)))
-        try:
-            logits = self.model.logits_at(batch, rows)
-        finally:
-            if handle:
-                handle.remove()
-        return (seen[0] if seen else logits), logits
 
     def _from(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.model.device)
@@ -69,5 +58,5 @@ class CleanPasses:
         """Of one short input: the logits of a batch are large."""
         probe = self.model.other_input("probe", 8, 0).to(self.model.device)
         with torch.inference_mode():
-            x, logits = self._pass(probe, torch.arange(1, 8, device=self.model.device))
-            return torch.equal(self._from(x), logits)
+            logits, shown = self.model.pass_at(probe, torch.arange(1, 8, device=self.model.device))
+            return shown is not None and torch.equal(self._from(shown), logits)

@@ -169,7 +169,7 @@ class Batch:
 
 
 def together(*batches: Batch) -> Batch:
-    """One below the other, for a probe; shorter texts are padded at the right, as attention_mask says."""
+    """Single examples as one batch, for a probe; shorter texts are padded at the right, as attention_mask says."""
     width = max(batch.labels.shape[-1] for batch in batches)
 
     def stacked(rows: list[Tensor], value: int = 0) -> Tensor:

@@ -115,21 +115,20 @@ class Transformer:
         Args:
             rows: places in the batch, example after example.
         """
-        logits, narrowed = self._pass(batch, rows)
-        return logits if narrowed else logits[rows]
+        return self.pass_at(batch, rows)[0]
 
-    def _pass(
+    def pass_at(
         self, batch: Batch, rows: Int[torch.Tensor, " rows"]
-    ) -> tuple[Float[torch.Tensor, "places classes"], bool]:
-        """The logits of the rows alone, and True; or those of all places."""
-        narrowed = False
+    ) -> tuple[Float[torch.Tensor, "rows classes"], Float[torch.Tensor, "rows d_model"] | None]:
+        """The same, and what the head was shown; None where it was shown all positions, or there is none."""
+        shown: torch.Tensor | None = None
 
         def narrow(_: torch.nn.Module, args: tuple) -> tuple | None:
-            nonlocal narrowed
+            nonlocal shown
             if not args or args[0].shape[:-1] != batch.labels.shape:
                 return None
-            narrowed = True
-            return args[0].flatten(0, -2)[rows.to(args[0].device)][None], *args[1:]
+            shown = x = args[0].flatten(0, -2)[rows.to(args[0].device)]
+            return x[None], *args[1:]
 
         handle = self.head and self.head.register_forward_pre_hook(narrow)
         try:
@@ -137,8 +136,10 @@ class Transformer:
         finally:
             if handle:
                 handle.remove()
-        assert not narrowed or len(logits) == len(rows)
-        return logits, narrowed
+        if shown is None:
+            return logits[rows], None
+        assert len(logits) == len(rows)
+        return logits, shown
 
 
 def with_head(model: Transformer, head: torch.nn.Module | None) -> Transformer:
@@ -152,12 +153,12 @@ def with_head(model: Transformer, head: torch.nn.Module | None) -> Transformer:
     with torch.inference_mode():
         expected = headless.logits_at(probe, rows)
         try:
-            found, _ = headed._pass(probe, rows)
+            found, shown = headed.pass_at(probe, rows)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # whatever a model says when it misses the positions that it expects
             return headless
-    return headed if _same_predictions(found, expected) else headless
+    return headed if shown is not None and _same_predictions(found, expected) else headless
 
 
 def _same_predictions(found: torch.Tensor, expected: torch.Tensor) -> bool:
