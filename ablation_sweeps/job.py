@@ -234,10 +234,17 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     cache = job.results_dir / ".cache" / files.signature(job.data)[:16]
     note = functools.partial(store.note, folder)
     store.remember(folder, statistics=cache.name, n_heads=model.n_heads, model_device=str(model.device))
-    statistics = functools.partial(
-        activations.collect, model, projections, calibration, cache, passes=job.statistics.passes, note=note,
-        recording=recording(job, model),
-    )  # fmt: skip
+
+    def statistics(*histograms: activations.Histogram) -> activations.Statistics:
+        found = activations.collect(
+            model, projections, calibration, cache, *histograms, passes=job.statistics.passes, note=note,
+            recording=recording(job, model),
+        )  # fmt: skip
+        positions = found.moments[0].n
+        store.remember(
+            folder, calibration_positions=positions, calibration_asked=positions_asked(job, calibration, positions)
+        )
+        return found
 
     # Evaluation: the same documents, and the same neurons, for every method.
     images = model.modality == "image"
@@ -275,6 +282,18 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     rows = evaluation.metrics(documents, guess, labels, top_k)
     n_ablated = {f: sum(int(m.sum()) for m in masks(orders, f)) for f in (0.0, *job.fraction.values)}
     return documents, describe(rows, job, model, n_ablated, sum(p.width for p in projections))
+
+
+def positions_asked(job: Job, calibration: list[Batch], positions: int) -> int:
+    """Number of positions that the options ask the statistics to be taken from.
+
+    Where `statistics.documents` is the limit that was reached first, these are the positions of so many documents.
+
+    Args:
+        positions: number that they were taken from.
+    """
+    documents = {place for batch in calibration for place in batch.documents or batch.index}
+    return positions if len(documents) == job.statistics.documents else job.statistics.tokens
 
 
 def chance(job: Job, model: Transformer, batches: list[Batch], calibration: list[Batch]) -> evaluation.Guess:
