@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +20,18 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 Sweep = Annotated[Path, typer.Argument(help="the folder of a sweep: results/<sweep>")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ablation-sweeps {version('ablation-sweeps')}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """What comes after a launch."""
 
 

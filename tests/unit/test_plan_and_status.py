@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from datetime import datetime, timedelta, timezone
+from importlib.metadata import version
 from pathlib import Path
 from socket import gethostname
 from types import SimpleNamespace
@@ -132,3 +133,8 @@ def test_the_table_says_how_far_the_running_job_of_a_pack_is(tmp_path):
     (row,) = [line for line in captured.get().splitlines() if "p1" in line]
     assert row.split()[:6] == ["p1", "node3", "running", "1/2", "two", "20/40"]
     assert 990 < int(row.split()[-2]) < 1100 and row.split()[-1] == "s"  # two batches in 100 seconds, 20 to go
+
+
+def test_the_version_is_that_of_the_package():
+    found = CliRunner().invoke(app, ["--version"])
+    assert (found.exit_code, found.output) == (0, f"ablation-sweeps {version('ablation-sweeps')}\n")
