@@ -20,10 +20,11 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 Sweep = Annotated[Path, typer.Argument(help="the folder of a sweep: results/<sweep>")]
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         print(f"ablation-sweeps {version('ablation-sweeps')}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
