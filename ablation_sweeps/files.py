@@ -174,15 +174,16 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file that carries a checksum of its content, so that a later reader knows it is whole."""
+    """A safetensors file with a checksum of its content and its place, so that a reader knows it is whole and belongs
+    there."""
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"sha256": _checksum(tensors)})
+        save_file(tensors, temporary, metadata={"sha256": sha256_at(path, _checksum(tensors))})
 
 
 def load_tensors(path: Path) -> dict[str, Tensor] | None:
-    """None where the file is absent; also, with a warning, where its content is not what was written."""
+    """None where the file is absent; also, with a warning, where its content is not what was written to this place."""
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
@@ -190,12 +191,20 @@ def load_tensors(path: Path) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
-            if (file.metadata() or {}).get("sha256") == _checksum(tensors):
+            content = _checksum(tensors)  # alone, in files of earlier versions
+            if (file.metadata() or {}).get("sha256") in (sha256_at(path, content), content):
                 return tensors
     except (SafetensorError, OSError, ValueError):
         pass
-    log.warning("%s is damaged (truncated or altered); a launch computes it again", path)
+    log.warning("%s is damaged (truncated or altered), or of another place; a launch computes it again", path)
     return None
+
+
+def sha256_at(path: Path, content: str | bytes) -> str:
+    """Checksum of a cached file that also holds for its place: its folder and its name, which say what it is of.
+    A whole file that was copied from another place does not match."""
+    content = content if isinstance(content, bytes) else content.encode()
+    return hashlib.sha256(f"{path.parent.name}/{path.name}\0".encode() + content).hexdigest()
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

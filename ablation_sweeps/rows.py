@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,10 +21,14 @@ from ablation_sweeps.files import (
     fingerprint_of_file,
     fingerprint_of_samples,
     names_in,
-    replacing,
+    read_json,
+    sha256_at,
     signature,
+    write_bytes,
     write_json,
 )
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 PART_ROWS, PART_BYTES = 512, 1 << 25  # a file of kept rows holds so many at most
@@ -119,13 +124,13 @@ class Rows:
     def class_names(self, column: str) -> list[str]:
         """In the order of the labels."""
         file = self._kept(self.evaluation_split, (column,)) / "classes.json"
-        if self.streaming and file.is_file():
-            return json.loads(file.read_text())
+        if self.streaming and (names := _read_names(file)) is not None:
+            return names
         names = getattr((self.load(self.evaluation_split).features or {}).get(column), "names", None)
         if names is None:
             raise UserError(f"dataset.label_column={column}: does not say its classes' names; give a column of labels")
         if self.streaming:
-            write_json(file, names)
+            write_json(file, {"sha256": sha256_at(file, json.dumps(names)), "names": names})
         return names
 
     def load(self, part: str) -> Any:
@@ -225,11 +230,13 @@ def kept(folder: Path, stream: Callable[[int], Iterator[tuple[int, Row]]]) -> It
     """The rows of a stream: those that were read before from disk, further ones from the stream, and then kept.
 
     So a job that needs no more rows than an earlier one, or than a prefetch, needs no network. A file is called after
-    the rows of the stream that it covers; two processes that read at once write the same.
+    the rows of the stream that it covers, and a checksum; two processes that read at once write the same. Damaged files
+    are removed.
     """
     position = 0
-    while part := _longest(folder, position):
-        yield from _read(part)
+    while found := _longest(folder, position):
+        part, read = found
+        yield from read
         end = part.stem.split("-")[1]
         if end == "end":
             return
@@ -242,34 +249,54 @@ def kept(folder: Path, stream: Callable[[int], Iterator[tuple[int, Row]]]) -> It
             position = number + 1
             yield number, row
             if len(rows) >= PART_ROWS or _size(rows) >= PART_BYTES:
-                _write(folder / f"{start:09d}-{position:09d}.parquet", rows)
+                _write(folder / f"{start:09d}-{position:09d}", rows)
                 start, rows = position, []
     except BaseException:  # enough for now (GeneratorExit), or no more network
         if rows:
-            _write(folder / f"{start:09d}-{position:09d}.parquet", rows)
+            _write(folder / f"{start:09d}-{position:09d}", rows)
         raise
-    _write(folder / f"{start:09d}-end.parquet", rows)
+    _write(folder / f"{start:09d}-end", rows)
 
 
-def _longest(folder: Path, start: int) -> Path | None:
-    """The stream's "end" sorts after all numbers."""
-    return max(folder.glob(f"{start:09d}-*.parquet"), default=None)
+def _longest(folder: Path, start: int) -> tuple[Path, list[tuple[int, Row]]] | None:
+    """The file that covers most rows from `start` on, of those that are whole, and its rows."""
+    for part in sorted(folder.glob(f"{start:09d}-*.parquet"), reverse=True):  # "end" sorts after all numbers
+        if (rows := _read(part)) is not None:
+            return part, rows
+        log.warning("%s is damaged (truncated or altered); its rows are read again from their source", part)
+        with suppress(OSError):  # in a folder that is read-only
+            part.unlink()
+    return None
 
 
-def _read(part: Path) -> Iterator[tuple[int, Row]]:
+def _read(part: Path) -> list[tuple[int, Row]] | None:
+    """None where the file is not what was written to this place; those of earlier versions do not say."""
     import pyarrow.parquet
 
-    for record in pyarrow.parquet.read_table(part).to_pylist():
-        yield record["number"], record["row"]
+    place, _, sha256 = part.stem.rpartition("-")
+    content = part.read_bytes()
+    if place.count("-") != 1 or sha256 != sha256_at(part.with_name(place), content)[:16]:
+        return None
+    table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+    return [(record["number"], record["row"]) for record in table.to_pylist()]
 
 
-def _write(part: Path, rows: list[tuple[int, Row]]) -> None:
+def _write(place: Path, rows: list[tuple[int, Row]]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    with replacing(part) as temporary:
-        table = pyarrow.Table.from_pylist([{"number": number, "row": row} for number, row in rows])
-        pyarrow.parquet.write_table(table, temporary)
+    table = pyarrow.Table.from_pylist([{"number": number, "row": row} for number, row in rows])
+    content = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, content)
+    written = content.getvalue().to_pybytes()
+    write_bytes(place.with_name(f"{place.name}-{sha256_at(place, written)[:16]}.parquet"), written)
+
+
+def _read_names(file: Path) -> list[str] | None:
+    """None where the file is absent, or not what was written to this place."""
+    kept = read_json(file) or {}
+    names = kept.get("names")
+    return names if names and kept.get("sha256") == sha256_at(file, json.dumps(names)) else None
 
 
 def _size(rows: list[tuple[int, Row]]) -> int:

@@ -3,7 +3,7 @@ while it runs."""
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 import logging
 import os
@@ -219,8 +219,7 @@ def progress(folder: Path) -> list[pd.DataFrame]:
     tables = []
     parts = _progress_files(folder)
     for number, file in enumerate(parts):
-        place, _, sha256 = file.stem.removeprefix("progress-").partition("-")
-        table = files.read_table(file, sha256) if place == f"{number:06d}" else None
+        table = _read_progress(file, number)
         if table is None:
             for useless in parts[number:]:
                 useless.unlink()
@@ -232,10 +231,20 @@ def progress(folder: Path) -> list[pd.DataFrame]:
 
 
 def save_progress(folder: Path, number: int, table: pd.DataFrame) -> None:
-    """Of batch `number`, under a name that tells whether it is whole."""
-    content = table.to_parquet(index=False)
-    sha256 = hashlib.sha256(content).hexdigest()[:16]
-    files.write_bytes(folder / f"progress-{number:06d}-{sha256}.parquet", content)
+    """Keep the sums of batch `number` in a file whose name tells whether it is whole, and of this run and batch."""
+    content, place = table.to_parquet(index=False), f"progress-{number:06d}"
+    files.write_bytes(folder / f"{place}-{files.sha256_at(folder / place, content)[:16]}.parquet", content)
+
+
+def _read_progress(file: Path, number: int) -> pd.DataFrame | None:
+    """The sums of batch `number`; None if the file is that of another batch or run, or, with a warning, damaged."""
+    place, _, sha256 = file.stem.rpartition("-")
+    if place != f"progress-{number:06d}":
+        return None
+    content = file.read_bytes()
+    if files.sha256_at(file.with_name(place), content).startswith(sha256):
+        return pd.read_parquet(io.BytesIO(content))
+    return files.read_table(file, sha256)  # of an earlier version: the checksum of the content alone
 
 
 def _progress_files(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import PIL.Image
 import pytest
 
@@ -337,9 +338,39 @@ def test_two_readers_at_once_do_not_disturb_each_other(tmp_path):
 def test_long_streams_are_kept_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "PART_ROWS", 4)
     assert len(list(rows.kept(tmp_path, lambda start: ((i, {"x": i}) for i in range(start, 10))))) == 10
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "000000000-000000004.parquet", "000000004-000000008.parquet", "000000008-end.parquet"
+    assert sorted(file.stem.rpartition("-")[0] for file in tmp_path.iterdir()) == [
+        "000000000-000000004", "000000004-000000008", "000000008-end"
     ]  # fmt: skip
+
+
+def flipped(content: bytes) -> bytes:
+    """With a letter of a text changed, which no reader of parquet notices."""
+    return content.replace(b"row", b"sow", 1)
+
+
+DAMAGE = {
+    "truncated": lambda whole, other: whole[: len(whole) // 2],
+    "emptied": lambda whole, other: b"",
+    "flipped": lambda whole, other: flipped(whole),
+    "of another stream": lambda whole, other: other,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("part", ["000000000-000000004", "000000004-000000008", "000000008-end"])
+def test_a_damaged_file_of_rows_is_read_again_from_the_source(tmp_path, monkeypatch, caplog, part, damage):
+    monkeypatch.setattr(rows, "PART_ROWS", 4)
+    stream = lambda start: ((i, {"text": f"row {i}"}) for i in range(start, 10))  # noqa: E731
+    right = list(rows.kept(tmp_path / "one", stream))
+    list(rows.kept(tmp_path / "other", lambda start: ((i, {"text": f"new {i}"}) for i in range(start, 10))))
+    (file,), (other,) = ((list((tmp_path / kept).glob(f"{part}-*"))) for kept in ("one", "other"))
+    whole = file.read_bytes()
+    file.write_bytes(DAMAGE[damage](whole, other.read_bytes()))
+    assert file.read_bytes() != whole
+    assert list(rows.kept(tmp_path / "one", stream)) == right
+    assert f"{file.name} is damaged" in caplog.text
+    caplog.clear()
+    assert list(rows.kept(tmp_path / "one", stream)) == right and not caplog.text
 
 
 # Signatures
@@ -437,6 +468,16 @@ def test_class_names_are_kept_with_what_is_fetched(dataset, monkeypatch):
     dataset("imagenet_1k").check("image")
     monkeypatch.setattr(rows, "_load", lambda *arguments: pytest.fail("the network was asked"))
     assert len(dataset("imagenet_1k").class_names()) == 1000
+
+
+@pytest.mark.parametrize("content", ["", "[]", '["dog", "cat"]', None])
+def test_damaged_class_names_are_read_again(dataset, monkeypatch, content):
+    """In another order, say, they would make every score wrong."""
+    images = dataset("imagenet_1k")
+    names = images.class_names()
+    (file,) = Path(datasets.config.HF_DATASETS_CACHE).rglob("classes.json")
+    file.write_text(file.read_text().replace(f'"{names[0]}"', '"?"', 1) if content is None else content)
+    assert images.class_names() == names
 
 
 def test_a_column_without_class_names_is_refused_at_once(dataset, tmp_path):

@@ -153,6 +153,16 @@ def test_tensors_come_back_as_they_were(tmp_path):
     assert files.load_tensors(tmp_path / "none.safetensors") is None
 
 
+@pytest.mark.parametrize("place", ["other/t.safetensors", "one/u.safetensors"])
+def test_tensors_of_another_place_are_not_taken(tmp_path, caplog, place):
+    """Statistics of other data, copied over those of a job, are whole and yet wrong."""
+    files.save_tensors(tmp_path / place, {"a": torch.zeros(3)})
+    (tmp_path / "one").mkdir(exist_ok=True)
+    shutil.copyfile(tmp_path / place, tmp_path / "one" / "t.safetensors")
+    assert files.load_tensors(tmp_path / "one" / "t.safetensors") is None
+    assert "t.safetensors is damaged" in caplog.text
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1 but no more", None])
 def test_a_damaged_table_is_none_with_a_warning(tmp_path, caplog, content):
     path = tmp_path / "rows.parquet"
@@ -200,6 +210,24 @@ def test_progress_is_read_up_to_the_first_damage(tmp_path):
     assert len(list(tmp_path.glob("progress-*"))) == 2
     store.save_progress(tmp_path, 2, table(7))
     assert [int(t["i"][0]) for t in store.progress(tmp_path)] == [0, 1, 7]
+
+
+def test_progress_of_another_batch_or_run_is_not_taken(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for i in range(3):
+        store.save_progress(one, i, table(i))
+        store.save_progress(other, i, table(10 + i))
+    shutil.copyfile(*(next(folder.glob("progress-000001-*")) for folder in (other, one)))
+    assert [int(t["i"][0]) for t in store.progress(one)] == [0]
+    store.save_progress(one, 1, table(1))
+    next(one.glob("progress-000001-*")).unlink()
+    taken = next(other.glob("progress-000001-*"))  # under the name that it has there
+    shutil.copyfile(taken, one / taken.name)
+    assert [int(t["i"][0]) for t in store.progress(one)] == [0]
+    last = next(other.glob("progress-000002-*"))
+    last.rename(last.with_name(last.name.replace("000002", "000001")))
+    taken.unlink()
+    assert [int(t["i"][0]) for t in store.progress(other)] == [10]
 
 
 def test_progress_with_a_gap_stops_at_the_gap(tmp_path):
