@@ -12,6 +12,7 @@ from ablation_sweeps.data import UserError
 from ablation_sweeps.figures import looks
 from ablation_sweeps.metrics import MAIN
 from ablation_sweeps.page import label
+from ablation_sweeps.tracking import group_of, job_type
 
 if TYPE_CHECKING:
     from ablation_sweeps.curves import Study
@@ -21,7 +22,7 @@ def views(sweep: Path, name: str, project: str, entity: str, known: dict[str, st
     """Saves them, and gives the address of each by the name of its study.
 
     Args:
-        name: of the sweep, the group of its runs.
+        name: of the sweep, and of the group of its runs unless the environment names another one.
         known: addresses from before; these are written again.
 
     Raises:
@@ -59,8 +60,8 @@ def _runs(study: Study, name: str) -> Any:
     }
     return ws.RunsetSettings(
         filters=[
-            expr.Metric("Group") == name,
-            expr.Metric("JobType") == "ablation",
+            expr.Metric("Group") == group_of(name),
+            expr.Metric("JobType") == job_type(),
             expr.Config("study") == study.rows["study"].iloc[0],
         ],
         groupby=[expr.Config("method"), *(expr.Config(f"method.{key}.value") for key in differing(study))],

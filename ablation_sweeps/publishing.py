@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from ablation_sweeps.tracking import RunRecord, SweepRecord, Wandb, online
 
 log = logging.getLogger(__name__)
 
-PROJECT = "ablation-sweeps"  # of runs that were tracked nowhere
+PROJECT = "ablation-sweeps"  # of runs that were tracked nowhere, and the default of conf/tracking/wandb.yaml
 
 
 class Sent(NamedTuple):
@@ -119,9 +120,10 @@ def _statistics(runs: list[Path]) -> dict[str, tuple[Path, dict[str, Any]]]:
 
 def _tracking(run: Path, project: str | None, entity: str | None) -> Wandb:
     own = store.config(run).get("tracking") or {}
+    chosen = own.get("project") if own.get("project") != PROJECT else None  # the default is nobody's choice
     return Wandb(
-        project=project or own.get("project") or PROJECT,
-        entity=entity or own.get("entity"),
+        project=project or chosen or os.environ.get("WANDB_PROJECT") or PROJECT,
+        entity=entity or own.get("entity") or os.environ.get("WANDB_ENTITY") or None,
         mode="online",
         tags=tuple(own.get("tags") or ()),
         sync=False,

@@ -1,4 +1,8 @@
-"""W&B, or nothing. The files of a sweep are the truth and W&B mirrors them: nothing that fails here costs a job."""
+"""W&B, or nothing. The files of a sweep are the truth and W&B mirrors them: nothing that fails here costs a job.
+
+W&B's own variables count where no option says otherwise: WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_JOB_TYPE,
+WANDB_NAME, WANDB_NOTES, WANDB_TAGS, WANDB_DIR, WANDB_MODE and WANDB_DISABLED. WANDB_RUN_ID does not: it names one run.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -91,7 +95,7 @@ class Wandb:
     Attributes:
         entity: user or team; None is the default one of the key.
         mode: auto is online where there is a key and offline elsewhere. The environment's WANDB_MODE wins.
-        tags: added to the model, the method and the site.
+        tags: added to the model, the method, the site and WANDB_TAGS.
         sync: at the end of a sweep, send all that W&B does not have yet.
     """
 
@@ -109,8 +113,7 @@ class Wandb:
     @property
     def is_online(self) -> bool:
         """Whether this process still tries to be."""
-        mode = os.environ.get("WANDB_MODE") or self.mode
-        return mode not in OFFLINE and not _offline_because
+        return (_environments_mode() or self.mode) not in OFFLINE and not _offline_because
 
     def log_run(self, run: RunRecord) -> bool:
         """Log the whole curve at once: an offline run that is opened a second time is uploaded twice.
@@ -119,16 +122,18 @@ class Wandb:
             whether W&B has it now.
         """
         _quiet()
-        if os.environ.get("WANDB_MODE") == "disabled":
+        if _environments_mode() == "disabled":
             return False
-        if self.is_online and self._online(run):
-            return True
-        # A retried job logs the same curve under the same id: uploading both would show each point twice.
-        _forget(run)
-        try:
-            self._write(run, "offline")
-        except Exception as error:
-            log.error("W&B: nothing logged for %s (%s); its rows are in rows.parquet", run.name, _line(error))
+        with _agents_run() as its_id:
+            run = replace(run, run_id=its_id) if its_id else run
+            if self.is_online and self._online(run):
+                return True
+            # A retried job logs the same curve under the same id: uploading both would show each point twice.
+            _forget(run)
+            try:
+                self._write(run, "offline")
+            except Exception as error:
+                log.error("W&B: nothing logged for %s (%s); its rows are in rows.parquet", run.name, _line(error))
         return False
 
     def send(self, run: RunRecord) -> None:
@@ -146,7 +151,7 @@ class Wandb:
         import wandb
 
         with online(), self._start(
-            sweep.folder, "online", id=sweep.run_id, name=sweep.name, group=sweep.name, job_type="report",
+            sweep.folder, "online", id=sweep.run_id, name=sweep.name, group=group_of(sweep.name), job_type="report",
             tags=self.tags, config={"sweep": sweep.name}, finish_seconds=FINISH_TABLES,
         ) as logged:  # fmt: skip
             logged.log({name: wandb.Table(dataframe=table) for name, table in sweep.tables.items()})
@@ -180,8 +185,8 @@ class Wandb:
         tags = tuple(dict.fromkeys((run.model, run.method, run.site, *self.tags)))
         labels = {key: getattr(run, key) for key in ("sweep", "model", "dataset", "site", "method", "seed", "study")}
         with self._start(
-            run.folder, mode, id=run.run_id, name=run.name, group=run.sweep, job_type="ablation", tags=tags,
-            config={**flatten(run.config), **labels},
+            run.folder, mode, id=run.run_id, name=os.environ.get("WANDB_NAME") or run.name, group=group_of(run.sweep),
+            job_type=job_type(), tags=tags, config={**flatten(run.config), **labels},
         ) as logged:  # fmt: skip
             # The automatic summary is the last point of a curve: everything ablated, which says little.
             logged.define_metric("fraction", hidden=True, summary="none")
@@ -201,16 +206,20 @@ class Wandb:
     ) -> Iterator[Any]:
         import wandb
 
-        folder.mkdir(parents=True, exist_ok=True)
+        root = _root(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        tags = tuple(dict.fromkeys((*tags, *_environments_tags())))
         timeouts = {"init_timeout": INIT_SECONDS, "finish_timeout": finish_seconds, "finish_timeout_raises": True}
         # No statistics of the machine: the run lasts a second, and its load during it means nothing.
         settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, **timeouts)
+        if AGENTS_SWEEP in os.environ:  # which says all of it; W&B would warn
+            del about["id"]
+        else:
+            about |= {"project": self.project, "entity": self.entity}
         run = wandb.init(
-            project=self.project,
-            entity=self.entity,
             mode=mode,
             tags=[tag[:TAG_LENGTH] for tag in tags],
-            dir=str(folder),
+            dir=str(root),
             reinit="create_new",  # a run that the caller has open stays his
             settings=settings,
             **about,
@@ -229,8 +238,10 @@ def online() -> Iterator[None]:
     import wandb
 
     _quiet()
-    if (mode := os.environ.get("WANDB_MODE")) in OFFLINE:
-        raise UserError(f"W&B: WANDB_MODE={mode} forbids to send anything; unset it")
+    _leave_the_agents_run()
+    if _environments_mode() in OFFLINE:
+        name = "WANDB_MODE" if os.environ.get("WANDB_MODE") else "WANDB_DISABLED"
+        raise UserError(f"W&B: {name}={os.environ[name]} forbids to send anything; unset it")
     try:
         if not wandb.login(prompt=False, verify=False):
             raise UserError("W&B: no API key found; type wandb login, or set WANDB_API_KEY")
@@ -250,9 +261,75 @@ def _quiet() -> None:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 
+def _environments_mode() -> str | None:
+    """WANDB_MODE, or what the older WANDB_DISABLED says; None where neither is set."""
+    disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
+    return os.environ.get("WANDB_MODE") or ("disabled" if disabled else None)
+
+
+def _environments_tags() -> list[str]:
+    return [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
+
+
+def group_of(sweep: str) -> str:
+    """W&B's group of the runs of a sweep."""
+    return os.environ.get("WANDB_RUN_GROUP") or sweep
+
+
+def job_type() -> str:
+    """W&B's job type of a curve."""
+    return os.environ.get("WANDB_JOB_TYPE") or "ablation"
+
+
+def _root(folder: Path) -> Path:
+    """The folder in which W&B makes its own, `wandb`."""
+    return Path(os.environ.get("WANDB_DIR") or folder).expanduser()
+
+
+AGENTS_SWEEP = "WANDB_SWEEP_ID"  # set by `wandb agent`, with the id of the one run that it expects
+ONE_RUN = ("WANDB_RUN_ID", "WANDB_RESUME", AGENTS_SWEEP, "WANDB_SWEEP_PARAM_PATH")
+
+
+@contextlib.contextmanager
+def _agents_run() -> Iterator[str | None]:
+    """Gives the id of the run that `wandb agent` expects of this command, if it logs one curve; then later runs of this
+    process are outside of the agent's sweep."""
+    its_id = os.environ.get("WANDB_RUN_ID") if AGENTS_SWEEP in os.environ and _logs_one_curve() else None
+    if its_id is None:
+        _leave_the_agents_run()
+        yield None
+        return
+    import wandb
+
+    try:
+        yield its_id
+    finally:
+        with contextlib.suppress(Exception, SystemExit):
+            wandb.teardown()  # W&B reads the environment once a session
+        for name in ONE_RUN:
+            os.environ.pop(name, None)
+
+
+def _leave_the_agents_run() -> None:
+    """One id for many runs would make one of them: whose points are those of all, one after the other."""
+    if its_id := os.environ.get("WANDB_RUN_ID"):
+        why = "a sweep logs many" if AGENTS_SWEEP in os.environ else "each curve has an id of its own"
+        log.warning("W&B: WANDB_RUN_ID=%s names one run, and is ignored: %s", its_id, why)
+    for name in ONE_RUN:
+        os.environ.pop(name, None)
+
+
+def _logs_one_curve() -> bool:
+    """Whether this is a launch without -m."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.RUN
+
+
 def _forget(run: RunRecord) -> None:
-    """What was written for it below the sweep's folder."""
-    for stale in (run.folder / "wandb").glob(f"*run-*-{run.run_id}"):
+    """Remove what was written for it here."""
+    for stale in (_root(run.folder) / "wandb").glob(f"*run-*-{run.run_id}"):
         shutil.rmtree(stale, ignore_errors=True)
 
 
@@ -298,7 +375,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _go_offline(reason: str, run: RunRecord) -> Literal[False]:
     _offline_because.append(reason)
-    log.warning("W&B: %s; logging offline. Upload later with: wandb sync %s/wandb/*run-*", reason, run.folder)
+    log.warning("W&B: %s; logging offline. Upload later with: wandb sync %s/wandb/*run-*", reason, _root(run.folder))
     return False
 
 

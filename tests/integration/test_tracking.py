@@ -296,11 +296,62 @@ def test_online_run_arrives(tmp_path: Path, server: Server, mode: str):
     assert offline_files(tmp_path / "sweep") == []
 
 
-@pytest.mark.parametrize("mode", ["offline", "disabled"])
-def test_the_environment_wins(tmp_path: Path, server: Server, mode: str):
-    log_run(tmp_path / "sweep", "online", {"WANDB_MODE": mode, **key_for(server.url)})
+@pytest.mark.parametrize(
+    "variable", [{"WANDB_MODE": "offline"}, {"WANDB_MODE": "disabled"}, {"WANDB_DISABLED": "true"}], ids=str
+)
+def test_the_environment_wins(tmp_path: Path, server: Server, variable: dict[str, str]):
+    log_run(tmp_path / "sweep", "online", {**variable, **key_for(server.url)})
     assert server.requests == []
-    assert len(offline_files(tmp_path / "sweep")) == (1 if mode == "offline" else 0)
+    assert len(offline_files(tmp_path / "sweep")) == (1 if variable == {"WANDB_MODE": "offline"} else 0)
+
+
+def test_variables_of_wandb_count_where_no_option_says_otherwise(tmp_path: Path):
+    there = tmp_path / "there"
+    variables = {
+        "WANDB_TAGS": "theirs, mine", "WANDB_RUN_GROUP": "their-group", "WANDB_JOB_TYPE": "their-type",
+        "WANDB_NAME": "their name", "WANDB_NOTES": "their notes", "WANDB_DIR": str(there), "WANDB_PROJECT": "not this",
+    }  # fmt: skip
+    for _ in range(2):  # the second one replaces the first one there, too
+        assert log_run(tmp_path / "sweep", "offline", variables) == ""
+    assert not (tmp_path / "sweep" / "wandb").exists()
+    (path,) = offline_files(there)
+    started = next(r["run"] for line in read_back(path).splitlines() if (r := json.loads(line))["type"] == "run")
+    assert (started["run_group"], started["job_type"]) == ("their-group", "their-type")
+    assert (started["display_name"], started["notes"]) == ("their name", "their notes")
+    assert (started["run_id"], started["project"]) == ("id0", "proj")  # an option wins
+    assert sorted(started["tags"]) == sorted(["opt", "peak", "attn_pre_out", "mine", "theirs"])
+    assert history_of(path) == expected_history()
+
+
+def test_where_no_key_is_found_wandb_dir_is_named(tmp_path: Path):
+    stderr = log_run(tmp_path / "sweep", "auto", {"WANDB_DIR": str(tmp_path / "there")})
+    assert f"wandb sync {tmp_path / 'there'}/wandb" in stderr
+
+
+def test_one_run_id_does_not_merge_the_curves(tmp_path: Path):
+    variables = {"WANDB_RUN_ID": "same", "WANDB_RESUME": "must"}
+    (line,) = log_run(tmp_path / "sweep", "offline", variables, times=2).splitlines()
+    assert "WANDB_RUN_ID=same names one run, and is ignored" in line
+    paths = offline_files(tmp_path / "sweep")
+    assert {path.stem for path in paths} == {"run-id0", "run-id1"}
+    assert [history_of(path) for path in paths] == [expected_history()] * 2
+
+
+@pytest.mark.parametrize("sweeps", [False, True], ids=["one curve", "a sweep"])
+def test_the_run_of_wandb_agent_is_that_of_one_curve(
+    on_text, tmp_path: Path, environment, server: Server, sweeps: bool
+):
+    """A curve that `wandb agent` has launched is the run that it waits for; two would be merged there."""
+    options = tuple(option for option in on_text if not option.startswith("tracking"))
+    agents = {"WANDB_SWEEP_ID": "sw33p", "WANDB_RUN_ID": "theirs", "WANDB_PROJECT": "theirs", "WANDB_ENTITY": "me"}
+    command = ("-m", *options, "method=zero,mean") if sweeps else (*options, "method=mean")
+    in_a_sweep(command, tmp_path, environment | key_for(server.url) | agents)
+    started = {v["name"]: v for v in server.variables("upsertBucket") if v["jobType"]}
+    curves = {name: v["sweep"] for name, v in started.items() if v["jobType"] == "ablation"}
+    assert curves == {"theirs": "sw33p"} if not sweeps else len(curves) == 2 and set(curves.values()) == {None}
+    (tables,) = (v for v in started.values() if v["jobType"] == "report")
+    assert tables["name"] != "theirs" and tables["sweep"] is None
+    assert {v["project"] for v in started.values()} == {"theirs"}
 
 
 def test_an_unreachable_server_costs_no_curve(tmp_path: Path):
@@ -395,6 +446,19 @@ def test_a_sweep_is_sent_from_its_files_once(launch: Launch, on_text, tmp_path: 
     assert {variables["name"] for variables in server.variables("upsertBucket")} == ids
     forbidden = publish(tmp_path, online | {"WANDB_MODE": "offline"}, "--again")
     assert forbidden.returncode == 1 and "WANDB_MODE=offline forbids" in forbidden.stderr
+
+
+def test_what_is_sent_later_goes_where_the_variables_say(
+    launch: Launch, on_text, tmp_path: Path, environment, server: Server
+):
+    assert launch(*on_text, "method=zero", "tracking=none").code == 0
+    variables = {"WANDB_PROJECT": "theirs", "WANDB_RUN_GROUP": "their-group"}
+    assert publish(tmp_path, environment | variables | key_for(server.url), "--view").returncode == 0
+    started = [v for v in server.variables("upsertBucket") if v["groupName"]]
+    assert {(v["project"], v["groupName"]) for v in started} == {("theirs", "their-group")} and len(started) == 2
+    (view,) = server.views.values()
+    (runs,) = json.loads(view["spec"])["section"]["runSets"]
+    assert {f["value"] for f in runs["filters"]["filters"] if f["key"]["name"] == "group"} == {"their-group"}
 
 
 def test_the_same_job_in_two_sweeps_is_two_runs_and_the_tables_follow(
