@@ -254,11 +254,38 @@ def quiet():
         transformers_logging.set_verbosity(level)
 
 
-def context_length(model: Pretrained) -> int:
-    """What both the model and its tokenizer can take; read from the configuration, without the weights."""
+@functools.cache
+def load_config(model: Pretrained) -> Any:
     from transformers import AutoConfig
 
-    config = model.guarded(lambda: AutoConfig.from_pretrained(model.source, **model.hub_options)).get_text_config()
+    return model.guarded(lambda: AutoConfig.from_pretrained(model.source, **model.hub_options))
+
+
+def auto_model(model: Pretrained, kind: str, *names: str) -> Any:
+    """The first of these auto classes of transformers that knows the model.
+
+    Args:
+        kind: of model, as the user chose it.
+
+    Raises:
+        UserError: none of them does.
+    """
+    import transformers
+
+    config, classes = load_config(model), [getattr(transformers, name) for name in names]
+    known = [one for one in classes if type(config) in one._model_mapping]
+    if known or getattr(config, "auto_map", None):  # the latter: code that comes with it
+        return (known or classes)[0]
+    what = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "a model of another kind"
+    raise UserError(
+        f"{model.option}: {type(config).__name__} is {what}, which {names[0]} (model={kind}) does not know; take a "
+        "decoder (model=causal_lm) or an encoder with a masked-LM head (model=masked_lm)"
+    )
+
+
+def context_length(model: Pretrained) -> int:
+    """What both the model and its tokenizer can take; read from the configuration, without the weights."""
+    config = load_config(model).get_text_config()
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
     return min([load_tokenizer(model).model_max_length, *(limit for limit in limits if limit)])
 

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
+from ablation_sweeps import proposals
 from ablation_sweeps.data import Batch, UserError, together
 from ablation_sweeps.lazy import torch
 from ablation_sweeps.transformer import Transformer
@@ -58,13 +59,29 @@ def find(model: Transformer, site: Site, paths: tuple[str, ...] | None) -> list[
         UserError: nothing found, several towers found, a module whose hook never fires, or one whose input mixes
             the examples.
     """
-    found = _by_path(model.module, paths) if paths else _by_structure(model.module, site)
-    one, other = (model.other_input("probe", 8, seed) for seed in (0, 1))
+    found = _by_path(model.module, paths) if paths else _by_structure(model, site)
+    calls = _checked_calls(model, site, found)
+    times = len(calls) // len(found)
+    if times > 1:
+        log.info("%s: one module serves %d layers; its calls are told apart by their order", site.name, times)
+    alone = _layers_without(model.module, found)
+    if alone:
+        patterns = ", ".join(dict.fromkeys(map(proposals.pattern_of, found)))
+        log.warning("%s: layers without %s are left alone: %s", site.name, patterns, ", ".join(alone))
+    return [Projection(path, found[path], x.shape[-1]) for path, x in calls]
+
+
+def _checked_calls(model: Transformer, site: Site, found: dict[str, torch.nn.Module]) -> list[tuple[str, torch.Tensor]]:
+    one, other = _probes(model)
     calls = _calls(model, site, found, together(one, other))
     swapped = _calls(model, site, found, together(other, one))
     _check(found, [(path, x.shape) for path, x in calls], site, model.n_heads)
     _check_examples(calls, swapped, site)
-    return [Projection(path, found[path], x.shape[-1]) for path, x in calls]
+    return calls
+
+
+def _probes(model: Transformer) -> list[Batch]:
+    return [model.other_input("probe", 8, seed) for seed in (0, 1)]
 
 
 def _calls(
@@ -93,44 +110,98 @@ def _calls(
 
 
 def _by_path(module: torch.nn.Module, paths: tuple[str, ...]) -> dict[str, torch.nn.Module]:
-    modules = dict(module.named_modules())
-    found = {name: modules[name] for pattern in paths for name in fnmatch.filter(modules, pattern)}
-    if not found:
-        raise UserError(f"model.site_paths={list(paths)}: no module has such a path; print the model to see its paths")
-    return found
+    """The modules that the patterns match, each under its first path: layers may share one."""
+    modules = dict(module.named_modules(remove_duplicate=False))
+    found: dict[torch.nn.Module, str] = {}
+    for pattern in paths:
+        names = fnmatch.filter(modules, pattern)
+        if not names:
+            near = ", ".join(proposals.near_misses(pattern, module))
+            remedy = f"near it: {near}" if near else "print the model to see its paths"
+            raise UserError(f"model.site_paths={list(paths)}: no module has the path {pattern}; {remedy}")
+        for name in names:
+            found.setdefault(modules[name], name)
+    return {path: part for part, path in found.items()}
 
 
-def _by_structure(module: torch.nn.Module, site: Site) -> dict[str, torch.nn.Module]:
+def _by_structure(model: Transformer, site: Site) -> dict[str, torch.nn.Module]:
     """Projections inside the numbered layers of a tower: a classifier head of the same name is in no layer."""
     pattern = re.compile(site.projection)
     towers: dict[str, dict[str, torch.nn.Module]] = defaultdict(dict)
-    for path, candidate in module.named_modules():
+    for path, candidate in model.module.named_modules():
         layer = re.match(r"(.*\.)?\d+\.(?=\D)", path)
         is_projection = getattr(candidate, "weight", None) is not None and not list(candidate.children())
         if layer and is_projection and pattern.fullmatch(path[layer.end() :]):
-            towers[re.sub(r"\b\d+\b", "*", path)][path] = candidate
-    remedy = "give their paths, e.g. model.site_paths=['model.layers.*.self_attn.o_proj']"
-    if not towers:
-        raise UserError(
-            f"site={site.name}: {type(module).__name__} has no projection that matches {site.projection!r} "
-            f"inside a numbered layer; {remedy}"
-        )
+            towers[proposals.pattern_of(path)][path] = candidate
     if len(towers) > 1:
-        raise UserError(f"site={site.name}: {type(module).__name__} has several: {', '.join(towers)}; {remedy}")
-    ((tower, found),) = towers.items()
-    skipped = _layers_without(module, tower, found)
-    if skipped:
-        log.warning("%s: layers without %s are left alone: %s", site.name, tower, ", ".join(skipped))
+        towers = _called(model, site, towers)
+    kind = type(model.module).__name__
+    if len(towers) > 1:
+        remedy = _remedy(model, site, list(towers))
+        raise UserError(f"site={site.name}: {kind} has several: {', '.join(towers)}; {remedy}")
+    if not towers:
+        body = lambda: model.body(together(*_probes(model)).to(model.device))  # noqa: E731
+        after = proposals.projections_after("attention" if site.by_head else "activation", model.module, body)
+        if site.by_head and after is None:
+            raise UserError(
+                f"site={site.name}: {kind} has no attention, as far as a pass over a probe shows, and so no projection "
+                "of its heads; use a model that has, or name a linear layer of your own choice: model.site_paths=[PATH]"
+            )
+        raise UserError(
+            f"site={site.name}: {kind} has no projection that matches {site.projection!r} inside a numbered layer; "
+            f"{_remedy(model, site, after or [])}"
+        )
+    ((_, found),) = towers.items()
     return found
 
 
-def _layers_without(module: torch.nn.Module, tower: str, found: dict[str, torch.nn.Module]) -> list[str]:
-    """Layers that lie beside the found ones but hold no such projection (hybrids with linear attention)."""
-    inside_layer = tower.rpartition("*")[2]
-    layers = {path.removesuffix(inside_layer) for path in found}
-    siblings = {f"{layer.rpartition('.')[0]}.{name}" for layer in layers for name, _ in
-                module.get_submodule(layer.rpartition(".")[0]).named_children()}  # fmt: skip
-    return sorted(siblings - layers)
+def _called(
+    model: Transformer, site: Site, towers: dict[str, dict[str, torch.nn.Module]]
+) -> dict[str, dict[str, torch.nn.Module]]:
+    """The towers that a forward pass calls: a model of text and pictures does not call both. All, if it calls none."""
+    every = {path: part for tower in towers.values() for path, part in tower.items()}
+    calls = {path for path, _ in _calls(model, site, every, together(*_probes(model)))}
+    called = {name: tower for name, tower in towers.items() if calls & set(tower)}
+    return called or towers
+
+
+def _remedy(model: Transformer, site: Site, patterns: list[str]) -> str:
+    """What to type: the paths of this model that pass the checks, as options that can be pasted."""
+    options = [f"'model.site_paths=[{pattern}]'" for pattern in patterns[:8] if _fits(model, site, pattern)]
+    if not options:
+        return "print the model, and give the paths of its projections: model.site_paths=[PATH,...]"
+    return f"give {' or '.join(options)}"
+
+
+def _fits(model: Transformer, site: Site, pattern: str) -> bool:
+    found = _by_path(model.module, (pattern,))
+    try:
+        return {*map(proposals.pattern_of, found)} == {pattern} and bool(_checked_calls(model, site, found))
+    except UserError:
+        return False
+
+
+def _layers_without(module: torch.nn.Module, found: dict[str, torch.nn.Module]) -> list[str]:
+    """Layers beside the found ones that hold no such projection, as in hybrids with linear attention.
+
+    Layers of layers (the blocks of a stage) are compared with those of their own class.
+    """
+    projections, alone = set(found.values()), set()
+    for path in found:
+        outermost, names = True, path.split(".")
+        for depth, name in enumerate(names[:-1]):
+            stem = name.rstrip("0123456789")
+            if stem == name:
+                continue
+            before = ".".join(names[:depth])
+            children = dict(module.get_submodule(before).named_children())
+            for sibling, layer in children.items():
+                alike = sibling != sibling.rstrip("0123456789") and sibling.rstrip("0123456789") == stem
+                of_class = outermost or type(layer) is type(children[name])
+                if alike and of_class and not projections & set(layer.modules()):
+                    alone.add(f"{before}.{sibling}".removeprefix("."))
+            outermost = False
+    return proposals.natural_order(alone)
 
 
 def _check(
@@ -146,8 +217,6 @@ def _check(
     times = {fired.count(path) for path in found}
     if len(times) > 1:
         raise UserError(f"site={site.name}: some projections are called more often than others; set model.site_paths")
-    if times != {1}:
-        log.info("%s: one module serves %d layers; its calls are told apart by their order", site.name, times.pop())
     wrong = [path for path, shape in calls if site.by_head and n_heads and shape[-1] % n_heads]
     if wrong:
         raise UserError(f"site={site.name}: the width of {wrong[0]} is no multiple of the {n_heads} heads")

@@ -175,3 +175,10 @@ def input_device(module: torch.nn.Module) -> torch.device:
     """Where inputs go. The weights of a model that is spread over devices may wait elsewhere, as `meta`."""
     devices = (parameter.device for parameter in module.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def query_heads(module: torch.nn.Module) -> int | None:
+    """Query heads of each layer of a language model; None where layers differ, or there is no attention."""
+    config = module.config.get_text_config()  # type: ignore[union-attr,operator]
+    heads = getattr(config, "num_attention_heads", None)
+    return heads if isinstance(heads, int) and heads > 0 else None

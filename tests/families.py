@@ -102,6 +102,13 @@ def timm_like(name: str, width: int = 128, heads_apart: bool = True, **options: 
                   heads_apart=heads_apart)  # fmt: skip
 
 
+def with_pictures(name: str, text: dict[str, Any], vision: dict[str, Any], width: int = 32) -> Family:
+    """A model of text and pictures, whose tower for pictures has projections of the same name."""
+    options = {"text_config": text, "vision_config": {**PICTURES, **vision}, "image_token_index": 4}
+    return Family("causal_lm", name, options, each("model.language_model.layers.{}.self_attn.o_proj", width),
+                  each("model.language_model.layers.{}.mlp.down_proj", 48))  # fmt: skip
+
+
 def staged(path: str, widths: tuple[int, int]) -> list[Where]:
     """Two stages of two layers each."""
     return [(path.format(stage, block), width) for stage, width in enumerate(widths) for block in (0, 1)]
@@ -208,6 +215,9 @@ FAMILIES = {
     "dinov3": Family("backbone", "DINOv3ViTModel", PICTURES,
                      each(("model." if NEW else "") + "layer.{}.attention.o_proj", 32),
                      each(("model." if NEW else "") + "layer.{}.mlp.down_proj", 48)),
+    "llava": with_pictures("LlavaForConditionalGeneration", {**GROUPED, "model_type": "llama"},
+                           {"model_type": "clip_vision_model"}),
+    "gemma3_pictures": with_pictures("Gemma3ForConditionalGeneration", {**WIDE, "sliding_window": 6}, {}, 64),
     "clip": clip_like("CLIPForImageClassification"),
     "siglip": clip_like("SiglipForImageClassification"),
     "timm_vit": timm_like("vit_tiny_patch16_224"),

@@ -8,15 +8,15 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.data import Batch, Modality, UserError
-from ablation_sweeps.hub import Pretrained, context_length, load_tokenizer
+from ablation_sweeps.hub import Pretrained, auto_model, context_length, load_tokenizer
 from ablation_sweeps.lazy import torch
 from ablation_sweeps.text import Pack, TextEncoder
-from ablation_sweeps.transformer import Transformer, input_device, with_head
+from ablation_sweeps.transformer import Transformer, input_device, query_heads, with_head
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class CausalLM(Pretrained):
-    """Any model of `AutoModelForCausalLM`.
+    """Any model of `AutoModelForCausalLM`, or the language model of one of `AutoModelForImageTextToText`.
 
     Attributes:
         max_tokens: documents are cut to it, and to the model's context.
@@ -34,10 +34,10 @@ class CausalLM(Pretrained):
         return TextEncoder(load_tokenizer(self), longest, None, self.tokens, self.pack)
 
     def load(self) -> Transformer:
-        from transformers import AutoModelForCausalLM
-
         tokenizer, encoder = load_tokenizer(self), self.encoder()
-        module = self.from_pretrained(AutoModelForCausalLM)
+        # The second kind shows its language model nothing but text, if it is given nothing else.
+        auto = auto_model(self, "causal_lm", "AutoModelForCausalLM", "AutoModelForImageTextToText")
+        module = self.from_pretrained(auto)
 
         def other_input(source: str, length: int, seed: int) -> Batch:
             if source == "generated":
@@ -57,7 +57,7 @@ class CausalLM(Pretrained):
             body=lambda batch: body(**batch.inputs, use_cache=False),  # type: ignore[operator]
             encode=encoder,
             other_input=other_input,
-            n_heads=module.config.get_text_config().num_attention_heads,  # type: ignore[union-attr,operator]
+            n_heads=query_heads(module),
             special_ids=frozenset(tokenizer.all_special_ids),
         )
         if not _is_causal(model, encoder):

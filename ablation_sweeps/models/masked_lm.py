@@ -10,10 +10,10 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.data import Batch, Modality, UserError
-from ablation_sweeps.hub import Pretrained, context_length, load_tokenizer
+from ablation_sweeps.hub import Pretrained, auto_model, context_length, load_tokenizer
 from ablation_sweeps.lazy import torch
 from ablation_sweeps.text import Masking, Pack, TextEncoder
-from ablation_sweeps.transformer import Transformer, with_head
+from ablation_sweeps.transformer import Transformer, query_heads, with_head
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +51,8 @@ class MaskedLM(Pretrained):
         return TextEncoder(load_tokenizer(self), longest, masking, self.tokens, self.pack)
 
     def load(self) -> Transformer:
-        from transformers import AutoModelForMaskedLM
-
         tokenizer, encoder = load_tokenizer(self), self.encoder()
-        module = self.from_pretrained(AutoModelForMaskedLM)
+        module = self.from_pretrained(auto_model(self, "masked_lm", "AutoModelForMaskedLM"))
 
         def other_input(source: str, length: int, seed: int) -> Batch:
             if source not in ("random_characters", "random_tokens", "probe"):
@@ -72,7 +70,7 @@ class MaskedLM(Pretrained):
             body=lambda batch: module.base_model(**batch.inputs),  # type: ignore[operator]
             encode=encoder,
             other_input=other_input,
-            n_heads=module.config.num_attention_heads,  # type: ignore[union-attr]
+            n_heads=query_heads(module),
             special_ids=frozenset(tokenizer.all_special_ids),
         )
         if _sees_padding(model, encoder):

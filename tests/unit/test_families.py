@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 
 import pytest
 import torch
@@ -334,13 +335,68 @@ def test_a_classifiers_dense_layer_is_no_layer(site):
         assert [p.path for p in found] == [f"roberta.encoder.layer.{i}.{inside}" for i in range(3)]
 
 
-def test_a_family_that_nobody_foresaw_is_refused_until_its_paths_are_given(site):
-    from transformers import CTRLConfig, CTRLLMHeadModel
+SMALL = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "max_position_embeddings": 64}  # fmt: skip
+MAMBA = {"mamba_d_state": 8, "mamba_headdim": 8, "mamba_ngroups": 1, "n_mamba_heads": 8}
+SHORT = {
+    "head_dim": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 8,
+    "n_groups": 1,
+    "num_key_value_heads": 2,
+}
+# Layouts that the search by structure does not know, and the paths that a refusal proposes at each site, to be pasted.
+UNFORESEEN = {
+    "CTRLLMHeadModel": (
+        {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48, "n_positions": 64},
+        [("transformer.h.*.multi_head_attention.dense", 2, 32)], ("transformer.h.*.ffn.2", 2, 48)),
+    "Zamba2ForCausalLM": (
+        {**SMALL, **MAMBA, "hybrid_layer_ids": [1], "num_mem_blocks": 1,
+         "layers_block_type": ["mamba", "hybrid", "mamba"]},
+        [("model.layers.*.shared_transformer.self_attn.o_proj", 1, 64)],
+        ("model.layers.*.shared_transformer.feed_forward.down_proj", 1, 48)),
+    "NemotronHForCausalLM": (
+        {**SMALL, **SHORT, "layers_block_type": ["mamba", "attention", "mlp"]},
+        [("model.layers.*.mixer.o_proj", 1, 32)], ("model.layers.*.mixer.down_proj", 1, 48)),
+    "RecurrentGemmaForCausalLM": (
+        {**SMALL, "num_key_value_heads": 1, "lru_width": 32, "block_types": ["recurrent", "attention"]},
+        [("model.layers.*.temporal_block.o_proj", 1, 32)], ("model.layers.*.mlp_block.down_proj", 3, 24)),
+    "MiniMaxForCausalLM": (
+        {**SMALL, "num_key_value_heads": 2, "num_local_experts": 2, "block_size": 8,
+         "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+        [("model.layers.*.self_attn.out_proj", 2, 32), ("model.layers.*.self_attn.o_proj", 1, 32)], None),
+}  # fmt: skip
 
-    config = CTRLConfig(vocab_size=40, n_embd=32, n_layer=2, n_head=4, dff=48, n_positions=64)
-    model = given(CTRLLMHeadModel(config), input_ids=IDS)
-    for name, inside, width in (("attn_pre_out", "multi_head_attention.dense", 32), ("mlp_pre_out", "ffn.2", 48)):
-        with pytest.raises(UserError, match=r"no projection.*site_paths"):
-            sites.find(model, site(name), None)
-        found = sites.find(model, site(name), (f"transformer.h.*.{inside}",))
-        assert [(p.path, p.width) for p in found] == [(f"transformer.h.{i}.{inside}", width) for i in (0, 1)]
+
+def of_class(name: str, options: dict) -> Transformer:
+    import transformers
+
+    if not hasattr(transformers, name):
+        pytest.skip(f"this version of transformers has no {name}")
+    module_class = getattr(transformers, name)
+    torch.manual_seed(0)
+    return given(module_class(module_class.config_class(**options)), input_ids=IDS)
+
+
+@pytest.mark.parametrize("name", UNFORESEEN)
+def test_a_family_that_nobody_foresaw_is_refused_with_its_own_paths(site, name):
+    options, attention, mlp = UNFORESEEN[name]
+    model = of_class(name, options)
+    for where, expected in (("attn_pre_out", attention), ("mlp_pre_out", [mlp] if mlp else [])):
+        if not expected:
+            continue
+        with pytest.raises(UserError, match=r"no projection.*site_paths|has several.*site_paths") as error:
+            sites.find(model, site(where), None)
+        assert "\n" not in str(error.value)
+        proposed = re.findall(r"'model\.site_paths=\[([^']+)\]'", str(error.value))
+        assert [path for path, _, _ in expected] == proposed[: len(expected)]
+        for path, n, width in expected:
+            assert [p.width for p in sites.find(model, site(where), (path,))] == [width] * n
+
+
+def test_a_model_without_attention_is_refused_with_the_reason(site):
+    model = of_class("MambaForCausalLM", {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8})
+    with pytest.raises(UserError, match=r"site=attn_pre_out: MambaForCausalLM has no attention.*use a model that has"):
+        sites.find(model, site("attn_pre_out"), None)
+    assert len(sites.find(model, site("attn_pre_out"), ("backbone.layers.*.mixer.out_proj",))) == 2

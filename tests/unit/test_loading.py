@@ -297,6 +297,17 @@ def test_an_encoder_is_no_causal_model(option, saved):
         option("model=causal_lm", f"model.path={saved('bert')}").load()
 
 
+@pytest.mark.parametrize("kind", ["causal_lm", "masked_lm"])
+def test_an_encoder_decoder_without_such_a_head_is_refused(option, saved, tmp_path, kind):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    shutil.copytree(saved("bert"), tmp_path, dirs_exist_ok=True)
+    T5ForConditionalGeneration(T5Config(vocab_size=100, d_model=8, num_layers=1, num_heads=2, d_kv=4, d_ff=8)
+                               ).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(UserError, match=r"model\.path=.*T5Config is an encoder-decoder.*model=masked_lm"):
+        option(f"model={kind}", f"model.path={tmp_path}").load()
+
+
 def test_attention_that_becomes_another_one_is_refused(option, saved, tmp_path):
     from transformers import BigBirdConfig, BigBirdForMaskedLM
 

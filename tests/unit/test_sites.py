@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
+import re
 
 import pytest
 import torch
 from examples import logits, n_hooks, two_examples
+from families import VIT_ATTENTION
 from torch import nn
 
 from ablation_sweeps import sites
@@ -66,6 +69,11 @@ class Layer(nn.Module):
         return x
 
 
+def paths_to_paste(error: Exception) -> list[str]:
+    """As a refusal proposes them, for a shell."""
+    return re.findall(r"'model\.site_paths=\[([^',]+)\]'", str(error))
+
+
 # What is found
 
 
@@ -109,6 +117,32 @@ def test_given_paths_that_match_nothing_are_refused(tiny, site):
         sites.find(tiny("llama"), site("attn_pre_out"), ("nothing.here",))
 
 
+def test_each_given_path_matches_something(tiny, site):
+    """One that matches nothing is refused by name, with what resembles it, though others match."""
+    model, right = tiny("llama"), "model.layers.0.self_attn.o_proj"
+    for wrong, near in (
+        ("model.layers.1.self_atn.o_proj", "model.layers.1.self_attn.o_proj"),
+        ("model.layer.*.self_attn.o_proj", "model.layers.*.self_attn.o_proj"),
+    ):
+        for given in ((right, wrong), (wrong, right)):
+            with pytest.raises(UserError, match=re.escape(f"no module has the path {wrong}; near it: {near}")):
+                sites.find(model, site("attn_pre_out"), given)
+
+
+def test_layers_that_given_paths_leave_alone_are_named(tiny, site, caplog):
+    model = tiny("llama")
+    with caplog.at_level(logging.WARNING):
+        sites.find(model, site("attn_pre_out"), ("model.layers.*.self_attn.o_proj",))
+        assert not caplog.messages
+        sites.find(model, site("attn_pre_out"), ("model.layers.1.self_attn.o_proj",))
+    (said,) = caplog.messages
+    assert said.endswith("are left alone: model.layers.0, model.layers.2")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        sites.find(tiny("swin"), site("attn_pre_out"), (f"swin.encoder.layers.1.blocks.0.{VIT_ATTENTION}",))
+    assert caplog.messages[0].endswith("are left alone: swin.encoder.layers.0, swin.encoder.layers.1.blocks.1")
+
+
 def test_given_paths_of_a_module_without_a_positional_input_are_refused_in_one_line(tiny, site):
     with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn"):
         sites.find(tiny("llama"), site("attn_pre_out"), ("model.layers.*.self_attn",))
@@ -138,8 +172,11 @@ def test_two_towers_are_refused_and_both_are_named(site):
 
     config = BartConfig(vocab_size=50, d_model=8, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
                         decoder_attention_heads=2, encoder_ffn_dim=12, decoder_ffn_dim=12)  # fmt: skip
-    with pytest.raises(UserError, match=r"encoder\.layers\.\*.*decoder\.layers\.\*"):
-        sites.find(bare(BartModel(config)), site("attn_pre_out"), None)
+    module = BartModel(config)
+    model = bare(module, lambda b: module(inputs_embeds=b.inputs["x"], decoder_inputs_embeds=b.inputs["x"]))
+    with pytest.raises(UserError, match=r"encoder\.layers\.\*.*decoder\.layers\.\*") as error:
+        sites.find(model, site("attn_pre_out"), None)
+    assert [len(sites.find(model, site("attn_pre_out"), (path,))) for path in paths_to_paste(error.value)] == [2, 2]
 
 
 def test_a_model_without_such_projections_is_refused(site):
