@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from ablation_sweeps.data import Batch, UserError
 from ablation_sweeps.lazy import torch
 from ablation_sweeps.sites import Projection, as_rows, hooked
 from ablation_sweeps.transformer import Transformer
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -38,6 +41,8 @@ class Fitting:
     Attributes:
         statistics: called with the histograms that are needed (none, for the moments alone); computed or read then.
         length: positions of the longest input of the evaluation data.
+        note: told what a reader of the results should know of the replacement; kept in the run's record and shown in
+            the report.
     """
 
     model: Transformer
@@ -45,6 +50,7 @@ class Fitting:
     statistics: Callable[..., Statistics]
     length: int
     seed: int
+    note: Callable[[str], None] = log.debug
 
 
 @runtime_checkable

@@ -253,9 +253,9 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     store.expect(folder, len(batches))
     log.debug("%d documents or images in %d batches", sum(len(b.names) for b in batches), len(batches))
     orders = job.selection.orders([p.width for p in projections], job.seed)
-    replacement = job.method.fit(
-        Fitting(model, projections, statistics, max(b.labels.shape[-1] for b in batches), job.seed)
-    )
+    length = max(b.labels.shape[-1] for b in batches)
+    quietly = functools.partial(note, level=logging.DEBUG)  # the report shows it: no line for each job
+    replacement = job.method.fit(Fitting(model, projections, statistics, length, job.seed, quietly))
     if not isinstance(replacement, Replacement):
         raise UserError(
             f"method={job.method.label}: its fit gives {type(replacement).__name__}, which is no Replacement; give a "

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 KINDS = {".png": "figure", ".html": "page"}  # of what is written, those that are looked at
 DIFFER = "runs differ in"  # beside method and seed
+NOTES = "notes"  # that the runs have left
 
 
 def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[Path]:
@@ -55,6 +56,9 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
     if not shown:
         return written
     for found, _, setup in shown:
+        for note in setup[NOTES]:
+            note = f"{found.title}: {note}" if len(shown) > 1 else note
+            console.print(Text(encodable(note, console), style="dim"), soft_wrap=True)
         said = page.verdict(found)
         said = f"{found.title}: {said}" if len(shown) > 1 else said
         said += f" Its runs differ in {setup[DIFFER]}." if setup[DIFFER] else ""
@@ -124,7 +128,16 @@ def folders_by_id(*sweeps: Path) -> dict[str, Path]:
 def _shown(study: Study, folders: dict[str, Path]) -> page.Shown | None:
     found = measured(study, folders)
     runs = [folders[run_id[:8]] for run_id in study.rows["run_id"].unique()] if found else []
-    return found and (found, _neurons(runs), _setup(runs))
+    return found and (found, _neurons(runs), {NOTES: _notes(study, folders), **_setup(runs)})
+
+
+def _notes(study: Study, folders: dict[str, Path]) -> list[str]:
+    """Notes in the records of the runs (see `store.note`), each behind the methods that it is about."""
+    methods: dict[str, list[str]] = {}
+    for run in study.rows.drop_duplicates(["method", "run_id"]).to_dict("records"):
+        for note in store.environment(folders[run["run_id"][:8]]).get("notes", []):
+            methods.setdefault(note, []).append(run["method"])
+    return [f"{', '.join(dict.fromkeys(noted))}: {note}" for note, noted in methods.items()]
 
 
 def _neurons(runs: list[Path]) -> dict[str, Any] | None:

@@ -106,11 +106,12 @@ def begin(folder: Path, config: dict) -> None:
     files.write_json(folder / "status.json", {"state": "running", "started": _now(), **_process()})
 
 
-def note(folder: Path, text: str) -> None:
-    """What a reader of the numbers should know."""
-    log.warning(text)
+def note(folder: Path, text: str, level: int = logging.WARNING) -> None:
+    """Record what a reader of the numbers should know; the report shows it. A run that is resumed says it once."""
+    log.log(level, text)
     notes = environment(folder).get("notes", [])
-    remember(folder, notes=[*notes, text])
+    if text not in notes:
+        remember(folder, notes=[*notes, text])
 
 
 def remember(folder: Path, **facts: object) -> None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Bool, Float, Num
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.ablation import Constant, Fitting
-from ablation_sweeps.activations import Histogram, Statistics
+from ablation_sweeps.activations import Histogram
 from ablation_sweeps.lazy import torch
 
 Estimator = Literal[
-    "histogram", "coarse_to_fine", "averaged", "smoothed", "global_range", "kde", "half_sample_mode"
+    "histogram", "coarse_to_fine", "averaged", "smoothed", "global_range", "kde", "half_sample_mode", "grenander"
 ]  # fmt: skip
 FINE = 100  # coarse_to_fine, kde and half_sample_mode look inside each bin with this many
+POWER = 10  # of grenander
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -24,17 +26,24 @@ class Peak:
     """The modal value.
 
     Attributes:
-        estimator: how the mode is found; all but half_sample_mode and the details of kde are those of the paper's code.
+        estimator: how the mode is found; all but half_sample_mode, grenander and the details of kde are those of the
+            paper's code.
             histogram: centre of the fullest of `n_bins` bins.
             coarse_to_fine: the fullest of 100 bins inside the fullest of `n_bins`.
             averaged: counts of 10 n_bins bins, each repeated 10 times, and counts of 100 n_bins bins, added.
             smoothed: the counts of `n_bins` bins convolved with a Gaussian, 5 wide, sigma 1.
             global_range: `n_bins` bins between the smallest and the largest activation of all neurons.
-            kde: maximum of a Gaussian kernel density of width `bandwidth`, on 100 n_bins bins.
+            kde: maximum of a Gaussian kernel density of width `bandwidth`, on 100 n_bins bins. Where these are wider
+                than the bandwidth, it is the fullest of them.
             half_sample_mode: the shortest interval that holds half of the values, and so on inside it
                 (Bickel & Fruehwirth 2006), on 100 n_bins bins.
+            grenander: mean over the smoothed bins, weighted by a power of their counts; see `grenander`.
         n_bins: equal bins between a neuron's own minimum and maximum.
         bandwidth: of kde, in the activations' own units.
+
+    All but grenander are discontinuous: where two places hold nearly as many values, one count decides which of them is
+    taken, so that rounding (another batch size, padding or device) can move the estimate across the whole range. `fit`
+    notes how many neurons that concerns.
 
     Source: arXiv:2408.17322 and its code. Departs from it in: the fine bins are those of the neuron's whole range,
     which are the same bins but for values that lie within rounding of an edge.
@@ -45,38 +54,70 @@ class Peak:
     n_bins: Annotated[int, Field(ge=1)]
     bandwidth: Annotated[float, Field(gt=0)]
 
+    @property
+    def is_continuous(self) -> bool:
+        """One value more or less in a bin moves the estimate by little."""
+        return self.estimator == "grenander"
+
     def fit(self, fitting: Fitting) -> Constant:
+        histograms, find = self._steps()
+        statistics = fitting.statistics(*histograms)
+        values, found = [], []
+        for layer, own in enumerate(statistics.moments):
+            low, high = statistics.range(histograms[0], layer)
+            found.append(find(*(statistics.counts[histogram][layer] for histogram in histograms), high - low))
+            # With one range for all neurons, the centre of a constant's bin is another value.
+            value = _value(found[-1].place, low, high)
+            values.append(torch.where(own.minimum == own.maximum, own.minimum, value))
+        if not self.is_continuous:
+            fitting.note(self._fragility(found))
+        return Constant(values)
+
+    def _steps(self) -> tuple[tuple[Histogram, ...], Callable[..., Found]]:
+        """The histograms, and what finds the peak in their counts and the width of the range."""
         n, h = self.n_bins, self.bandwidth
-        find = {
-            "histogram": lambda: _each(fitting, Histogram(n), _fullest),
-            "global_range": lambda: _each(fitting, Histogram(n, one_range=True), _fullest),
-            "smoothed": lambda: _each(fitting, Histogram(n), lambda counts, _: _place(smooth(counts))),
-            "coarse_to_fine": lambda: _each(fitting, Histogram(n * FINE), lambda counts, _: coarse_to_fine(counts)),
-            "averaged": lambda: self._averaged(fitting),
-            "kde": lambda: _each(fitting, Histogram(n * FINE), lambda counts, width: kernel_density(counts, width, h)),
-            "half_sample_mode": lambda: _each(fitting, Histogram(n * FINE), lambda counts, _: half_sample_mode(counts)),
+        bins, fine = Histogram(n), Histogram(n * FINE)
+        steps: dict[Estimator, tuple[tuple[Histogram, ...], Callable[..., Found]]] = {
+            "histogram": ((bins,), lambda counts, _: fullest(counts, counts, n)),
+            "global_range": ((Histogram(n, one_range=True),), lambda counts, _: fullest(counts, counts, n)),
+            "smoothed": ((bins,), lambda counts, _: fullest(smooth(counts), smooth(counts, power=2), n)),
+            "coarse_to_fine": ((fine,), lambda counts, _: coarse_to_fine(counts)),
+            "averaged": ((fine, Histogram(10 * n)), lambda fine, coarse, _: averaged(coarse, fine, n)),
+            "kde": ((fine,), lambda counts, width: kernel_density(counts, width, h, n)),
+            "half_sample_mode": ((fine,), lambda counts, _: Found(half_sample_mode(counts))),
+            "grenander": ((bins,), lambda counts, _: Found(grenander(counts))),
         }
-        return Constant(find[self.estimator]())
+        return steps[self.estimator]
 
-    def _averaged(self, fitting: Fitting) -> list[torch.Tensor]:
-        coarse, fine = Histogram(10 * self.n_bins), Histogram(100 * self.n_bins)
-        statistics = fitting.statistics(coarse, fine)
-        return [
-            _value(_place(a.repeat_interleave(10, -1) + b), *statistics.range(fine, layer))
-            for layer, (a, b) in enumerate(zip(statistics.counts[coarse], statistics.counts[fine], strict=True))
-        ]
+    def _fragility(self, found: list[Found]) -> str:
+        """A note on the neurons whose peak a few counts decide."""
+        stable = "method.estimator=grenander is continuous"
+        if self.estimator == "half_sample_mode":
+            return f"where two halves are about equally short, one count decides which is taken; {stable}"
+        what = "the two fullest bins lie within counting noise, c1 - c2 <= sqrt(c1 + c2),"
+        if self.estimator == "kde":
+            what = "the two highest maxima of the density lie within counting noise"
+        are_tied = torch.cat([of.is_tied for of in found if of.is_tied is not None])
+        are_apart = torch.cat([of.is_apart for of in found if of.is_apart is not None])
+        tied, apart = (f"{100 * found.double().mean().item():.0f} %" for found in (are_tied, are_apart))
+        return (
+            f"{what} in {tied} of the neurons, and more than one of {self.n_bins} bins apart in {apart}: "
+            f"there, rounding (another batch size or device) can change which one is taken; {stable}"
+        )
 
 
-def _each(fitting: Fitting, histogram: Histogram, place) -> list[torch.Tensor]:
-    """`place(counts, width of the range)` gives, for each layer, where in the range the peak lies, from 0 to 1."""
-    statistics: Statistics = fitting.statistics(histogram)
-    values = []
-    for layer, counts in enumerate(statistics.counts[histogram]):
-        low, high = statistics.range(histogram, layer)
-        own = statistics.moments[layer]  # with one range for all, the bin of a constant has another centre
-        value = _value(place(counts, high - low), low, high)
-        values.append(torch.where(own.minimum == own.maximum, own.minimum, value))
-    return values
+class Found(NamedTuple):
+    """The peaks of a layer's neurons.
+
+    Attributes:
+        place: share of the range that lies below it, from 0 to 1.
+        is_tied: the runner-up is lower by no more than counting noise.
+        is_apart: it is tied, and with a runner-up that lies more than one bin away.
+    """
+
+    place: Float[torch.Tensor, " neurons"]
+    is_tied: Bool[torch.Tensor, " neurons"] | None = None
+    is_apart: Bool[torch.Tensor, " neurons"] | None = None
 
 
 def _value(
@@ -90,8 +131,29 @@ def centre_of_fullest(
     low: Float[torch.Tensor, " neurons"],
     high: Float[torch.Tensor, " neurons"],
 ) -> Float[torch.Tensor, " neurons"]:
-    """What `Peak` writes by default."""
+    """The value that `Peak` writes by default."""
     return _value(_place(counts), low, high)
+
+
+def fullest(
+    height: Num[torch.Tensor, "neurons bins"], variance: Num[torch.Tensor, "neurons bins"], n_bins: int
+) -> Found:
+    """The highest bin, and whether another one may be the highest in truth.
+
+    The two are tied if their heights differ by at most one standard deviation of the difference. Counts are taken to be
+    Poisson distributed and independent, so that for a plain histogram this is `c1 - c2 <= sqrt(c1 + c2)`.
+
+    Args:
+        variance: of each height.
+        n_bins: bins are neighbours if they lie no further apart than one of so many.
+    """
+    if height.shape[-1] < 2:
+        nowhere = torch.zeros(len(height), dtype=torch.bool)
+        return Found(_place(height), nowhere, nowhere)
+    two, index = height.double().topk(2)
+    noise = variance.double().gather(-1, index).sum(-1).sqrt()
+    tied = two[:, 0] - two[:, 1] <= noise
+    return Found(_place(height), tied, tied & (index.diff()[:, 0].abs() * n_bins > height.shape[-1]))
 
 
 def _place(density: Num[torch.Tensor, "neurons bins"]) -> Float[torch.Tensor, " neurons"]:
@@ -102,43 +164,86 @@ def _place(density: Num[torch.Tensor, "neurons bins"]) -> Float[torch.Tensor, " 
     return (first.double() + 0.5) / n_bins
 
 
-def _fullest(
-    counts: Num[torch.Tensor, "neurons bins"], width: Float[torch.Tensor, " neurons"]
-) -> Float[torch.Tensor, " neurons"]:
-    return _place(counts)
+def smooth(counts: Num[torch.Tensor, "neurons bins"], power: int = 1) -> Float[torch.Tensor, "neurons bins"]:
+    """Gaussian of 5 bins with sigma 1; outside of the range there is nothing.
 
-
-def smooth(counts: Num[torch.Tensor, "neurons bins"]) -> Float[torch.Tensor, "neurons bins"]:
-    """Gaussian of 5 bins with sigma 1; outside of the range there is nothing."""
+    Args:
+        power: that the weights are raised to; 2 gives the variance of the smoothed counts.
+    """
     kernel = torch.exp(-0.5 * torch.arange(-2.0, 3.0, dtype=torch.float64) ** 2)
-    return torch.nn.functional.conv1d(counts.double()[:, None], (kernel / kernel.sum())[None, None], padding=2)[:, 0]
+    kernel = (kernel / kernel.sum()) ** power
+    return torch.nn.functional.conv1d(counts.double()[:, None], kernel[None, None], padding=2)[:, 0]
 
 
-def coarse_to_fine(counts: Num[torch.Tensor, "neurons bins"]) -> Float[torch.Tensor, " neurons"]:
+def averaged(
+    coarse: Num[torch.Tensor, "neurons bins"], fine: Num[torch.Tensor, "neurons fine_bins"], n_bins: int
+) -> Found:
+    """The fullest fine bin, to whose count that of its coarse bin is added. The coarse one holds the same values once
+    more, which weighs in its variance: `(coarse - fine) + 4 fine`."""
+    around = coarse.repeat_interleave(fine.shape[-1] // coarse.shape[-1], -1)
+    return fullest(around + fine, around + 3 * fine, n_bins)
+
+
+def coarse_to_fine(counts: Num[torch.Tensor, "neurons bins"]) -> Found:
+    """The fullest of the fine bins inside the fullest coarse one; tied where the coarse ones are."""
     blocks = counts.unflatten(-1, (-1, FINE))
     n_coarse = blocks.shape[1]
-    fullest = ((_place(blocks.sum(-1)) * n_coarse).long())[:, None, None].expand(-1, 1, FINE)
-    return (fullest[:, 0, 0] + _place(blocks.gather(1, fullest)[:, 0])) / n_coarse
+    coarse = fullest(blocks.sum(-1), blocks.sum(-1), n_coarse)
+    index = ((coarse.place * n_coarse).long())[:, None, None].expand(-1, 1, FINE)
+    return coarse._replace(place=(index[:, 0, 0] + _place(blocks.gather(1, index)[:, 0])) / n_coarse)
 
 
 def kernel_density(
-    counts: Num[torch.Tensor, "neurons bins"], width: Float[torch.Tensor, " neurons"], bandwidth: float
-) -> Float[torch.Tensor, " neurons"]:
+    counts: Num[torch.Tensor, "neurons bins"],
+    width: Float[torch.Tensor, " neurons"],
+    bandwidth: float,
+    n_bins: int,
+) -> Found:
     """The bin where the density is highest: every value counts as the centre of its bin.
 
-    The convolution is done by FFT, and padded so that the two ends of the range do not meet.
+    The convolution is done by FFT, and padded so that the two ends of the range do not meet. The runner-up is another
+    maximum of the density: beside the highest bin lies one that is nearly as high, and means nothing.
     """
     n = counts.shape[-1]
     size = 2 * n
     offsets = torch.arange(size, dtype=torch.float64)
     offsets = torch.minimum(offsets, size - offsets)
-    places = []
+    found = []
     for some, ranges in zip(counts.split(256), width.split(256), strict=True):
-        kernel = torch.exp(-0.5 * (offsets * (ranges.double()[:, None] / n) / bandwidth) ** 2)
-        density = torch.fft.irfft(torch.fft.rfft(some.double(), size) * torch.fft.rfft(kernel), size)[:, :n]
+        exponent = -0.5 * (offsets * (ranges.double()[:, None] / n) / bandwidth) ** 2
+        transformed = torch.fft.rfft(some.double(), size)
+        density, variance = (
+            torch.fft.irfft(transformed * torch.fft.rfft(torch.exp(power * exponent)), size)[:, :n] for power in (1, 2)
+        )
         # The transform leaves rounding; what differs by less is a tie, and ties go to the lower bin.
-        places.append(_place((density / density.amax(-1, keepdim=True)).mul(1e9).round()))
-    return torch.cat(places)
+        rounded = (density / density.amax(-1, keepdim=True)).mul(1e9).round()
+        before, after = (torch.nn.functional.pad(rounded, pad, value=-1.0) for pad in ((1, 0), (0, 1)))
+        is_maximum = (rounded > before[:, :-1]) & (rounded >= after[:, 1:])
+        of_some = fullest(density.where(is_maximum, -torch.inf), variance.clamp(min=0), n_bins)
+        found.append(of_some._replace(place=_place(rounded)))
+    return Found(*(torch.cat(of_all) for of_all in zip(*found, strict=True)))
+
+
+def grenander(counts: Num[torch.Tensor, "neurons bins"]) -> Float[torch.Tensor, " neurons"]:
+    """Grenander's direct estimate of the mode: the mean of the values, weighted by a power of the density.
+
+    With `h` the counts smoothed as by `smooth`, it is `sum(h^p x) / sum(h^p)` over the bins' centres `x`, p = 10. For
+    p = 1 it is the mean; the higher p is, the closer it comes to the fullest bin, and the more one count can move it.
+    It is continuous in the counts: one value that goes to another bin moves it by at most some `p` shares of the range
+    over the number of values near the peak.
+
+    With one peak it is that peak, for a skewed one a little to its heavier side (an exponential density: 1/p of its
+    mean from the end). Of two peaks it is the higher one, if that is clearly higher (by a third: 18 to 1); of two
+    equal ones it lies between them, at a value that the neuron may seldom take. Where the activation is one of few
+    values, it is the most frequent one, to half a bin.
+
+    Source: Grenander, Some direct estimates of the mode, Ann. Math. Stat. 36 (1965). Departs from it in: its density is
+    a smoothed histogram, and not the distances between neighbouring values.
+    """
+    n_bins = counts.shape[-1]
+    height = smooth(counts)
+    weights = (height / height.amax(-1, keepdim=True)) ** POWER
+    return (weights * (torch.arange(n_bins) + 0.5)).sum(-1) / weights.sum(-1) / n_bins
 
 
 def half_sample_mode(counts: Num[torch.Tensor, "neurons bins"]) -> Float[torch.Tensor, " neurons"]:

@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 from command import Launch
 
+from ablation_sweeps import store
+
 
 def test_two_sweeps_are_compared_on_one_page(launch: Launch, on_text, tmp_path):
     for method in ("zero", "mean"):
@@ -41,6 +43,17 @@ def test_a_curve_of_several_runs_is_compared_at_all_their_fractions(launch: Laun
     whole = pd.read_csv(tmp_path / "results" / "whole" / "comparisons.csv").query("metric == 'loss'")
     columns = ["fraction", "difference", "low", "high", "p"]
     pd.testing.assert_frame_equal(found[columns], whole[columns], check_exact=False, rtol=1e-5)
+
+
+def test_notes_of_the_runs_are_shown_with_their_methods(launch: Launch, on_text, tmp_path):
+    said = launch(*on_text, "-m", "method=zero,peak", "seed=0,1").out
+    page = (tmp_path / "results" / "default" / "report.html").read_text()
+    lines = [line for line in said.splitlines() if "two fullest bins lie within counting noise" in line]
+    assert len(lines) == 1 and re.match(r"peak: .* in \d+ % of the neurons", lines[0])
+    assert lines[0].replace("<", "\\u003c") in page
+    for run in tmp_path.glob("results/default/*-s?-*"):
+        noted = "within counting noise" in (run / "log").read_text()
+        assert noted == bool(store.environment(run).get("notes")) == ("-peak-" in run.name)
 
 
 def test_runs_of_other_code_or_another_torch_are_not_taken_for_equals_in_silence(launch: Launch, on_text, tmp_path):

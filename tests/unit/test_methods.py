@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,14 @@ from ablation_sweeps.ablation import Fitting, ablated, reading
 from ablation_sweeps.data import NOT_SCORED, Batch, Document, UserError
 from ablation_sweeps.methods.mean import Mean
 from ablation_sweeps.methods.median import Median
-from ablation_sweeps.methods.peak import Peak
+from ablation_sweeps.methods.peak import Peak, grenander, smooth
 from ablation_sweeps.methods.resample import Resample, _donors
 from ablation_sweeps.methods.zero import Zero
 from ablation_sweeps.transformer import Budget, Transformer
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-ESTIMATORS = ("histogram", "coarse_to_fine", "averaged", "smoothed", "global_range", "kde", "half_sample_mode")
+DISCONTINUOUS = ("histogram", "coarse_to_fine", "averaged", "smoothed", "global_range", "kde", "half_sample_mode")
+ESTIMATORS = (*DISCONTINUOUS, "grenander")
 TEXT_SOURCES = ("random_characters", "random_tokens", "generated")
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "of liquor!", "Pack my box with five dozen jugs"]
 
@@ -131,7 +134,14 @@ def brute_global_range(x, everything):
     return float(low) + (counts.argmax() + 0.5) / 100 * (float(high) - float(low))
 
 
+def brute_grenander(x, everything):
+    kernel = np.exp([-2, -0.5, 0, -0.5, -2])
+    height = np.convolve(float32_counts(x, 100), kernel / kernel.sum(), mode="same")
+    return centre(x, (np.arange(100) * height**10).sum() / (height**10).sum(), 100)
+
+
 BRUTE = {
+    "grenander": brute_grenander,
     "histogram": brute_histogram,
     "coarse_to_fine": brute_coarse_to_fine,
     "averaged": brute_averaged,
@@ -204,6 +214,91 @@ def test_half_sample_mode_is_that_of_the_sorted_sample(raw, site, tmp_path):
         assert value == pytest.approx(textbook_half_sample_mode(x), abs=2 * float(np.ptp(x)) / 100)
 
 
+# What one value may change
+
+
+def one_value_apart(estimator: str) -> tuple[np.ndarray, np.ndarray]:
+    """Two samples that differ in one value of 3,001, and have two modes that are equally high but for it."""
+    if estimator == "half_sample_mode":  # two halves that are equally long but for it
+        first, last = np.linspace(0, 0.1, 1501), np.linspace(0.9, 1, 1501)
+        return np.concatenate([first, last]), np.concatenate([first, last - 0.002 * (last == 0.9)])
+    at = lambda n: np.concatenate([[0, 1], np.full(n, 0.2051), np.full(2999 - n, 0.7051)])  # noqa: E731
+    return at(1500), at(1499)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_one_value_moves_every_estimator_but_grenander_across_the_range(site, tmp_path, estimator):
+    found = []
+    for i, x in enumerate(one_value_apart(estimator)):
+        fitting = given([x[:, None].astype(np.float32)], site, tmp_path / str(i))
+        found.append(peak(estimator, bandwidth=0.01).fit(fitting).values[0].item())
+    moved = abs(found[0] - found[1])
+    if estimator == "grenander":
+        assert moved < 0.005  # half of a bin
+    else:
+        assert moved > 0.4
+
+
+def test_one_count_moves_grenander_by_no_more_than_is_promised():
+    """By p shares of the range over the height of the highest bin, wherever it is added."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.rand(40, 100, generator=generator).pow(4).mul(torch.logspace(1, 4, 40)[:, None]).round()
+    before, bound = grenander(counts), 10 / smooth(counts).amax(1)
+    moved = torch.stack([(grenander(counts + torch.eye(100)[i]) - before).abs() for i in range(100)])
+    assert (moved <= bound).all()
+    assert moved.amax() > 0.001  # it does depend on them
+
+
+def test_grenander_is_near_the_mode(raw, site, tmp_path):
+    rng = np.random.default_rng(1)
+    n = 20001
+    x = np.stack([
+        rng.normal(3, 0.5, n),  # 3
+        rng.gamma(2.0, 1.0, n),  # 1
+        np.where(rng.random(n) < 0.6, rng.normal(-2, 0.2, n), rng.normal(2, 0.2, n)),  # -2
+        np.maximum(rng.normal(-0.5, 1, n), 0),  # 0
+        rng.choice([-1.0, 0.5, 1.0], n, p=[0.3, 0.5, 0.2]),  # 0.5
+    ], 1).astype(np.float32)  # fmt: skip
+    (values,) = peak("grenander").fit(given([x], site, tmp_path)).values
+    within = np.array([0.1, 0.15, 0.1, 0.05, 0.03])
+    assert (np.abs(values.numpy() - [3, 1, -2, 0, 0.5]) < within).all(), values
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_note_says_how_many_neurons_a_few_counts_decide(raw, site, tmp_path, estimator):
+    notes: list[str] = []
+    peak(estimator).fit(dataclasses.replace(given(raw, site, tmp_path), note=notes.append))
+    if estimator == "grenander":
+        assert not notes
+        return
+    (note,) = notes
+    assert "method.estimator=grenander" in note
+    if estimator == "half_sample_mode":
+        return
+    shares = [int(share) for share in re.findall(r"in (\d+) %", note)]
+    assert 0 <= shares[1] <= shares[0] <= 100 and len(shares) == 2
+    if estimator in ("histogram", "global_range"):
+        everything = np.concatenate(raw, 1)
+        ends = (everything.min(), everything.max()) if estimator == "global_range" else (None, None)
+        counts = np.stack([float32_counts(x, 100, *ends) for x in everything.T])
+        order = np.argsort(-counts, axis=1, kind="stable")[:, :2]
+        first, second = np.take_along_axis(counts, order, 1).T
+        tied = first - second <= np.sqrt(first + second)
+        assert shares[0] == round(100 * tied.mean()) and (tied.any() or estimator == "global_range")
+        assert shares[1] <= round(100 * (tied & (np.abs(order[:, 0] - order[:, 1]) > 1)).mean())
+
+
+def test_neurons_that_are_tied_and_that_are_not(site, tmp_path):
+    """Counts of 60 and 50 lie within noise (their difference has a standard deviation of 10.5), 60 and 40 do not."""
+    places = np.repeat([0.0, 0.305, 0.705, 1.0], [1, 60, 50, 9]), np.repeat([0.0, 0.305, 0.705, 1.0], [1, 60, 40, 19])
+    x = np.stack(places, 1).astype(np.float32)
+    for estimator in ("histogram", "coarse_to_fine", "kde"):
+        notes: list[str] = []
+        fitting = dataclasses.replace(given([x], site, tmp_path), note=notes.append)
+        peak(estimator, bandwidth=0.01).fit(fitting)
+        assert re.findall(r"in (\d+) %", notes[0]) == ["50", "50"], estimator
+
+
 def test_mean_is_that_of_float64(raw, site, tmp_path):
     values = Mean(label="mean").fit(given(raw, site, tmp_path)).values
     for x, value in columns_with_values(raw, values):
@@ -258,7 +353,7 @@ def test_replacements_lie_within_the_range_of_the_neuron(raw, site, tmp_path, me
         assert x.min() <= value <= x.max()
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", DISCONTINUOUS)
 def test_ties_go_to_the_lower_bin(site, tmp_path, estimator):
     two, three = np.tile([0.0, 1.0], 150), np.tile([0.0, 0.5, 1.0], 100)
     x = np.stack([two, 1 - two, three, three[::-1]], 1)
