@@ -11,7 +11,7 @@ VENV4 := .venv-transformers4
 # Where it is set, each of many processes compiles torch and transformers again: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-transformers4 test-slurm browser check smollm2 tiny bench bench-against bench-gpu reference lock clean
+.PHONY: help setup demo test test-signals test-transformers4 test-slurm browser check smollm2 tiny bench bench-against bench-gpu reference lock clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -31,6 +31,10 @@ $(STAMP): pyproject.toml requirements.txt
 # HF_HUB_OFFLINE: a loader that tries the network hangs where there is none. One thread for each of pytest's processes.
 test: setup ## the whole suite
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
+
+SIGNALS ?= 12
+test-signals: setup ## sweeps killed at random moments must give the same bits (SIGNALS=200: hours where others are busy)
+	$(RUN) tests/faults/random_signals.py $(SIGNALS)
 
 browser: ## Chromium for the tests of report.html, which are skipped without (Debian and Ubuntu, as root)
 	@command -v chromium chromium-browser google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \

@@ -12,9 +12,11 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING, TypeVar
 
 from ablation_sweeps.data import UserError
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SAY_SECONDS = 10.0  # of waiting for a lock, before it is said
+LEFT_OVER_SECONDS = 24 * 3600.0  # a temporary file of another host that is older was left by a process that was killed
 
 # pyarrow and safetensors have errors of their own, which say the same.
 FULL = re.compile("|".join(re.escape(os.strerror(code)) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
@@ -84,9 +87,10 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{_system()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_over(path.parent)
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
@@ -103,6 +107,37 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def _system() -> str:
+    """Names where process ids are unique: this host, or container, since it was started."""
+    parts = [gethostname()]
+    with suppress(OSError):  # there is no /proc
+        parts += [os.readlink("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id").read_text()]
+    return signature(parts)[:8]
+
+
+@functools.cache
+def _remove_left_over(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote; once for each folder and process."""
+    for file in folder.glob(".*.tmp"):
+        with suppress(OSError, ValueError, IndexError):  # others may remove it first, and may have files of that name
+            if _is_left_over(file):
+                file.unlink()
+
+
+def _is_left_over(file: Path) -> bool:
+    """Whether the process that wrote it has ended; elsewhere, that is not known, and a day is enough to write."""
+    import psutil
+
+    system, pid, written = file.name.split(".")[-4], int(file.name.split(".")[-3]), file.stat().st_mtime
+    if system != _system():
+        return time.time() - written > LEFT_OVER_SECONDS
+    try:
+        return psutil.Process(pid).create_time() > written + 1  # the number was given again
+    except psutil.NoSuchProcess:
+        return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -165,6 +165,9 @@ def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
     Raises:
         UserError: a job failed, or W&B does not take what tracking.sync=true sends.
     """
+    for job in jobs:
+        if store.status(job.folder)["state"] == "finished":
+            store.remove_progress(job.folder)
     folders = dict.fromkeys(job.folder.parent for job in jobs)
     with_results = [folder for folder in folders if not failures.reasons or list(folder.glob("*/rows.parquet"))]
     for folder in with_results:

@@ -211,8 +211,13 @@ def finish(folder: Path, rows: pd.DataFrame, documents: pd.DataFrame, seconds: f
     sums = {name: files.write_table(folder / name, table) for name, table in tables.items()}
     remember(folder, **peak_memory(), seconds=round(seconds, 2), like=like)
     files.write_json(folder / "status.json", {"state": "finished", "time": _now(), "sha256": sums})
+    remove_progress(folder)
+
+
+def remove_progress(folder: Path) -> None:
+    """What a finished run needs no more; a process that is killed just after it has finished leaves it."""
     for file in _progress_files(folder):
-        file.unlink()
+        file.unlink(missing_ok=True)
 
 
 def progress(folder: Path) -> list[pd.DataFrame]:

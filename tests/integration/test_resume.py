@@ -69,6 +69,16 @@ def test_a_killed_run_continues_and_gives_the_same_bits(launch: Launch, options,
         pd.testing.assert_frame_equal(interrupted, uninterrupted, check_exact=True)
 
 
+@pytest.mark.parametrize("launcher", [(), ("-m",), ("-m", "hydra/launcher=local", "hydra.launcher.gpus=[]")], ids=str)
+def test_progress_that_a_run_no_longer_needs_is_removed(launch: Launch, options, tmp_path, launcher):
+    """It was killed after the run had finished, and before they were removed."""
+    assert launch(*options).code == 0
+    (run,) = (tmp_path / "results" / "default").glob("*-mean-*")
+    store.save_progress(run, 0, pd.DataFrame({"i": [0]}))
+    assert launch(*launcher, *options).code == 0
+    assert not list(run.glob("progress-*"))
+
+
 def test_a_damaged_batch_is_computed_again(launch: Launch, options, tmp_path):
     """The disk was full, say: what follows the damaged file is not trusted either."""
     assert launch(*options, "results_dir=whole").code == 0

@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -142,6 +144,48 @@ def test_the_file_is_not_there_until_it_is_whole(tmp_path):
         temporary.write_text("x")
         assert not path.exists() and temporary.parent == path.parent
     assert path.read_text() == "x"
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_another_one_writes_is_not(tmp_path):
+    def name_of(pid: int) -> Path:
+        (name,) = tmp_path.glob(f".*.{pid}.*.tmp")
+        return name
+
+    killed = subprocess.Popen([sys.executable, "-c", WRITES_ON, str(tmp_path / "table")], stdout=subprocess.PIPE)
+    writes = subprocess.Popen([sys.executable, "-c", WRITES_ON, str(tmp_path / "other")], stdout=subprocess.PIPE)
+    try:
+        for process in (killed, writes):
+            assert process.stdout is not None and process.stdout.readline() == b"begun\n"
+        killed.kill()
+        killed.wait()
+        left, elsewhere, theirs = (
+            name_of(killed.pid),
+            tmp_path / ".table.0a1b2c3d.1.00ff00ff.tmp",
+            tmp_path / ".own.tmp",
+        )
+        elsewhere.touch()
+        theirs.touch()
+        files._remove_left_over.cache_clear()
+        files.write_text(tmp_path / "text", "x")
+        assert not left.exists()
+        assert name_of(writes.pid).exists() and elsewhere.exists() and theirs.exists()
+        os.utime(elsewhere, (0, 0))  # of another host, and long ago
+        files._remove_left_over.cache_clear()
+        files.write_text(tmp_path / "text", "y")
+        assert not elsewhere.exists() and theirs.exists()
+    finally:
+        writes.kill()
+        writes.wait()
+
+
+WRITES_ON = """
+import sys, time
+from pathlib import Path
+from ablation_sweeps import files
+with files.replacing(Path(sys.argv[1])):
+    print("begun", flush=True)
+    time.sleep(300)
+"""
 
 
 def test_tensors_come_back_as_they_were(tmp_path):
