@@ -1,8 +1,11 @@
 """Runs one job, or with -m a sweep: python launch.py -m method=zero,mean,resample,peak"""
 
+from __future__ import annotations
+
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 try:
     import hydra
@@ -10,63 +13,84 @@ except ImportError:
     sys.exit("error: this Python lacks hydra; make setup installs all, and source .venv/bin/activate makes it python")
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from ablation_sweeps.config import number_fractions, to_job
+from ablation_sweeps.arguments import config_folders, for_hydra
+from ablation_sweeps.choices import check_choices
+from ablation_sweeps.config import to_job
 from ablation_sweeps.messages import one_line
+
+if TYPE_CHECKING:
+    from ablation_sweeps.job import Job
 
 CONF = Path(__file__).parent / "conf"
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
-BARE_FLAGS = ("-m", "--multirun")
-FLAGS = ("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name", "-c", "--cfg")  # take a value
-
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> None:
-    from ablation_sweeps.job import run_job
+def main(cfg: DictConfig) -> float | None:
+    from ablation_sweeps.job import objective, run_job
 
     if HydraConfig.get().mode is RunMode.MULTIRUN:  # the launcher has checked it, and will report
-        run_job(to_job(cfg))
-        return
+        job = job_of(cfg)
+        if job.prefetch or job.dry_run:  # a launcher of another package knows nothing of these
+            return only_do_what_is_asked(job)
+        run_job(job)
+        return objective(job)
     from ablation_sweeps.data import UserError
-    from ablation_sweeps.launching import Failures, end_of_sweep, only_asked
+    from ablation_sweeps.launching import Failures, end_of_sweep
 
     try:  # Hydra would print the overrides above the error
-        if (chosen := HydraConfig.get().runtime.choices["hydra/launcher"]) != "in_order":
+        if (chosen := HydraConfig.get().runtime.choices.get("hydra/launcher")) != "in_order":
             raise UserError(f"hydra/launcher={chosen}: launches sweeps; add -m, also for one job")
-        job = to_job(cfg)
+        if HydraConfig.get().sweeper.get("params"):
+            raise UserError("hydra.sweeper.params: an experiment that is a sweep is chosen; add -m to run its jobs")
+        job = job_of(cfg)
         job.check()
-        if only_asked([job], None, 1):
-            return
+        if job.prefetch or job.dry_run:
+            return only_do_what_is_asked(job)
         run_job(job)
         end_of_sweep([job], Failures())
+        return objective(job)
     except Exception as error:
         leave(error)
 
 
-def flags_first(arguments: list[str]) -> list[str]:
-    """Hydra's parser refuses the options that come after a flag if others come before it."""
-    flags, options, takes_value = [], [], False
-    for argument in arguments:
-        (flags if takes_value or argument in (*BARE_FLAGS, *FLAGS) else options).append(argument)
-        takes_value = argument in FLAGS
-    return flags + options
+def job_of(cfg: DictConfig) -> Job:
+    """The job of a config, whose paths begin in the folder where the command was typed: with hydra.job.chdir=true,
+    Hydra has left it."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    left = os.getcwd()
+    os.chdir(HydraConfig.get().runtime.cwd)
+    try:
+        full = OmegaConf.create({"hydra": HydraConfig.get()})
+        check_choices(full, GlobalHydra.instance().config_loader())
+        return to_job(cfg)
+    finally:
+        os.chdir(left)
 
 
-def leave(error: BaseException) -> None:
+def only_do_what_is_asked(job: Job) -> None:
+    from ablation_sweeps.launching import only_asked
+
+    job.check()
+    only_asked([job], None, 1)
+
+
+def leave(error: BaseException) -> NoReturn:
     if WANTS_TRACEBACK:
         raise error
     if isinstance(error, KeyboardInterrupt):
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         sys.exit(130)
-    sys.exit(f"error: {one_line(error, CONF)}")
+    sys.exit(f"error: {one_line(error, CONF, *config_folders(sys.argv))}")
 
 
 if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves errors to us
-    sys.argv[1:] = flags_first(number_fractions(sys.argv[1:]))
     try:
+        sys.argv[1:] = for_hydra(sys.argv[1:])
         main()
     except (Exception, KeyboardInterrupt) as error:
         leave(error)

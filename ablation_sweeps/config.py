@@ -16,15 +16,19 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ablation_sweeps.console import as_typed
-from ablation_sweeps.data import UserError
+from ablation_sweeps.console import FOLDERS, as_typed
+from ablation_sweeps.data import UserError, absolute
 from ablation_sweeps.messages import explain, first_line, near, no_such_option
 
 if TYPE_CHECKING:
     from ablation_sweeps.job import Job
 
 PARTS = ("model", "dataset", "method", "fraction", "site", "selection", "statistics", "eval", "tracking")
-OPTIONS = (*PARTS, "batch_tokens", "seed", "prefetch", "dry_run", "sweep", "results_dir")
+SCALARS = ("batch_tokens", "seed", "prefetch", "dry_run", "sweep", "results_dir", "objective")
+OPTIONS = (*PARTS, *SCALARS)
+MAY_BE_NULL = ("objective",)
+MOST = 2**63 - 1  # of any number: what tables and random generators take
+CHOICES = (*(part for part in PARTS if part not in ("statistics", "eval")), "study", "experiment")  # folders of conf/
 
 
 def to_job(cfg: DictConfig) -> Job:
@@ -40,33 +44,75 @@ def from_dict(config: dict[str, Any]) -> Job:
     """The same from a resolved config, as `Job.config` keeps it: what is shipped to another process."""
     from ablation_sweeps.job import Job
 
+    for option in ("study", "experiment"):
+        if option in config:
+            raise UserError(
+                f"{option}={as_typed(config[option])}: its yaml must be a mapping of options, and begin with the line "
+                "# @package _global_"
+            )
     for option in config.keys() - set(OPTIONS):
         raise UserError(f"{option}: there is no such option{near(option, list(OPTIONS))}; see python launch.py --help")
     for option in OPTIONS:
-        if config.get(option) is None:
+        if config.get(option) is None and option not in MAY_BE_NULL:
             raise UserError(f"{option}: must be given; leave it out of the command to get its default")
+    config = {**config, "objective": config.get("objective")}
     parts = {part: build(part, config[part]) for part in PARTS}
+    config |= {part: _with_numbers(config[part], built) for part, built in parts.items()}
     for option, least in (("batch_tokens", 1), ("seed", 0)):
-        if type(config[option]) is not int or config[option] < least:
-            raise UserError(f"{option}={as_typed(config[option])}: must be a whole number of at least {least}")
+        config[option] = _whole_number(option, config[option], least)
     for option in ("prefetch", "dry_run"):
-        if type(config[option]) is not bool:
-            raise UserError(f"{option}={as_typed(config[option])}: must be true or false")
+        config[option] = _flag(option, config[option])
     for option in ("sweep", "results_dir"):
         if config[option] == "":
             raise UserError(f"{option}=: must be a name, e.g. {option}=my_{option}")
-    if "/" in str(config["sweep"]) or str(config["sweep"]).startswith("."):
-        raise UserError(f"sweep={config['sweep']}: must be the name of one folder; where it lies is results_dir=FOLDER")
+    sweep = name_of_sweep(config["sweep"])
+    results_dir = absolute(str(config["results_dir"]))
+    FOLDERS[results_dir] = "results_dir"
     return Job(
         **parts,
         batch_tokens=config["batch_tokens"],
         seed=config["seed"],
         prefetch=config["prefetch"],
         dry_run=config["dry_run"],
-        sweep=str(config["sweep"]),
-        results_dir=Path(config["results_dir"]).expanduser().absolute(),
+        sweep=sweep,
+        results_dir=Path(results_dir),
+        objective=config["objective"],
         config=config,
     )
+
+
+def name_of_sweep(sweep: object) -> str:
+    """The name, if it can be that of one folder.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if "/" in str(sweep) or str(sweep).startswith(".") or "\0" in str(sweep) or len(os.fsencode(str(sweep))) > 255:
+        raise UserError(f"sweep={sweep}: must be the name of one folder; where it lies is results_dir=FOLDER")
+    return str(sweep)
+
+
+def _with_numbers(options: dict[str, Any], built: object) -> dict[str, Any]:
+    """The options, with the number or truth value where one was given as text, as `${oc.env:N}` gives it."""
+    fields = {key: getattr(built, key, value) for key, value in options.items() if isinstance(value, str)}
+    return options | {key: value for key, value in fields.items() if isinstance(value, int | float)}
+
+
+def _whole_number(option: str, value: object, least: int) -> int:
+    """The number, also where it is given as text, as `seed=${oc.env:SEED}` gives it."""
+    number = int(value) if isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d{1,30}\s*", value) else value
+    if type(number) is not int or number < least:
+        raise UserError(f"{option}={as_typed(value)}: must be a whole number of at least {least}")
+    if number > MOST:
+        raise UserError(f"{option}={as_typed(value)}: must be at most {MOST}")
+    return number
+
+
+def _flag(option: str, value: object) -> bool:
+    given = {"true": True, "false": False}.get(value.strip().lower(), value) if isinstance(value, str) else value
+    if type(given) is not bool:
+        raise UserError(f"{option}={as_typed(value)}: must be true or false")
+    return given
 
 
 def to_dict(cfg: DictConfig) -> dict[str, Any]:
@@ -85,13 +131,17 @@ def build(part: str, options: Any) -> Any:
     from pydantic import ValidationError
 
     if not isinstance(options, dict):
-        raise UserError(f"{part}={options}: its options are set one by one; python launch.py --help shows them")
+        raise UserError(
+            f"{part}={as_typed(options)}: is no mapping; its options are set one by one; python launch.py --help shows "
+            "them"
+        )
     if not options.get("_target_"):
         raise UserError(f"{part}: its yaml has no _target_, the class that implements it")
     fields = {key: value for key, value in options.items() if key != "_target_"}
     for key, value in fields.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{part}.{key}={value}: must be a finite number")
+        if isinstance(value, str) and os.sep in value:
+            FOLDERS[absolute(value)] = f"{part}.{key}"
+        _check_size(part, key, value, value)
     target = _find(part, str(options["_target_"]))
     known = list(inspect.signature(target).parameters)
     for key in fields.keys() - set(known):  # which pydantic does not mind, unless it is told to
@@ -104,6 +154,8 @@ def build(part: str, options: Any) -> Any:
         raise UserError("; ".join(explain(part, fields, e) for e in errors)) from error
     except (TypeError, ValueError) as error:  # of a class that pydantic does not check
         raise UserError(f"{part}: {first_line(error)}") from error
+    for key in fields:
+        _check_size(part, key, fields[key], getattr(built, key, None))
     if part in ("model", "dataset"):
         try:
             hash(built)  # what is loaded is kept under it
@@ -113,6 +165,15 @@ def build(part: str, options: Any) -> Any:
                 "pydantic.dataclasses.dataclass, which makes it one"
             ) from error
     return built
+
+
+def _check_size(part: str, key: str, given: object, value: object) -> None:
+    """Of a number, or of each one in a list."""
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(number, float) and not isinstance(value, list | tuple) and not math.isfinite(number):
+            raise UserError(f"{part}.{key}={as_typed(given)}: must be a finite number")
+        if isinstance(number, int) and abs(number) > MOST:
+            raise UserError(f"{part}.{key}={as_typed(given)}: must be at most {MOST}")
 
 
 def _find(part: str, path: str) -> Any:
@@ -176,7 +237,7 @@ def _label_of(name: str | None, path: str | None) -> str:
     """The last part of the path or of the name on the hub; of text without its suffix, of a glob what is no pattern."""
     if path is None:
         return (name or "unnamed").split("/")[-1]
-    whole = Path(os.path.abspath(Path(path).expanduser()))
+    whole = Path(os.path.abspath(os.path.expanduser(path)))
     plain = whole if whole.exists() else Path(*(part for part in whole.parts if not glob.has_magic(part)))
     return plain.stem if plain.suffix in (".txt", ".jsonl", ".parquet") else plain.name
 
@@ -186,6 +247,25 @@ def _tagged(label: str, variant: str | int | None, default: str | None) -> str:
     return label if variant == default else f"{label}-{variant}"
 
 
+def _read_times_as_text() -> None:
+    """`time: 10:00:00` in a yaml is text, as on the command line; YAML 1.1 has it as 36000, to the base of 60."""
+    import yaml
+
+    plain = re.compile(r"^[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$")
+    resolvers = yaml.SafeLoader.yaml_implicit_resolvers
+    for start, found in resolvers.items():
+        resolvers[start] = [(tag, plain if tag == "tag:yaml.org,2002:int" else regexp) for tag, regexp in found]
+
+
+_read_times_as_text()
+
+
+def _folder_of_sweep(results_dir: str, sweep: str) -> str:
+    """Hydra makes it before it runs a job: a name that is refused makes none."""
+    return os.path.join(absolute(str(results_dir)), name_of_sweep(sweep))
+
+
+OmegaConf.register_new_resolver("folder_of_sweep", _folder_of_sweep, replace=True)
 OmegaConf.register_new_resolver("label_of", _label_of, replace=True)
 OmegaConf.register_new_resolver("tagged", _tagged, replace=True)
 OmegaConf.register_new_resolver("embedded", _embedded, replace=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import sysconfig
 import traceback
@@ -46,9 +47,36 @@ def plain(error: BaseException) -> str:
         return text
     if isinstance(error, OSError) and error.filename and error.strerror:
         reason = f"{error.strerror[0].lower()}{error.strerror[1:]}"
-        return f"{error.filename}: {reason}; if it is the results that cannot be written there, set results_dir=FOLDER"
+        return f"{os.fsdecode(error.filename)}: {reason}{remedy(os.fsdecode(error.filename))}"
     name = f"{type(error).__name__}: {text}".removesuffix(": ")
     return f"{name}{_where(error)}" if isinstance(error, Exception) else name
+
+
+FOLDERS: dict[str, str] = {}  # the option that named each folder or file of this command: `remedy` looks it up
+
+
+def remedy(path: str) -> str:
+    """The end of a message on a file that cannot be read or written: the option that says where it lies, if known."""
+    named = {**_folders_of_the_environment(), **FOLDERS}
+    around = [folder for folder in named if os.path.commonpath([os.path.abspath(path), folder]) == folder]
+    if not around:
+        return ""
+    folder = max(around, key=len)
+    option = named[folder]
+    if option.startswith(("model.", "dataset.")):
+        return f"; it belongs to {option}={folder}"
+    return f"; if it cannot be written there, set {option}=FOLDER to another one"
+
+
+def _folders_of_the_environment() -> dict[str, str]:
+    """Where libraries keep what they download or write, and the variable that says so."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    hub = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
+    folders = {hub: "HF_HOME"}
+    for variable in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE", "WANDB_DIR", "TMPDIR"):
+        if os.environ.get(variable):
+            folders[os.environ[variable]] = variable
+    return {os.path.abspath(os.path.expanduser(folder)): variable for folder, variable in folders.items()}
 
 
 def _where(error: Exception) -> str:

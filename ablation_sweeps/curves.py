@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 STUDY = ["study", "kind", "model", "dataset", "site", "selection", "options"]
 NAME = ["model", "dataset", "site"]
-WITHIN_A_STUDY = ("method", "fraction", "seed", "tracking", "sweep", "results_dir", "prefetch", "dry_run")
+WITHIN_A_STUDY = ("method", "fraction", "seed", "tracking", "sweep", "results_dir", "prefetch", "dry_run", "objective")
 POINT = ["study", "method", "seed", "fraction", "metric"]
 
 

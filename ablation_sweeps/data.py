@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +39,22 @@ def _pairs(mapping: Any) -> Any:
     return tuple(sorted(mapping.items())) if isinstance(mapping, dict) else mapping
 
 
+def absolute(path: str) -> str:
+    """The path from the root: `~` is the user's folder, and a relative path or pattern begins in the current folder."""
+    given = os.path.expanduser(path)
+    if os.path.isabs(given) or os.path.lexists(given) or not glob.has_magic(given):
+        return os.path.join(os.getcwd(), given)
+    return os.path.join(glob.escape(os.getcwd()), given)
+
+
+def _local(path: str) -> str:
+    if not path:
+        raise ValueError("must be a path; null is none")
+    return absolute(path)
+
+
 # Types of options.
+LocalPath = Annotated[str, AfterValidator(_local)]  # resolved once, when the command is read: a job may change folder
 Pattern = Annotated[str | None, AfterValidator(_compiles)]  # a regular expression
 Pairs = Annotated[tuple[tuple[str, str], ...], BeforeValidator(_pairs)]  # a mapping, as something that can be hashed
 

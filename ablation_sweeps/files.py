@@ -19,6 +19,7 @@ from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING, TypeVar
 
+from ablation_sweeps.console import remedy
 from ablation_sweeps.data import UserError
 from ablation_sweeps.lazy import pd
 
@@ -101,8 +102,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except Exception as error:
         if FULL.search(str(error)):
             raise UserError(
-                f"{path}: no space is left on this disk, or in your quota; make room, and the same command goes on, or "
-                "set results_dir=FOLDER"
+                f"{path}: no space is left on this disk, or in your quota; make room, and the same command goes on"
+                f"{remedy(str(path))}"
             ) from error
         raise
     finally:

@@ -7,6 +7,7 @@ import gc
 import inspect
 import json
 import logging
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +23,10 @@ from ablation_sweeps.console import counted
 from ablation_sweeps.data import NOT_SCORED, Batch, Split, UserError
 from ablation_sweeps.environment import SHIPPED
 from ablation_sweeps.lazy import pd, torch
+from ablation_sweeps.metrics import MAIN
 from ablation_sweeps.recording import Recording
 from ablation_sweeps.selection import Random, Schedule, masks
-from ablation_sweeps.tracking import RunRecord
+from ablation_sweeps.tracking import RunRecord, summary
 from ablation_sweeps.transformer import Budget, Transformer
 
 log = logging.getLogger(__name__)
@@ -85,6 +87,7 @@ class Job:
     dry_run: bool  # say what would run, and stop
     sweep: str
     results_dir: Path
+    objective: str | None  # what the sweeper optimises
     config: dict[str, Any]  # as composed and resolved: what config.yaml keeps
 
     def check(self) -> None:
@@ -96,8 +99,8 @@ class Job:
                 f"{self.model.modality}s; choose e.g. {fits}"
             )
         for option, part in (("model.path", self.model), ("dataset.path", self.dataset)):
-            path = Path(getattr(part, "path", None) or "/nowhere").expanduser().resolve()
-            if self.results_dir.resolve().is_relative_to(path):
+            path = Path(os.path.realpath(getattr(part, "path", None) or "/nowhere"))
+            if Path(os.path.realpath(self.results_dir)).is_relative_to(path):
                 raise UserError(
                     f"results_dir={self.results_dir}: lies in {option}={path}, so that results would be taken for what "
                     "belongs there; give results_dir=FOLDER outside of it"
@@ -111,6 +114,8 @@ class Job:
                 "eval.target_stderr: the pieces of model.pack=concatenate come document by document, so that the first "
                 "ones are no fair sample; leave it null, or take model.pack=documents"
             )
+        if self.objective:
+            _check_objective(self.objective, self.fraction.values)
         _check_examples(self.dataset)
 
     def check_unchanged(self) -> None:
@@ -214,13 +219,41 @@ def run_job(job: Job) -> Path:
         started = time.perf_counter()
         try:
             documents, rows = measure(job, folder)
+            store.finish(folder, rows, documents, time.perf_counter() - started, job.like)
         except BaseException as error:
-            store.fail(folder, error)
+            if store.status(folder)["state"] != "finished":  # what comes after that is only tidying up
+                store.fail(folder, error)
             raise
-        store.finish(folder, rows, documents, time.perf_counter() - started, job.like)
     if job.tracking.log_run(RunRecord.of(folder)):  # a mirror: what is on disk does not depend on it
         store.mark_published(folder, getattr(job.tracking, "place", ""))
     return folder
+
+
+def _check_objective(name: str, fractions: tuple[float, ...]) -> None:
+    kind, _, metric = name.partition("/")
+    if kind not in ("auc", "at_50") or metric not in MAIN:
+        raise UserError(
+            f"objective={name}: must be one of {', '.join(f'{k}/{m}' for k in ('auc', 'at_50') for m in MAIN)}, or null"
+        )
+    if kind == "auc" and (len(fractions) < 2 or fractions[-1] != 1):
+        raise UserError(f"objective={name}: needs a curve up to 1.0 with a fraction below, such as fraction=tenths")
+    if kind == "at_50" and 0.5 not in fractions:
+        raise UserError(f"objective={name}: needs the fraction 0.5, such as fraction=half")
+
+
+def objective(job: Job) -> float | None:
+    """The number of a finished curve that `objective` names: what a sweeper such as Optuna's optimises.
+
+    Raises:
+        UserError: the curve has no such number.
+    """
+    if job.objective is None:
+        return None
+    rows = store.result(job.folder, "rows.parquet")
+    value = None if rows is None else summary(rows).get(job.objective)
+    if value is None:
+        raise UserError(f"objective={job.objective}: {job.folder.name} has no such value")
+    return value
 
 
 def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -4,25 +4,48 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import OverrideParseException
 
 from ablation_sweeps.console import as_typed, plain
+from ablation_sweeps.data import UserError
 
 
-def one_line(error: BaseException, conf: Path) -> str:
-    """What went wrong and what to do, for a person at a terminal."""
+def one_line(error: BaseException, conf: Path, *more: Path) -> str:
+    """What went wrong and what to do, for a person at a terminal.
+
+    Args:
+        more: folders of configs beside `conf`.
+    """
+    import yaml
+
     text = " ".join(str(error).split())
+    if isinstance(error.__cause__, UserError) and not isinstance(error, UserError):  # which Hydra wraps
+        return plain(error.__cause__)
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark):
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        return f"{mark.name}: line {mark.line + 1} is no yaml ({said}); mend it"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"{error.name}: is no yaml ({error.reason}, at {error.position}); save it as text in UTF-8"
+    if isinstance(error, UnicodeDecodeError) and (file := _undecodable((conf, *more), error.object)):
+        return f"{file}: is no text in UTF-8; convert it (iconv -f latin1 -t utf-8)"
     if type(error).__module__.startswith(("hydra", "omegaconf")) or "Config group override" in text:
         return _of_hydra(error, text, conf)
     return plain(error)
 
 
+def _undecodable(folders: Iterable[Path], content: bytes) -> Path | None:
+    """The config file that holds this: Python's error does not name it."""
+    files = (file for folder in folders for file in folder.rglob("*.yaml") if file.is_file())
+    return next((file for file in files if file.read_bytes()[: len(content)] == content), None)
+
+
 def _of_hydra(error: BaseException, text: str, conf: Path) -> str:
     """Hydra's messages, as far as they say little to who has not written the program."""
-    text = text.split(" See https://hydra.cc")[0]
+    text = text.split(" See https://hydra.cc")[0].split(" full_key:")[0]
     remedy = "write option=value, and quote what holds special characters twice: 'option=\"a(b)\"'"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read; {remedy}"
@@ -35,6 +58,8 @@ def _of_hydra(error: BaseException, text: str, conf: Path) -> str:
         options = listed[1].split() if listed else []
         chosen = f"; choose one of {', '.join(options)}" if options else "; see python launch.py --help"
         return f"{match[1]}={match[2]}: there is no such option{near(match[2], options)}{chosen}"
+    if match := re.search(r"In '([^']+)': .*Cannot merge DictConfig with ListConfig", text):
+        return f"{match[1]}.yaml: must be a mapping of options, not a list"
     if "Ambiguous value for argument" in text:
         argument = re.findall(r"'([^']+)'", text)[0]
         return f"{argument}: several values need a sweep; add -m, as in: python launch.py -m {argument}"
@@ -47,6 +72,10 @@ def _of_hydra(error: BaseException, text: str, conf: Path) -> str:
 
 
 def _unknown(key: str, conf: Path) -> str:
+    if key.startswith("hydra.launcher."):
+        return (
+            f"{key}: the launcher has no such option; hydra/launcher=local and slurm have those of conf/hydra/launcher"
+        )
     if key.startswith("hydra"):
         return f"{key}: Hydra has no such option; see python launch.py --hydra-help"
     known = _known_options(conf)

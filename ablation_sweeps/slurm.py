@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps import files
@@ -33,6 +33,22 @@ OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAI
 Count = Annotated[int, Field(ge=1)]
 
 
+def minutes(time: object) -> object:
+    """Whole minutes of a time as SLURM writes it, rounded up: minutes, minutes:seconds, hours:minutes:seconds,
+    days-hours, days-hours:minutes or days-hours:minutes:seconds."""
+    if not isinstance(time, str):
+        return time
+    match = re.fullmatch(r"(?:(\d{1,6})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", time.strip())
+    if not match:
+        raise ValueError("must be minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+    days, first, second, third = (int(part) if part else None for part in match.groups())
+    if days is None and third is None:  # minutes:seconds
+        seconds = first * 60 + (second or 0)
+    else:
+        seconds = (days or 0) * 86400 + first * 3600 + (second or 0) * 60 + (third or 0)
+    return -(-seconds // 60)
+
+
 @validated(frozen=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
 class Slurm:
     """Options of conf/hydra/launcher/slurm.yaml, which says what each one means."""
@@ -47,7 +63,7 @@ class Slurm:
     gres: str | None
     cpus_per_task: Count | None
     mem: str | None
-    time: Count
+    time: Annotated[Count, BeforeValidator(minutes)]
     constraint: str | None
     exclude: str | None
     setup: list[str]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import Modality, Picture, Split, UserError, unit_hash
+from ablation_sweeps.data import LocalPath, Modality, Picture, Split, UserError, unit_hash
 from ablation_sweeps.files import fingerprint_of_samples, signature
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ class ImageFolder:
     modality: ClassVar[Modality] = "image"
 
     label: str
-    path: str | None
+    path: LocalPath | None
     labels: Literal["folder", "prefix"]
-    classes: str | None
+    classes: LocalPath | None
     calibration_share: Annotated[float, Field(gt=0, lt=1)]
 
     def check(self, modality: Modality) -> None:

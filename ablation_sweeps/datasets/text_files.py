@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import Document, Modality, Pattern, Split, UserError, unit_hash
+from ablation_sweeps.data import Document, LocalPath, Modality, Pattern, Split, UserError, unit_hash
 from ablation_sweeps.files import fingerprint_of_file, signature
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ class TextFiles:
     modality: ClassVar[Modality] = "text"
 
     label: str
-    path: str | None
-    calibration_path: str | None
+    path: LocalPath | None
+    calibration_path: LocalPath | None
     calibration_share: Annotated[float, Field(gt=0, lt=1)]
     document_start: Pattern
     column: str

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from hydra_plugins.ablation_sweeps_launcher.composing import compose
+from ablation_sweeps.data import UserError
+from hydra_plugins.ablation_sweeps_launcher.composing import compose, record
 
 log = logging.getLogger(__name__)
 
 
 class InOrderLauncher(Launcher):
     """Jobs of one process share the loaded model. One bad job never costs another one's result."""
+
+    def __init__(self, **options: Any) -> None:
+        if options:
+            raise UserError(
+                f"hydra.launcher.{next(iter(options))}: jobs that run in this process have no such option; choose "
+                "hydra/launcher=local or slurm"
+            )
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context = hydra_context
@@ -30,11 +38,11 @@ class InOrderLauncher(Launcher):
 
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
         configs = compose(self.config, self.hydra_context, job_overrides, initial_job_idx)
         jobs = check(configs)
         if only_asked(jobs, None, 1):
             return []
+        record(self.config)
         failures = Failures()
         returns: dict[int, JobReturn] = {}
         with waiting(jobs):

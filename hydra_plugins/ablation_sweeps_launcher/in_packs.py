@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hydra.core.utils import JobReturn, configure_log, setup_globals
+from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from hydra_plugins.ablation_sweeps_launcher.composing import compose
+from hydra_plugins.ablation_sweeps_launcher.composing import compose, record
+
+if TYPE_CHECKING:
+    from ablation_sweeps.job import Job
 
 
 class InPacksLauncher(Launcher):
@@ -36,5 +39,17 @@ class InPacksLauncher(Launcher):
         jobs = check(compose(self.config, self.hydra_context, job_overrides, initial_job_idx))
         if only_asked(jobs, options.max_jobs_per_pack, options.at_once):
             return []
+        record(self.config)
         dispatch.launch(options, jobs)
-        return []
+        return [] if jobs[0].objective is None else [_returned(job, options) for job in jobs]
+
+
+def _returned(job: Job, options: Any) -> JobReturn:
+    """What a sweeper that optimises expects of a job that ran in another process."""
+    from ablation_sweeps import store
+    from ablation_sweeps.data import UserError
+    from ablation_sweeps.job import objective
+
+    if not options.wait and not store.finished(job.folder):
+        raise UserError(f"objective={job.objective}: is known when the job has run; give hydra.launcher.wait=true")
+    return JobReturn(status=JobStatus.COMPLETED, _return_value=objective(job))

@@ -1,3 +1,3 @@
 """The command line, for the tests of this folder."""
 
-from command import launch  # noqa: F401
+from command import launch, no_weights, on_text, texts  # noqa: F401

@@ -1,0 +1,264 @@
+"""What a command or a yaml means to its reader is what runs, or one line refuses it: lists, sweeps, numbers, paths."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from command import ROOT, Launch
+
+from ablation_sweeps.arguments import for_hydra
+
+CONF = ROOT / "conf"
+GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "hydra")
+
+
+PAIRS = {
+    "model": ("tiny_causal", "tiny_masked"),
+    "dataset": ("python_docs", "python_code"),
+    "selection": ("random",) * 2,
+    "study": ("small_decoder", "small_masked"),
+}  # fmt: skip  (of these, others are on the hub, or not two)
+
+
+def two_of(group: str) -> tuple[str, ...]:
+    return PAIRS.get(group) or tuple(sorted(file.stem for file in (CONF / group).glob("*.yaml"))[:2])
+
+
+def jobs_of(out: str) -> int:
+    match = re.search(r"^(\d+) jobs?: ", out, re.MULTILINE)
+    assert match, out
+    return int(match[1])
+
+
+@pytest.mark.parametrize("group", [*GROUPS, "hydra/launcher"])
+def test_a_list_is_never_its_last_entry(launch: Launch, group):
+    """Every group of conf/: with -m a job of each (as with commas), without it one line."""
+    names = two_of(group)
+    listed, commas = f"{group}=[{','.join(names)}]", f"{group}={','.join(names)}"
+    error = launch(listed, "dry_run=true").error
+    assert commas in error and ("add -m" in error or "Sweeping over Hydra" in error)
+    swept, expected = (launch("-m", option, "dry_run=true") for option in (listed, commas))
+    assert (swept.code, swept.out, swept.err) == (expected.code, expected.out, expected.err)
+    if group in ("experiment", "hydra/launcher"):  # they belong to a whole launch
+        assert swept.error
+    else:
+        assert jobs_of(swept.out) == 2
+
+
+def write_experiment(folder: Path, name: str, content: str) -> tuple[str, str]:
+    file = folder / "conf" / "experiment" / f"{name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"# @package _global_\n{content}\n")
+    return "--config-dir", str(folder / "conf")
+
+
+@pytest.mark.parametrize(
+    "params, jobs",
+    [
+        ("{method: [zero, mean]}", 2),
+        ("{method: [zero, mean], site: [attn_pre_out, mlp_pre_out], seed: [0, 1]}", 8),
+        ("{fraction: '0.1,0.5'}", 2),
+        ("{fraction: 'choice(0.1,0.5)', method: zero}", 2),
+        ("{fraction: 'range(0.1,0.4,0.1)'}", 3),
+        ("{fraction: 'half,0.3'}", 2),
+        ("{fraction: 0.3}", 1),
+        ("{fraction: [0.1, 0.5]}", 1),
+        ("{seed: 'range(3)', method: 'glob([zero,mean])'}", 6),
+    ],
+)
+def test_what_an_experiment_sweeps_over(launch: Launch, tmp_path, params, jobs):
+    where = write_experiment(tmp_path, "mine", f"hydra: {{sweeper: {{params: {params}}}}}")
+    outcome = launch("-m", *where, "experiment=mine", "dry_run=true")
+    assert outcome.code == 0, outcome.err
+    assert jobs_of(outcome.out) == jobs
+    assert len(set(re.findall(r"^    (\S+)$", outcome.out, re.MULTILINE))) == jobs, "as many different curves"
+    assert "add -m" in launch(*where, "experiment=mine", "dry_run=true").error
+
+
+def test_what_is_typed_takes_the_place_of_what_an_experiment_says(launch: Launch, tmp_path):
+    where = write_experiment(
+        tmp_path, "mine", "hydra: {sweeper: {params: {fraction: '0.1,0.5', method: [zero, mean]}}}"
+    )
+    typed = launch("-m", *where, "experiment=mine", "fraction=half", "method=zero", "dry_run=true")
+    plain = launch("fraction=half", "method=zero", "dry_run=true")
+    assert typed.out == plain.out
+    assert jobs_of(launch("-m", *where, "experiment=mine", "fraction=[0.2,0.3]", "dry_run=true").out) == 2
+
+
+@pytest.mark.parametrize("option", ["method: [zero, mean]", "site: [attn_pre_out, mlp_pre_out]",
+                                    "study: [small_vit, small_masked]", "model: [tiny_vit, tiny_masked]"])  # fmt: skip
+@pytest.mark.parametrize("multirun", [[], ["-m"]], ids=["one job", "sweep"])
+def test_a_list_in_the_defaults_of_an_experiment(launch: Launch, tmp_path, option, multirun):
+    where = write_experiment(tmp_path, "mine", f"defaults:\n  - override /{option}")
+    error = launch(*multirun, *where, "experiment=mine", "dry_run=true").error
+    assert f"{option.split(':')[0]}=[" in error and "takes one at a time" in error
+
+
+def test_an_experiment_chooses_its_launcher(launch: Launch, tmp_path):
+    text = "defaults:\n  - override /hydra/launcher: local\nhydra: {launcher: {max_jobs_per_pack: 1}}"
+    where = write_experiment(tmp_path, "packs", text)
+    write_experiment(tmp_path, "plain", "seed: 5")
+    outcome = launch("-m", *where, "experiment=packs", "seed=0,1", "dry_run=true")
+    assert "in 2 packs" in outcome.out, "its launcher holds"
+    for both in ("packs,plain", "plain,packs", "[packs,plain]"):
+        error = launch("-m", *where, f"experiment={both}", "dry_run=true").error
+        assert "experiment=packs: sets hydra.launcher" in error and "by itself" in error
+    error = launch("-m", "experiment=paper,paper_small", "dry_run=true").error
+    assert "experiment=paper: sets hydra.sweeper" in error
+
+
+@pytest.mark.parametrize(
+    ("typed", "jobs"),
+    [("fraction=choice(0.1,0.5)", 2), ("fraction=range(0.1,0.4,0.1)", 3), ("fraction=sort(0.5,0.1)", 2),
+     ("fraction=shuffle(0.1,0.5)", 2), ("fraction=[0.1,0.5]", 1), ("fraction=[half,0.3]", 2), ("fraction=0.1,half", 2),
+     ("fraction=[0.1,0.5],[0.2]", 2), ("fraction=glob(*)", 3), ("method=glob([zero,mean])", 2), ("method=[zero]", 1),
+     ("site=[attn_pre_out,mlp_pre_out],attn_pre_out", 3), ("method.n_bins=range(1,3)", 2)],
+)  # fmt: skip
+def test_what_sweeps_on_the_command_line(launch: Launch, typed, jobs):
+    outcome = launch("-m", typed, "dry_run=true")
+    assert outcome.code == 0, outcome.err
+    assert jobs_of(outcome.out) == jobs
+
+
+@pytest.mark.parametrize("typed", ["fraction=interval(0,1)", "method=glob(x*)", "seed=range(3,1)", "method='zero,mean'",
+                                   "+method=[zero,mean]", "fraction='0.1,0.5'", "method.n_bins=[5,6]"])  # fmt: skip
+def test_what_does_not_sweep_is_refused(launch: Launch, tmp_path, typed):
+    error = launch("-m", typed, "dry_run=true").error
+    assert typed.lstrip("+").split("=")[0] in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_a_range_are_those_that_were_typed():
+    assert for_hydra(["fraction=range(0,1.1,0.1)"]) == [f"fraction.values={','.join(f'[{i / 10}]' for i in range(11))}"]
+
+
+def test_options_with_two_hyphens(launch: Launch):
+    """So W&B's agent types them."""
+    typed, plain = (
+        launch("--seed=3", "--method=zero", "--dry_run=True"),
+        launch("seed=3", "method=zero", "dry_run=true"),
+    )
+    assert typed.code == 0 and typed.out == plain.out and "-s3-" in typed.out
+    assert jobs_of(launch("-m", "--seed=3,4", "--fraction=0.1", "--method.n_bins=5", "--dry_run=true").out) == 2
+    assert "seed=VALUE" in launch("--seed", "3").error
+
+
+@pytest.mark.parametrize("option", ["results_dir", "dataset.path", "dataset.calibration_path", "model.path"])
+@pytest.mark.parametrize("quote", ["", "'"])
+def test_the_folder_of_the_user(launch: Launch, tmp_path, texts, saved, monkeypatch, option, quote):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "texts").symlink_to(texts)
+    (tmp_path / "home" / "model").symlink_to(saved("llama"))
+    (tmp_path / "home" / "other").mkdir()
+    (tmp_path / "home" / "other" / "a.txt").write_text("another text")
+    folders = {"model.path": "model", "dataset.calibration_path": "other"}
+    given = {"dataset.path": str(texts), "model.path": str(saved("llama"))}
+    given |= {option: f"{quote}~/{folders.get(option, 'texts' if 'dataset' in option else 'out')}{quote}"}
+    options = [f"{key}={value}" for key, value in given.items()]
+    outcome = launch("model=causal_lm", "dataset=text_files", *options, "tracking=none", "dry_run=true")
+    assert outcome.code == 0, outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["home"], "no folder that is called ~"
+
+
+def test_values_from_the_environment(launch: Launch, monkeypatch):
+    """They are text: numbers and truth values are made of it, and give the same curves."""
+    for name, value in {
+        "SEED": "3",
+        "BINS": "50",
+        "TOKENS": "300",
+        "DRY": "true",
+        "LABEL": "7",
+        "SHARE": "0.2",
+    }.items():
+        monkeypatch.setenv(name, value)
+    named = ("seed=${oc.env:SEED}", "method.n_bins=${oc.env:BINS}", "eval.tokens=${oc.env:TOKENS}",
+             "batch_tokens=${oc.env:TOKENS}", "dry_run=${oc.env:DRY}", "method.bandwidth=${oc.env:SHARE}")  # fmt: skip
+    typed = (
+        "seed=3",
+        "method.n_bins=50",
+        "eval.tokens=300",
+        "batch_tokens=300",
+        "dry_run=true",
+        "method.bandwidth=0.2",
+    )
+    outcome = launch(*named)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out == launch(*typed).out
+    assert launch("-m", *named, "method.n_bins=5,${oc.env:BINS}").code == 0
+    for option in ("seed", "batch_tokens", "eval.tokens", "method.n_bins"):
+        monkeypatch.setenv("BAD", "many")
+        assert f"{option}=many: must be a" in launch(f"{option}=${{oc.env:BAD}}").error
+
+
+@pytest.mark.parametrize("option", ["seed", "batch_tokens", "eval.tokens", "eval.documents", "eval.images", "eval.skip",
+                                    "eval.top_k", "eval.top_k_images", "statistics.tokens", "statistics.documents",
+                                    "model.max_tokens", "method.n_bins"])  # fmt: skip
+def test_numbers_beyond_64_bits(launch: Launch, tmp_path, option):
+    for value in (2**63, 2**64, 10**30):
+        assert f"{option}={value}: must be at most" in launch(f"{option}={value}", "dry_run=true").error
+    for name in ("max_parallel", "max_jobs_per_pack", "max_attempts"):
+        error = launch("-m", "hydra/launcher=local", f"hydra.launcher.{name}={2**63}").error
+        assert f"hydra.launcher.{name}={2**63}: must be at most" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_made_before_a_command_is_refused(launch: Launch, tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    os.chdir(tmp_path / "a" / "b")
+    before = sorted(tmp_path.rglob("*"))
+    for multirun in ([], ["-m"], ["-m", "hydra/launcher=local"], ["-m", "hydra/launcher=basic"]):
+        for wrong in ("sweep=../../x", "sweep=/x", "sweep=..", "results_dir=", "seed=-1", "sweep=x/y"):
+            if multirun == ["-m", "hydra/launcher=basic"] and wrong == "seed=-1":
+                continue  # Hydra's own makes its folder first
+            assert wrong.split("=")[0] in launch(*multirun, wrong).error
+            assert sorted(tmp_path.rglob("*")) == before, (multirun, wrong)
+
+
+USERS_YAML = {
+    "syntax": (b"label: [a\n", "line 2"),
+    "twice": (b"label: a\nlabel: b\n", "line 2"),
+    "latin1": (b"label: caf\xe9\n", "UTF-8"),
+    "utf16": ("label: a\n".encode("utf-16"), "UTF-8"),
+    "list": (b"- a\n- b\n", "mapping"),
+    "empty": (b"", ""),
+    "word": (b"hello\n", ""),
+    "nul": (b"label: a\0b\n", "UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", USERS_YAML)
+@pytest.mark.parametrize("group", ["method", "experiment", "model", "hydra/launcher"])
+@pytest.mark.parametrize("multirun", [[], ["-m"]], ids=["one job", "sweep"])
+def test_a_bad_yaml_of_the_user(launch: Launch, tmp_path, name, group, multirun):
+    content, said = USERS_YAML[name]
+    file = tmp_path / "conf" / group / f"{name}.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(
+        (b"# @package _global_\n" if group == "experiment" and name not in ("utf16", "empty") else b"") + content
+    )
+    outcome = launch(*multirun, "--config-dir", str(tmp_path / "conf"), f"{group}={name}", "dry_run=true")
+    if outcome.code == 0:
+        assert (group, name) in {("experiment", "empty")}
+        return
+    assert said in outcome.error or group in outcome.error
+    assert str(file) in outcome.error or group in outcome.error
+
+
+def test_a_pipe_or_a_ring_for_a_folder(launch: Launch, on_text, tmp_path, no_weights):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "ring").symlink_to("ring")
+    (tmp_path / "conf" / "method").mkdir(parents=True)
+    os.mkfifo(tmp_path / "conf" / "method" / "pipe.yaml")
+    (tmp_path / "conf" / "method" / "ring.yaml").symlink_to("ring.yaml")
+    for name in ("pipe", "ring"):
+        assert str(tmp_path / name) in launch("--config-dir", str(tmp_path / name)).error
+        assert f"method={name}" in launch("--config-dir", str(tmp_path / "conf"), f"method={name}").error
+        for multirun in ([], ["-m"]):
+            error = launch(*multirun, *on_text, f"results_dir={tmp_path / name}").error
+            assert str(tmp_path / name) in error and "results_dir=FOLDER" in error
+        rest = [option for option in on_text if not option.startswith("model.path")]
+        assert f"model.path={tmp_path / name}" in launch(*rest, f"model.path={tmp_path / name}").error

@@ -1,0 +1,166 @@
+"""Launchers and sweepers of other packages, folders that a job changes to, and errors after a job was measured."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from command import Launch, same_bits, states, write_texts
+
+from ablation_sweeps import store
+from ablation_sweeps.methods.zero import Zero
+
+
+@pytest.fixture
+def sampler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Options of a sweeper that works as Optuna's does: it asks for jobs, one by one, and is told a number of each."""
+    (tmp_path / "plugin").mkdir()
+    (tmp_path / "plugin" / "optuna_like.py").write_text(
+        "from hydra._internal.core_plugins.basic_sweeper import BasicSweeper\n\n\n"
+        "class Sampler(BasicSweeper):\n"
+        "    def sweep(self, arguments):\n"
+        "        told = []\n"
+        "        for i, fixed in enumerate(('method=zero', 'method=mean')):\n"
+        "            (ret,) = self.launcher.launch([[*arguments, fixed]], initial_job_idx=i)\n"
+        "            told.append(float(ret.return_value))\n"
+        "        open('told', 'w').write(repr(told))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "plugin"))
+    return ["-m", "hydra.sweeper._target_=optuna_like.Sampler"]
+
+
+@pytest.mark.parametrize("launcher", ["in_order", "local"])
+def test_an_optimiser_is_told_the_area_of_each_curve(launch: Launch, on_text, sampler, tmp_path, launcher, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    options = [*on_text, "fraction=[0.5,1.0]", f"hydra/launcher={launcher}"]
+    assert "objective" in launch(*sampler, *options).error
+    assert "objective=auc/less" in launch(*sampler, *options, "objective=auc/less").error
+    assert "objective=auc/loss: needs" in launch(*sampler, *options, "objective=auc/loss", "fraction=half").error
+    assert states(tmp_path / "results" / "default") == {}
+    outcome = launch(*sampler, *options, "objective=auc/loss")
+    assert outcome.code == 0, outcome.err
+    expected = {}
+    for rows in (tmp_path / "results" / "default").glob("*/rows.parquet"):
+        table = pd.read_parquet(rows)
+        loss = table[table["metric"] == "loss"].set_index("fraction")["value"]
+        expected[table["method"].iloc[0]] = (loss[0.0] / 4 + loss[0.5] / 2 + loss[1.0] / 4) / loss[0.0]
+    told = yaml.safe_load((tmp_path / "told").read_text())
+    assert told == pytest.approx([expected["zero"], expected["mean"]], rel=1e-12) and told[0] != told[1]
+
+
+def test_an_optimiser_hears_of_a_job_that_fails(launch: Launch, on_text, sampler, tmp_path, monkeypatch):
+    monkeypatch.setattr(Zero, "fit", lambda self, fitting: 1 / 0)
+    assert "1 of 1 jobs failed" in launch(*sampler, *on_text, "objective=at_50/loss").error
+    assert not (tmp_path / "told").exists()
+
+
+def test_an_objective_is_no_part_of_a_result(launch: Launch, on_text, job_of):
+    plain, named = job_of("method=zero"), job_of("method=zero", "objective=auc/loss")
+    assert (plain.signature, plain.folder, plain.study) == (named.signature, named.folder, named.study)
+
+
+@pytest.mark.parametrize("asked", ["dry_run=true", "prefetch=true"])
+@pytest.mark.parametrize("sweeper", ["basic", "composed_by_the_launcher"])
+def test_another_launcher_computes_nothing_that_was_not_asked_for(
+    launch: Launch, on_text, no_weights, tmp_path, asked, sweeper, monkeypatch
+):
+    monkeypatch.setattr("ablation_sweeps.job.Job.fetch", lambda self: None)
+    outcome = launch("-m", *on_text, "hydra/launcher=basic", f"hydra/sweeper={sweeper}", "method=zero,mean", asked)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("to run" if "dry" in asked else "all that is needed") == 2
+    assert states(tmp_path / "results" / "default") == {}
+
+
+def test_another_launcher_gives_the_same_numbers(launch: Launch, on_text, tmp_path):
+    assert launch("-m", *on_text, "hydra/launcher=basic", "method=zero,mean").code == 0
+    assert launch("-m", *on_text, "results_dir=ours", "method=zero,mean").code == 0
+    same_bits(tmp_path / "results" / "default", tmp_path / "ours" / "default")
+
+
+@pytest.mark.parametrize("multirun", [[], ["-m"], ["-m", "hydra/launcher=basic"]], ids=["one job", "sweep", "basic"])
+def test_paths_begin_where_the_command_was_typed(launch: Launch, on_text, saved, tmp_path, multirun):
+    """Also if Hydra changes the folder for each job."""
+    write_texts(tmp_path / "data[1]", n=6)
+    write_texts(tmp_path / "more", n=9)
+    shutil.copytree(saved("llama"), tmp_path / "model")
+    rest = [option for option in on_text if not option.startswith(("dataset.path", "model.path", "model.label"))]
+    paths = ["'dataset.path=\"data[1]\"'".strip("'"), "dataset.calibration_path=more/*[678].txt", "model.path=./model"]
+    options = [*rest, *(path.replace("*[678]", "[678]") if "more" in path else path for path in paths)]
+    options = [option.replace("more/[678].txt", "'more/[678].txt'") for option in options]
+    at_rest = launch(*multirun, *options, "method=zero", "sweep=plain")
+    assert at_rest.code == 0, at_rest.err
+    moved = launch(*multirun, *options, "method=zero", "sweep=moved", "hydra.job.chdir=true")
+    assert moved.code == 0, moved.err
+    assert len(states(tmp_path / "results" / "moved")) == 1
+    assert len(states(tmp_path / "results" / "plain")) == 1
+    same_bits(tmp_path / "results" / "plain", tmp_path / "results" / "moved")
+    assert {path.name for path in tmp_path.iterdir()} == {"data[1]", "more", "model", "results"}
+    assert {path.name for path in (tmp_path / "results").iterdir()} <= {"plain", "moved", ".cache"}
+
+
+def test_an_error_after_the_measurement_is_no_job_that_runs(launch: Launch, on_text, tmp_path, monkeypatch):
+    def remember(folder: Path, **facts: object) -> None:
+        if "seconds" in facts:
+            raise OSError(28, "No space left on device", str(folder / "environment.json"))
+
+    monkeypatch.setattr(store, "remember", remember)
+    error = launch(*on_text, "method=zero").error
+    assert "environment.json" in error
+    assert list(states(tmp_path / "results" / "default").values()) == ["failed"]
+    monkeypatch.undo()
+
+
+def test_the_largest_seed_there_is(launch: Launch, on_text, tmp_path):
+    assert launch(*on_text, "method=resample_random", f"seed={2**63 - 1}").code == 0
+    assert list(states(tmp_path / "results" / "default").values()) == ["finished"]
+
+
+# A message names the option at fault.
+
+
+def test_the_folder_of_the_hub_is_not_that_of_the_results(launch: Launch, on_text, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+
+    def examples(self, split):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "hub" / "datasets"))
+
+    monkeypatch.setattr("ablation_sweeps.datasets.text_files.TextFiles.examples", examples)
+    error = launch(*on_text, "method=zero").error
+    assert "HF_HOME=FOLDER" in error and "results_dir" not in error
+
+
+def test_the_folder_of_a_launcher_is_not_that_of_the_results(launch: Launch, on_text, tmp_path):
+    (tmp_path / "file").write_text("")
+    error = launch("-m", *on_text, "hydra/launcher=slurm", f"hydra.launcher.folder={tmp_path / 'file'}").error
+    assert "hydra.launcher.folder" in error and "results_dir" not in error
+
+
+def test_a_full_disk_names_what_lies_on_it(tmp_path, monkeypatch):
+    from ablation_sweeps import console, files
+    from ablation_sweeps.data import UserError
+
+    def full(source, target) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(console, "FOLDERS", {str(tmp_path / "results"): "results_dir"})
+    for folder, option in (("hub", "HF_HOME"), ("results", "results_dir"), ("other", None)):
+        with pytest.raises(UserError, match="no space is left") as caught:
+            files.write_text(tmp_path / folder / "x" / "file", "text")
+        named = [name for name in ("HF_HOME", "results_dir") if name in str(caught.value)]
+        assert named == ([option] if option else [])
+
+
+def test_weights_that_may_not_be_read(launch: Launch, on_text, saved, tmp_path, monkeypatch):
+    def load(self) -> None:
+        raise PermissionError(13, "Permission denied", str(Path(self.path) / "model.safetensors"))
+
+    monkeypatch.setattr("ablation_sweeps.models.causal_lm.CausalLM.load", load)
+    monkeypatch.setattr("ablation_sweeps.job._loaded", {})
+    error = launch(*on_text, "model.label=unread", "method=zero").error
+    assert f"model.path={saved('llama')}" in error and "results_dir" not in error
