@@ -62,11 +62,7 @@ def from_dict(config: dict[str, Any]) -> Job:
         config[option] = _whole_number(option, config[option], least)
     for option in ("prefetch", "dry_run"):
         config[option] = _flag(option, config[option])
-    for option in ("sweep", "results_dir"):
-        if config[option] == "":
-            raise UserError(f"{option}=: must be a name, e.g. {option}=my_{option}")
-    sweep = name_of_sweep(config["sweep"])
-    results_dir = absolute(str(config["results_dir"]))
+    results_dir, sweep = places(config["results_dir"], config["sweep"])
     FOLDERS[results_dir] = "results_dir"
     return Job(
         **parts,
@@ -81,15 +77,18 @@ def from_dict(config: dict[str, Any]) -> Job:
     )
 
 
-def name_of_sweep(sweep: object) -> str:
-    """The name, if it can be that of one folder.
+def places(results_dir: object, sweep: object) -> tuple[str, str]:
+    """The folder of all sweeps, from the root, and the name of the sweep's own.
 
     Raises:
-        UserError: it cannot.
+        UserError: it is no name, or not that of one folder.
     """
+    for option, value in (("results_dir", results_dir), ("sweep", sweep)):
+        if value in ("", None):
+            raise UserError(f"{option}=: must be a name, e.g. {option}=my_{option}")
     if "/" in str(sweep) or str(sweep).startswith(".") or "\0" in str(sweep) or len(os.fsencode(str(sweep))) > 255:
         raise UserError(f"sweep={sweep}: must be the name of one folder; where it lies is results_dir=FOLDER")
-    return str(sweep)
+    return absolute(str(results_dir)), str(sweep)
 
 
 def _with_numbers(options: dict[str, Any], built: object) -> dict[str, Any]:
@@ -262,7 +261,7 @@ _read_times_as_text()
 
 def _folder_of_sweep(results_dir: str, sweep: str) -> str:
     """Hydra makes it before it runs a job: a name that is refused makes none."""
-    return os.path.join(absolute(str(results_dir)), name_of_sweep(sweep))
+    return os.path.join(*places(results_dir, sweep))
 
 
 OmegaConf.register_new_resolver("folder_of_sweep", _folder_of_sweep, replace=True)

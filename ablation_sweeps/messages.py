@@ -58,6 +58,8 @@ def _of_hydra(error: BaseException, text: str, conf: Path) -> str:
         options = listed[1].split() if listed else []
         chosen = f"; choose one of {', '.join(options)}" if options else "; see python launch.py --help"
         return f"{match[1]}={match[2]}: there is no such option{near(match[2], options)}{chosen}"
+    if "Input config does not have a `_target_` field" in text:
+        return "hydra/launcher, hydra/sweeper: the yaml of one has no _target_, the class that implements it"
     if match := re.search(r"In '([^']+)': .*Cannot merge DictConfig with ListConfig", text):
         return f"{match[1]}.yaml: must be a mapping of options, not a list"
     if "Ambiguous value for argument" in text:

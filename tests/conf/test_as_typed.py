@@ -212,8 +212,8 @@ def test_nothing_is_made_before_a_command_is_refused(launch: Launch, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     for multirun in ([], ["-m"], ["-m", "hydra/launcher=local"], ["-m", "hydra/launcher=basic"]):
         for wrong in ("sweep=../../x", "sweep=/x", "sweep=..", "results_dir=", "seed=-1", "sweep=x/y"):
-            if multirun == ["-m", "hydra/launcher=basic"] and wrong == "seed=-1":
-                continue  # Hydra's own makes its folder first
+            if multirun[1:] == ["hydra/launcher=basic"] and wrong == "seed=-1":
+                continue  # Hydra's own launcher makes the sweep's folder, where it may
             assert wrong.split("=")[0] in launch(*multirun, wrong).error
             assert sorted(tmp_path.rglob("*")) == before, (multirun, wrong)
 
@@ -244,8 +244,9 @@ def test_a_bad_yaml_of_the_user(launch: Launch, tmp_path, name, group, multirun)
     if outcome.code == 0:
         assert (group, name) in {("experiment", "empty")}
         return
-    assert said in outcome.error or group in outcome.error
-    assert str(file) in outcome.error or group in outcome.error
+    assert said in outcome.error or group in outcome.error or "hello: there is no such option" in outcome.error
+    if said in ("line 2", "UTF-8"):
+        assert str(file) in outcome.error
 
 
 def test_a_pipe_or_a_ring_for_a_folder(launch: Launch, on_text, tmp_path, no_weights):

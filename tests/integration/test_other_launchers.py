@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 from command import Launch, same_bits, states, write_texts
+from hydra.core.plugins import Plugins
 
 from ablation_sweeps import store
 from ablation_sweeps.methods.zero import Zero
@@ -18,8 +20,9 @@ from ablation_sweeps.methods.zero import Zero
 @pytest.fixture
 def sampler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Options of a sweeper that works as Optuna's does: it asks for jobs, one by one, and is told a number of each."""
-    (tmp_path / "plugin").mkdir()
-    (tmp_path / "plugin" / "optuna_like.py").write_text(
+    package = tmp_path / "plugin" / "hydra_plugins" / "optuna_like"
+    package.mkdir(parents=True)
+    (package / "sampler.py").write_text(
         "from hydra._internal.core_plugins.basic_sweeper import BasicSweeper\n\n\n"
         "class Sampler(BasicSweeper):\n"
         "    def sweep(self, arguments):\n"
@@ -30,7 +33,9 @@ def sampler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         "        open('told', 'w').write(repr(told))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path / "plugin"))
-    return ["-m", "hydra.sweeper._target_=optuna_like.Sampler"]
+    module = importlib.import_module("hydra_plugins.optuna_like.sampler")
+    Plugins.instance().register(module.Sampler)
+    return ["-m", "hydra.sweeper._target_=hydra_plugins.optuna_like.sampler.Sampler"]
 
 
 @pytest.mark.parametrize("launcher", ["in_order", "local"])
