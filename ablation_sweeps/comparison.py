@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from ablation_sweeps.lazy import pd
-from ablation_sweeps.metrics import area, over, sums_of
+from ablation_sweeps.metrics import area, from_ratio, holds, over, sums_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -67,15 +67,29 @@ def _mean(
 
 @dataclass(frozen=True)
 class Estimate:
-    """Attributes:
-    low, high: ends of the 95 % interval.
-    p: two-sided, of being 0; the interval leaves out 0 where it is below 0.05.
+    """A value with its interval.
+
+    Attributes:
+        low, high: ends of the 95 % interval.
+        p: two-sided, of being 0; the interval leaves out 0 where it is below 0.05.
+        stderr, freedom: standard error and degrees of freedom of the t-interval.
     """
 
     value: float
     low: float
     high: float
     p: float
+    stderr: float = math.nan
+    freedom: float = math.nan
+
+    def interval(self, level: float) -> tuple[float, float]:
+        """Ends of the interval at another confidence level."""
+        from scipy.special import stdtrit  # as scipy.stats does, which takes a second to import
+
+        if not self.stderr > 0:
+            return self.low, self.high
+        half = float(stdtrit(self.freedom, (1 + level) / 2)) * self.stderr
+        return self.value - half, self.value + half
 
 
 def levels(curve: Curve, metric: str, seed: int = 0) -> tuple[list[Estimate], Estimate]:
@@ -99,7 +113,8 @@ def differences(a: Curve, b: Curve, metric: str, seed: int = 0) -> tuple[list[Es
 
 
 def _points_and_area(curve: Curve, metric: str, seeds: Weights, documents: Weights) -> Values:
-    values, clean = curve.values(seeds, documents), curve.clean(seeds, documents)
+    ratios = curve.values(seeds, documents), curve.clean(seeds, documents)
+    values, clean = (from_ratio(x, metric) for x in ratios)
     return np.concatenate([values, area(curve.fractions, values, clean, metric)[:, None]], 1)
 
 
@@ -148,18 +163,18 @@ def _variance(n: int, rng: np.random.Generator, statistic: Callable[..., Values]
 
 
 def _with_interval(value: float, of_documents: float, of_seeds: float, n_documents: int, n_seeds: int) -> Estimate:
-    from scipy.special import stdtr, stdtrit  # as scipy.stats does, which takes a second to import
+    from scipy.special import stdtr
 
     variance = of_documents + of_seeds
-    if not variance > 0 or n_documents < 2:
-        # The same at every draw, as the clean values are; or unknown (NaN), with one document.
-        known = variance == 0
-        low, high = (value, value) if known else (math.nan, math.nan)
-        return Estimate(float(value), float(low), float(high), 1.0 if value == 0 else math.nan)
+    if n_documents < 2 or math.isnan(variance):
+        return Estimate(float(value), math.nan, math.nan, 1.0 if value == 0 else math.nan)
+    if variance == 0:  # the same at every draw, as the clean values are
+        return Estimate(float(value), float(value), float(value), float(value == 0), 0.0, math.inf)
     freedom = variance**2 / (of_documents**2 / (n_documents - 1) + of_seeds**2 / max(n_seeds - 1, 1))
-    half = stdtrit(freedom, (1 + LEVEL) / 2) * math.sqrt(variance)
-    p = 2 * stdtr(freedom, -abs(value) / math.sqrt(variance))
-    return Estimate(float(value), float(value - half), float(value + half), float(p))
+    stderr = math.sqrt(variance)
+    found = Estimate(float(value), math.nan, math.nan, float(2 * stdtr(freedom, -abs(value) / stderr)), stderr, freedom)
+    low, high = found.interval(LEVEL)
+    return replace(found, low=low, high=high)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -172,45 +187,88 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def compare(documents: Mapping[tuple[str, int], DataFrame], metrics: Sequence[str]) -> DataFrame:
+def levels_of(p: Sequence[float]) -> list[float]:
+    """Confidence levels of a family of intervals, such that each leaves out 0 exactly where Holm's p is below 0.05.
+
+    They are simultaneous (Bonferroni's: 1 - 0.05/m for m tests), which is wide enough to hold 0 wherever Holm's
+    procedure decides nothing. Where it decides and Bonferroni's would not, it is the level at which Holm's tests.
+    """
+    adjusted, alpha = holm(p), 1 - LEVEL
+    known = sorted((i for i, value in enumerate(p) if not math.isnan(value)), key=lambda i: p[i])
+    tests = [max(len(known), 1)] * len(p)
+    for rank, i in enumerate(known):
+        if adjusted[i] < alpha <= p[i] * len(known):
+            tests[i] = len(known) - rank
+    return [1 - alpha / n for n in tests]
+
+
+Documents = Mapping[tuple[str, int], "DataFrame"]
+
+
+def compare(documents: Documents, metrics: Sequence[str], common: Mapping[str, Documents] | None = None) -> DataFrame:
     """All pairs of methods of one study.
 
     Args:
         documents: the sums of each document (see `metrics.SUMS`) for every method and seed.
+        common: those of a metric that areas are taken over, where both methods are among them; else what the two share.
 
     Returns:
         one row for each metric, pair and fraction, and one for the area, whose `fraction` is NaN: `metric`, `method`,
-        `other`, `fraction`, `difference` (method - other), `low`, `high`, `p`, `p_holm` (over all pairs of a metric:
-        those of the areas are one family, those of all fractions another), `better` (the method that is better,
-        where p_holm < 0.05; else empty), `n_seeds`, `n_documents`.
+        `other`, `fraction`, `difference` (method - other), `low`, `high` (its interval at the confidence `level`),
+        `p_holm` (over all pairs of a metric: those of the areas are one family, those of all fractions another),
+        `better` (the method that is better, where p_holm < 0.05, which is where the interval leaves out 0; else
+        empty), `n_seeds`, `n_documents`; and of this one difference alone, not adjusted: `p`, `low_unadjusted`,
+        `high_unadjusted`.
     """
     methods = list(dict.fromkeys(method for method, _ in documents))
     rows: list[dict[str, Any]] = []
-    for metric, (a, b) in itertools.product(metrics, itertools.combinations(methods, 2)):
-        seeds = [seed for method, seed in documents if method == a and (b, seed) in documents]
-        if not seeds:
-            continue
-        one, other = paired([[documents[method, seed] for seed in seeds] for method in (a, b)], metric)
-        if len(one.fractions) < 2:
-            continue
-        at_fractions, in_area = differences(one, other, metric)
-        estimates, fractions, counts = [*at_fractions], [*one.fractions], one.n_documents.tolist()
-        if not are_too_few(one.fractions, [documents[method, seed] for method in (a, b) for seed in seeds]):
-            estimates, fractions, counts = [*estimates, in_area], [*fractions, math.nan], [*counts, min(counts)]
-        n_seeds = len(one.totals)
-        for fraction, found, n_documents in zip(fractions, estimates, counts, strict=True):
-            if fraction == 0:
-                continue  # nothing is ablated: all methods are the same
-            pair = {"metric": metric, "method": a, "other": b, "fraction": fraction}
-            interval = {"difference": found.value, "low": found.low, "high": found.high, "p": found.p}
-            rows.append({**pair, **interval, "n_seeds": n_seeds, "n_documents": n_documents})
-    columns = ["metric", "method", "other", "fraction", "difference", "low", "high", "p", "n_seeds", "n_documents"]
-    table = pd.DataFrame(rows, columns=columns)
+    found: list[Estimate] = []
+    for metric, pair in itertools.product(metrics, itertools.combinations(methods, 2)):
+        known = {key: table for key, table in documents.items() if key[0] in pair and holds(table, metric)}
+        for fraction, estimate, n_seeds, n_documents in _of_pair(known, pair, metric, (common or {}).get(metric, {})):
+            labels = dict(zip(("metric", "method", "other"), (metric, *pair), strict=True))
+            rows.append({**labels, "fraction": fraction, "n_seeds": n_seeds, "n_documents": n_documents})
+            found.append(estimate)
+    table = pd.DataFrame(rows, columns=["metric", "method", "other", "fraction", "n_seeds", "n_documents"])
+    table["difference"] = [one.value for one in found]
+    table["p"] = [one.p for one in found]
+    table["low_unadjusted"], table["high_unadjusted"] = [one.low for one in found], [one.high for one in found]
     families = table.groupby(["metric", table["fraction"].isna()])["p"]
-    table["p_holm"] = families.transform(lambda p: holm(p.tolist())) if len(table) else table["p"]
+    table["p_holm"], table["level"] = (
+        families.transform(lambda p, adjust=adjust: adjust(p.tolist())) if len(table) else table["p"]
+        for adjust in (holm, levels_of)
+    )
+    ends = [one.interval(level) for one, level in zip(found, table["level"], strict=True)]
+    table["low"], table["high"] = [low for low, _ in ends], [high for _, high in ends]
     first = (table["difference"] < 0) == table["metric"].str.startswith(LESS_IS_BETTER)
     table["better"] = table["method"].where(first, table["other"]).where(table["p_holm"] < 1 - LEVEL, "")
-    return table
+    first_columns = ["metric", "method", "other", "fraction", "difference", "low", "high", "level", "p_holm", "better"]
+    last_columns = ["n_seeds", "n_documents", "p", "low_unadjusted", "high_unadjusted"]
+    return table.loc[:, [*first_columns, *last_columns]]
+
+
+def _of_pair(
+    documents: Documents, pair: tuple[str, str], metric: str, common: Documents
+) -> Iterator[tuple[float, Estimate, int, int]]:
+    """Fraction, difference, number of seeds and of documents: at each fraction, and for the area (fraction NaN)."""
+    first, second = pair
+    seeds = [seed for method, seed in documents if method == first and (second, seed) in documents]
+    if not seeds:
+        return
+    one, other = paired([[documents[method, seed] for seed in seeds] for method in pair], metric)
+    if len(one.fractions) < 2:
+        return
+    at_fractions, in_area = differences(one, other, metric)
+    for fraction, found, n_documents in zip(one.fractions, at_fractions, one.n_documents.tolist(), strict=True):
+        if fraction != 0:  # nothing is ablated: all methods are the same
+            yield fraction, found, len(seeds), n_documents
+    if {first, second} <= {method for method, _ in common}:
+        shared_seeds = [seed for method, seed in common if method == first]
+        one, other = paired([[common[method, seed] for seed in shared_seeds] for method in pair], metric)
+        _, in_area = differences(one, other, metric)
+    elif are_too_few(one.fractions, [documents[method, seed] for method in pair for seed in seeds]):
+        return
+    yield math.nan, in_area, len(one.totals), int(one.n_documents.min())
 
 
 def are_too_few(fractions: Collection[float], tables: Sequence[DataFrame]) -> bool:

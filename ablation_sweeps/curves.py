@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
-import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ablation_sweeps import store
 from ablation_sweeps.comparison import half_gone_at, shared
-from ablation_sweeps.console import as_typed, counted
+from ablation_sweeps.console import as_typed
 from ablation_sweeps.data import UserError
+from ablation_sweeps.intervals import UNKNOWN, Measured
 from ablation_sweeps.lazy import pd
-from ablation_sweeps.metrics import auc, over, point, with_clean
+from ablation_sweeps.metrics import auc, is_whole, over, point, pooled, with_clean
 from ablation_sweeps.tracking import flatten
 
 if TYPE_CHECKING:
@@ -145,46 +145,63 @@ def groups(rows: DataFrame, keys: list[str]) -> Iterator[tuple[dict[str, Any], D
 
 
 def areas(curves: DataFrame) -> DataFrame:
-    """Column `auc` (see `metrics.auc`) for each curve and metric; NaN where the fractions do not span 0 to 1."""
+    """Column `auc` (see `metrics.auc`) for each study, method and metric, over all seeds; NaN where the fractions do
+    not span 0 to 1."""
     found = []
-    for key, curve in groups(curves, [*STUDY, "method", "seed", "metric"]):
-        curve = curve.sort_values("fraction")
-        fractions, values, clean = (curve[name].tolist() for name in ("fraction", "value", "clean"))
-        found.append({**key, "auc": auc(fractions, values, clean, key["metric"])})
+    for key, of_study in groups(curves, STUDY):
+        for own, curve in groups(pooled(of_study), ["method", "metric"]):
+            fractions, values, clean = (curve[name].tolist() for name in ("fraction", "value", "clean"))
+            found.append({**key, **own, "auc": auc(fractions, values, clean, own["metric"])})
     return pd.DataFrame(found)
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """95 % t-interval of a mean; NaN where there are fewer than two values."""
-    from scipy.special import stdtrit  # as scipy.stats does, which takes a second to import
-
-    if len(values) < 2:
-        return math.nan, math.nan
-    mean, n = statistics.fmean(values), len(values)
-    half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
-    return mean - half, mean + half
-
-
-def summarise(curves: DataFrame) -> DataFrame:
+def summarise(curves: DataFrame, found: Mapping[str, Measured] | None = None) -> DataFrame:
     """One row for each study, method and metric.
 
-    Columns: auc, auc_low, auc_high (mean over seeds and its 95 % t-interval), n_seeds, clean, at_50 (means over seeds)
-    and half_gone_at: the fraction at which the mean curve first falls to half of its clean value (accuracies only).
-    NaN where a value was not measured or is never reached.
+    Columns: n_seeds, clean, at_50 (over all of the method's seeds), auc, auc_low, auc_high (area from 0 to 1 and its
+    95 % interval over documents and seeds), auc_n_seeds, auc_n_documents (those that the area is taken over: the ones
+    that all methods have) and half_gone_at: the fraction at which the curve first falls to half of its clean value
+    (accuracies only). NaN where a value was not measured or is never reached.
+
+    Args:
+        found: of each study, whose hash is the key. For one that is absent, the area is that over all of the method's
+            seeds, and has no interval.
     """
-    found, keys = [], [*STUDY, "method", "metric"]
-    of_seeds = {tuple(key.values()): table["auc"].dropna().tolist() for key, table in groups(areas(curves), keys)}
-    for key, curve in groups(curves, keys):
-        auc = of_seeds[tuple(key.values())]
-        low, high = interval(auc)
-        mean = {at: float(points["value"].mean()) for at, points in curve.groupby("fraction")}
-        row = {"n_seeds": curve["seed"].nunique(), "clean": mean.get(0.0, math.nan), "at_50": mean.get(0.5, math.nan)}
-        row |= {"auc": statistics.fmean(auc) if auc else math.nan, "auc_low": low, "auc_high": high}
-        left = cast("DataFrame", curve.groupby("fraction")[["value", "clean"]].mean())
-        shares = over(left["value"].to_numpy(), left["clean"].to_numpy())
-        half_gone = half_gone_at(list(left.index), shares.tolist()) if key["metric"].startswith("top") else math.nan
-        found.append({**key, **row, "half_gone_at": half_gone})
-    return pd.DataFrame(found)
+    rows = []
+    for key, of_study in groups(curves, STUDY):
+        means, measured = pooled(of_study), (found or {}).get(key["study"])
+        seeds = of_study.groupby(["method", "metric"])["seed"].nunique().to_dict()
+        for own, curve in groups(means, ["method", "metric"]):
+            method, metric = own["method"], own["metric"]
+            at = dict(zip(curve["fraction"], curve["value"], strict=True))
+            row = {
+                "n_seeds": int(seeds[method, metric]),
+                "clean": at.get(0.0, math.nan),
+                "at_50": at.get(0.5, math.nan),
+            }
+            row |= _area(curve, metric) if measured is None else _measured_area(measured, metric, method)
+            rows.append({**key, **own, **row})
+    return pd.DataFrame(rows)
+
+
+def _area(curve: DataFrame, metric: str) -> dict[str, float]:
+    """From the values alone."""
+    fractions, values, clean = (curve[name].tolist() for name in ("fraction", "value", "clean"))
+    shares = over(curve["value"].to_numpy(), curve["clean"].to_numpy())
+    half_gone = half_gone_at(fractions, shares.tolist()) if metric.startswith("top") else math.nan
+    unknown = dict.fromkeys(("auc_low", "auc_high", "auc_n_seeds", "auc_n_documents"), math.nan)
+    return {"auc": auc(fractions, values, clean, metric), **unknown, "half_gone_at": half_gone}
+
+
+def _measured_area(study: Measured, metric: str, method: str) -> dict[str, float]:
+    area = study.area(metric, method) if is_whole(study.fractions) else UNKNOWN
+    known = not math.isnan(area.value)
+    return {
+        "auc": area.value, "auc_low": area.low, "auc_high": area.high,
+        "auc_n_seeds": study.n_seeds[metric] if known else math.nan,
+        "auc_n_documents": study.n_documents[metric] if known else math.nan,
+        "half_gone_at": study.half_gone.get(metric, {}).get(method, math.nan),
+    }  # fmt: skip
 
 
 def studies(curves: DataFrame) -> list[Study]:
@@ -208,7 +225,24 @@ def studies(curves: DataFrame) -> list[Study]:
 
 
 def _title(rows: DataFrame, unit: str) -> str:
-    n_seeds, counts = rows["seed"].nunique(), rows.loc[rows["metric"] == "loss", "n"]
-    size = " to ".join(f"{int(n):,}" for n in sorted({counts.min(), counts.max()}))
     model, dataset, site, selection = rows.iloc[0][["model", "dataset", "site", "selection"]]
-    return f"{model} on {dataset} · {site} · {selection} · {size} {unit}s · {counted(n_seeds, 'seed')}"
+    size = f"{span(first_metric(rows)['n'].astype(int).tolist())} {unit}s"
+    return f"{model} on {dataset} · {site} · {selection} · {size} · {seeds_said(rows)}"
+
+
+def first_metric(rows: DataFrame) -> DataFrame:
+    """The points of the loss, or, where earlier versions did not measure it, of the first metric."""
+    metric = "loss" if (rows["metric"] == "loss").any() else rows["metric"].iloc[0]
+    return rows.loc[rows["metric"] == metric]
+
+
+def seeds_said(rows: DataFrame) -> str:
+    """How many seeds each point is of: "3 seeds", or "1 to 2 seeds"."""
+    counts = [of_point["seed"].nunique() for _, of_point in rows.groupby(["method", "fraction"])]
+    return f"{span(counts)} seed{'s' if max(counts) > 1 else ''}"
+
+
+def span(counts: Iterable[int]) -> str:
+    """The least and the largest, if they differ."""
+    counts = sorted(counts)
+    return " to ".join(f"{n:,}" for n in dict.fromkeys((counts[0], counts[-1])))

@@ -26,7 +26,7 @@ def _table(study: page.Measured) -> str:
     """The area of each metric and method, above its interval; needs the package booktabs."""
     lines, rarer = [], ""
     for metric in study.curves:
-        found = [study.areas[metric][method] for method in study.methods]
+        found = [study.area(metric, method) for method in study.methods]
         name = re.sub(r" \(.*?\)", "", page.label(metric, study.unit))  # areas have another unit
         name, _, skipped = name.partition(", without")
         if skipped:  # too long for a column

@@ -9,12 +9,14 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+from ablation_sweeps.metrics import pooled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; their yellow is too pale for a line on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#8C6D1F")
@@ -147,12 +149,14 @@ def _panel(axes: Axes, rows: DataFrame, style: dict[str, dict[str, Any]]) -> lis
         for method in style
     }
     curves = {method: table for method, table in curves.items() if len(table)}
+    over_seeds = pooled(rows.assign(clean=math.nan)).pivot(index="fraction", columns="method", values="value")
+    means = {method: cast("Series", over_seeds[method].dropna()) for method in curves}
     for method, table in curves.items():
-        _line(axes, table, style[method])
+        _line(axes, table, means[method], style[method])
     clean, chance = rows.loc[rows["fraction"] == 0.0, "value"].mean(), rows["chance"].mean() * scale
-    peaks = {method: float(table.mean(axis=1).max()) for method, table in curves.items()}
+    peaks = {method: float(mean.max()) for method, mean in means.items()}
     top = max(1.12 * max(peaks.values()), 1.0) if metric == "top1" else _top(list(peaks.values()), clean, chance)
-    lowest = min(clean, *(float(table.mean(axis=1).min()) for table in curves.values()))
+    lowest = min(clean, *(float(mean.min()) for mean in means.values()))
     low = lowest - 0.13 * (top - lowest) if metric == "loss" else -0.03 * top
     right = max(100 * rows["fraction"].max(), 1.0)
     axes.set(xlim=(-0.03 * right, 1.03 * right), ylim=(low, top))
@@ -162,17 +166,17 @@ def _panel(axes: Axes, rows: DataFrame, style: dict[str, dict[str, Any]]) -> lis
         _level(axes, chance, "chance", ":", "above left")
     cut = {method: peak for method, peak in peaks.items() if peak > top}
     for method in cut:
-        _mark_cut(axes, curves[method], top, style[method]["color"])
+        _mark_cut(axes, means[method], top, style[method]["color"])
     reach = ", ".join(f"{method} reaches {peak:.3g}" for method, peak in cut.items())
     notes = textwrap.wrap(f"▲ axis is cut: {reach}", 40) if cut else []
     return [*notes, f"chance ({chance:.3g}) lies above the axis"] if chance >= top else notes
 
 
-def _line(axes: Axes, curves: DataFrame, look: dict[str, Any]) -> None:
-    """Mean over seeds; with few seeds each of them too, with many the 95 % t-interval."""
+def _line(axes: Axes, curves: DataFrame, over_seeds: Series, look: dict[str, Any]) -> None:
+    """The curve over all seeds; with few seeds each of them too, with many the 95 % t-interval."""
     from scipy.special import stdtrit  # as scipy.stats does, which takes a second to import
 
-    x, mean = 100 * curves.index.to_numpy(), curves.mean(axis=1).to_numpy()
+    x, mean = 100 * curves.index.to_numpy(), over_seeds.to_numpy()
     every = max(1, round(len(x) / 11))
     axes.plot(x, mean, linewidth=1.3, markersize=3.2, markevery=every, markeredgewidth=0, zorder=3, **look)
     n = curves.notna().sum(axis=1).to_numpy()
@@ -212,9 +216,9 @@ def _level(axes: Axes, value: float, text: str, dashes: str, at: str) -> None:
     )
 
 
-def _mark_cut(axes: Axes, curves: DataFrame, top: float, colour: str) -> None:
+def _mark_cut(axes: Axes, curve: Series, top: float, colour: str) -> None:
     """A triangle where a curve leaves through the top."""
-    x, y = [100 * fraction for fraction in curves.index.tolist()], curves.mean(axis=1).tolist()
+    x, y = [100 * fraction for fraction in curve.index.tolist()], curve.tolist()
     after = next(i for i, height in enumerate(y) if height > top)
     before = max(after - 1, 0)
     share = (top - y[before]) / (y[after] - y[before]) if before < after else 0.0

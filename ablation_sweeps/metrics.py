@@ -28,6 +28,16 @@ def sums_of(metric: str) -> tuple[str, str]:
     return (f"{total}_rare", "n_rare") if skip else (total, "n")
 
 
+def holds(documents: DataFrame, metric: str) -> bool:
+    """True if the sums of a run are those of this metric, which earlier versions may not have measured."""
+    return {*sums_of(metric)} <= {*documents.columns}
+
+
+def from_ratio(ratio: np.ndarray, metric: str) -> np.ndarray:
+    """The metric, from the ratio of its two sums."""
+    return np.exp(np.minimum(ratio, 700)) if metric == "perplexity" else ratio
+
+
 def curve(documents: DataFrame, top_k: int, skip: int, chance: Mapping[str, float]) -> DataFrame:
     """The metrics at every fraction, each with its standard error and its chance level.
 
@@ -112,9 +122,37 @@ def auc(fractions: Sequence[float], values: Sequence[float], clean: Sequence[flo
 
     1.0 is a curve that never leaves the clean value.
     """
-    if len(fractions) < 3 or fractions[0] != 0 or fractions[-1] != 1:
+    if not is_whole(fractions):
         return math.nan
     return float(area(fractions, np.array([values], float), np.array([clean], float), metric)[0])
+
+
+def pooled(rows: DataFrame) -> DataFrame:
+    """`value` and `clean` of each method, metric and fraction over all of its seeds, whose number is `n_seeds`.
+
+    As areas and intervals have it, a value is the ratio of sums over seeds and documents: the mean over seeds, unless
+    these differ in the number of positions that are scored, as those of masked language models do.
+    """
+    keys, found = ["method", "metric", "fraction"], []
+    for key, points in rows.groupby(keys):
+        own, n = dict(zip(keys, tuple(key), strict=True)), points["n"].to_numpy(float)  # type: ignore[arg-type]
+        row = {name: _pooled(points[name].to_numpy(float), n, str(own["metric"])) for name in ("value", "clean")}
+        found.append({**own, **row, "n_seeds": points["seed"].nunique()})
+    return pd.DataFrame(found, columns=[*keys, "value", "clean", "n_seeds"])
+
+
+def _pooled(values: np.ndarray, n: np.ndarray, metric: str) -> float:
+    if len(values) == 1 or not n.any():
+        return float(values[0])
+    weights = n / n.mean()
+    if metric == "perplexity":
+        return math.exp((np.log(np.where(n > 0, values, 1.0)) * weights).mean())
+    return float((np.where(n > 0, values, 0.0) * weights).mean())
+
+
+def is_whole(fractions: Sequence[float]) -> bool:
+    """True if a curve at these fractions, in increasing order, has an area: see `auc`."""
+    return len(fractions) > 2 and fractions[0] == 0 and fractions[-1] == 1
 
 
 def over(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -5,24 +5,21 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ablation_sweeps.comparison import Curve, Estimate, are_too_few, compare, half_gone_at, levels, paired
+from ablation_sweeps.comparison import Estimate
 from ablation_sweeps.console import counted
 from ablation_sweeps.figures import GREY, in_order, looks
-from ablation_sweeps.metrics import MAIN, over
+from ablation_sweeps.intervals import Measured as Measured
+from ablation_sweeps.intervals import measured as measured
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-    Documents = Mapping[tuple[str, int], DataFrame]
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 SYMBOLS = dict(zip("os^DvPX*", ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star"),
@@ -37,108 +34,19 @@ LAYOUT = {
 }
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One study: what is shown of it.
-
-    Attributes:
-        curves: for each metric and method, over all its seeds, on the same documents.
-        levels: their points, with intervals.
-        areas: of each metric and method, over the seeds and fractions that all methods have; NaN where there are none,
-            or for a method that is left out so that the others have some.
-        ranking: the pairs of methods by these areas of the loss (see `comparison.compare`).
-        reach: the last fraction of the areas.
-    """
-
-    name: str
-    title: str
-    unit: str
-    methods: list[str]
-    curves: dict[str, dict[str, Curve]]
-    levels: dict[str, dict[str, list[Estimate]]]
-    areas: dict[str, dict[str, Estimate]]
-    ranking: DataFrame
-    reach: float
-    comparisons: DataFrame
-    chance: dict[str, float]
-
-
-def measured(
-    name: str, title: str, unit: str, rows: DataFrame, documents: dict[tuple[str, int], DataFrame]
-) -> Measured:
-    """Computes all intervals of a study.
-
-    Args:
-        documents: the sums of each document for every method and seed.
-    """
-    methods = in_order({method for method, _ in documents})
-    known = [metric for metric in dict.fromkeys(rows["metric"]) if metric != "perplexity"]
-    metrics = sorted(known, key=lambda name: ("_skip" in name, *(name != first for first in MAIN)))
-    in_turn = {(method, seed): table for method in methods for (of, seed), table in documents.items() if of == method}
-    curves = {metric: _curves(in_turn, metric) for metric in metrics}
-    chance = {metric: float(rows.loc[rows["metric"] == metric, "chance"].mean()) for metric in metrics}
-    found = {metric: {method: levels(curve, metric) for method, curve in of.items()} for metric, of in curves.items()}
-    points = {metric: {method: points for method, (points, _) in of.items()} for metric, of in found.items()}
-    areas = {metric: {method: area for method, (_, area) in of.items()} for metric, of in found.items()}
-    comparisons = ranking = compare(in_turn, metrics)
-    common = _common(in_turn)
-    if len(common) < len(in_turn) or any(len(common[key]) < len(table) for key, table in in_turn.items()):
-        unknown = {method: UNKNOWN for method in methods}
-        areas = {
-            metric: unknown | {method: levels(curve, metric)[1] for method, curve in _curves(common, metric).items()}
-            for metric in metrics
-        }
-        ranking = compare(common, ["loss"])
-    ranking = ranking.query("metric == 'loss' and fraction != fraction")
-    reach = max((float(table["fraction"].max()) for table in common.values()), default=0.0)
-    return Measured(name, title, unit, methods, curves, points, areas, ranking, reach, comparisons, chance)
-
-
-UNKNOWN = Estimate(math.nan, math.nan, math.nan, math.nan)
-
-
-def _curves(documents: Documents, metric: str) -> dict[str, Curve]:
-    """Of each method, over all its seeds."""
-    tables: dict[str, list[DataFrame]] = {}
-    for (method, _), table in documents.items():
-        tables.setdefault(method, []).append(table)
-    return {method: paired([of_seeds], metric)[0] for method, of_seeds in tables.items()}
-
-
-def _common(documents: Documents) -> Documents:
-    """What all methods have: areas over other seeds or fractions are not comparable. Where that is nothing, those with
-    the fewest points are left out, one after the other; it is empty where no two methods remain."""
-    points = Counter[str]()
-    for (method, _), table in documents.items():
-        points[method] += table["fraction"].nunique()
-    methods = [method for method, _ in points.most_common()]
-    for count in range(len(methods), min(len(methods), 2) - 1, -1):
-        if found := _of_all({key: table for key, table in documents.items() if key[0] in methods[:count]}):
-            return found
-    return {}
-
-
-def _of_all(documents: Documents) -> Documents:
-    seeds: dict[str, set[int]] = {}
-    for method, seed in documents:
-        seeds.setdefault(method, set()).add(seed)
-    shared_seeds = set.intersection(*seeds.values())
-    kept = {key: table for key, table in documents.items() if key[1] in shared_seeds}
-    fractions = set.intersection(*(set(table["fraction"]) for table in kept.values())) if kept else set()
-    if len(fractions) < 2 or are_too_few(fractions, list(kept.values())):
-        return {}
-    return {key: table.loc[table["fraction"].isin(fractions)] for key, table in kept.items()}
-
-
 # What is said
 
 
 def verdict(study: Measured) -> str:
-    """One sentence: which method does least damage, by the area under its loss, and whether that may be luck."""
+    """Which method does least damage, by the area under its loss, which cannot be told apart, and on what basis."""
+    return " ".join([_said(study), *caveats(study)])
+
+
+def _said(study: Measured) -> str:
     if len(study.methods) == 1:
         return f"Only {study.methods[0]} is finished: there is nothing to compare it with."
-    compared = [method for method in study.methods if not math.isnan(study.areas["loss"][method].value)]
-    if not compared:
+    compared = [method for method in study.methods if not math.isnan(study.area("loss", method).value)]
+    if len(compared) < 2:
         return (
             "Not all methods have results on the same seeds and fractions, so that none is called the best; "
             "comparisons.csv has what each two of them share."
@@ -151,35 +59,74 @@ def verdict(study: Measured) -> str:
 
 
 def _best(study: Measured, compared: Sequence[str]) -> str:
-    height = {method: study.areas["loss"][method].value for method in compared}
-    best, *others = sorted(compared, key=lambda method: height[method])
+    height = {method: study.area("loss", method).value for method in compared}
+    best, *others = ranked = sorted(compared, key=lambda method: height[method])
     pairs = {frozenset((row["method"], row["other"])): row for row in study.ranking.to_dict("records")}
-    versus = {other: pairs[frozenset((best, other))] for other in others}
-    tied = [other for other, row in versus.items() if row["better"] != best]
+    undecided = {pair for pair, row in pairs.items() if not row["better"]}
+    tied = [other for other in others if {best, other} in undecided]
+    closest = pairs[frozenset((best, (tied or others)[0]))]
     n_seeds, n_documents = int(study.ranking["n_seeds"].min()), int(study.ranking["n_documents"].min())
     loss = "the loss" if study.reach == 1 else f"the loss up to {100 * study.reach:.4g}%"
     basis = f"{counted(n_seeds, 'seed')}, {n_documents} {'images' if study.unit == 'image' else 'documents'}"
     alone = "" if n_seeds > 1 else " One seed: nothing is said about other neurons."
+    together = groups_of_tied(ranked, undecided)
     if tied:
-        row = versus[tied[0]]
-        rest = [other for other in others if other not in tied]
-        beaten = [
-            worse for worse in rest if all(pairs[frozenset((one, worse))]["better"] == one for one in (best, *tied))
-        ]
-        who = "Both" if len(tied) == 1 else "All of these"
-        ahead = f" {who} do less damage than {_listed(beaten)}." if beaten else ""
-        by_best = [worse for worse in rest if worse not in beaten]
-        ahead += f" {best} does less damage than {_listed(by_best)}." if by_best else ""
         return (
-            f"{_listed([best, *tied])} cannot be told apart: the area under {loss} of {best} differs from that of "
-            f"{tied[0]} by {_interval(row, best)} of the clean loss ({_p(row['p_holm'])}; {basis}).{ahead}{alone}"
+            f"{_cannot_be_told_apart(together)}: the area under {loss} of {best} differs from that of {tied[0]} by "
+            f"{_interval(closest, best)} of the clean loss ({_p(closest['p_holm'])}; {basis})."
+            f"{_who_beats_whom(ranked, pairs, together)}{alone}"
         )
-    row = versus[others[0]]
+    rest = f" {_cannot_be_told_apart(together)}." if together else ""
     return (
         f"{best} does least damage: the area under {loss} is {height[best]:.3f} of the clean loss, against "
-        f"{height[others[0]]:.3f} of {others[0]}, the next; difference {_interval(row, best)} "
-        f"({_p(row['p_holm'])}; {basis}).{alone}"
+        f"{height[others[0]]:.3f} of {others[0]}, the next; difference {_interval(closest, best)} "
+        f"({_p(closest['p_holm'])}; {basis}).{rest}{alone}"
     )
+
+
+def _cannot_be_told_apart(groups: Sequence[Sequence[str]]) -> str:
+    first, *more = map(_listed, groups)
+    return f"{first} cannot be told apart" + "".join(f", nor can {group}" for group in more)
+
+
+def groups_of_tied(ranked: Sequence[str], undecided: Collection[frozenset[str]]) -> list[list[str]]:
+    """All largest groups of methods of which no two differ, those of the best methods first. That two methods do not
+    differ from a third one does not mean that they do not differ from each other, so a method may be in several."""
+    groups: list[list[str]] = []
+
+    def extend(group: list[str], candidates: list[str], excluded: list[str]) -> None:
+        """Bron and Kerbosch's algorithm: each largest group once."""
+        if not candidates and not excluded and len(group) > 1:
+            groups.append(group)
+        for place, method in enumerate(candidates):
+            rest, before = candidates[place + 1 :], [*excluded, *candidates[:place]]
+            near = [[other for other in of if {method, other} in undecided] for of in (rest, before)]
+            extend([*group, method], *near)
+
+    extend([], list(ranked), [])
+    return groups
+
+
+def _who_beats_whom(ranked: Sequence[str], pairs: Mapping[frozenset[str], Any], together: list[list[str]]) -> str:
+    """Where the best one is not alone: all that is decided, a sentence for the methods that beat the same ones."""
+    beaten: dict[str, tuple[str, ...]] = {}
+    for method in ranked:
+        versus = {other: pairs[frozenset((method, other))] for other in ranked if other != method}
+        beaten[method] = tuple(other for other, row in versus.items() if row["better"] == method)
+    said = ""
+    for worse in dict.fromkeys(worse for worse in beaten.values() if worse):
+        better = [method for method in ranked if beaten[method] == worse]
+        who = _listed(better)
+        if len(together) == 1 and better == together[0]:
+            who = "Both" if len(better) == 2 else "All of these"
+        said += f" {who} {'does' if len(better) == 1 else 'do'} less damage than {_listed(worse)}."
+    return said
+
+
+def caveats(study: Measured) -> list[str]:
+    """Sentences on what the numbers lack."""
+    lacking = ", ".join(f"{metric} ({_listed(methods)})" for metric, methods in study.missing.items())
+    return [f"Not measured by every run, and compared on those that have it: {lacking}."] if lacking else []
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -288,29 +235,24 @@ def add_line(
 
 
 def areas(study: Measured) -> list[dict[str, Any]]:
-    """A row for each method: the area of each metric with its interval, where half of the accuracy is gone, and how
-    many other methods it beats, and is beaten by, in the area under the loss."""
+    """A row for each method: the area of each metric with its interval, where half of the accuracy is gone (%), how
+    many other methods it beats, and is beaten by, in the area under the loss, and which ones it cannot be told from."""
     rows = []
     won = study.ranking
     for method in study.methods:
         row: dict[str, Any] = {"method": method, "colour": looks(study.methods)[method]["color"]}
         row["beats"] = [int((won["better"] == method).sum())]
-        mine = (won["method"] == method) | (won["other"] == method)
-        row["beaten by"] = [int((mine & (won["better"] != "") & (won["better"] != method)).sum())]
-        for metric, curves in study.curves.items():
-            found = study.areas[metric][method]
+        mine = won[(won["method"] == method) | (won["other"] == method)]
+        row["beaten by"] = [int(((mine["better"] != "") & (mine["better"] != method)).sum())]
+        tied = mine[mine["better"] == ""]
+        row["tied with"] = [in_order({*tied["method"], *tied["other"]} - {method})]
+        for metric in study.curves:
+            found = study.area(metric, method)
             row[f"area of {metric}"] = [found.value, found.low, found.high]
             if metric == "top1":
-                row["half gone"] = [_half_gone(curves[method])]
+                row["half gone"] = [100 * study.half_gone[metric].get(method, math.nan)]
         rows.append(row)
     return rows
-
-
-def _half_gone(curve: Curve) -> float:
-    """In % of the neurons."""
-    all_of_it = np.ones((1, len(curve.totals))), np.ones((1, curve.totals.shape[-1]))
-    (shares,) = over(curve.values(*all_of_it), curve.clean(*all_of_it))
-    return 100 * half_gone_at(curve.fractions, shares.tolist())
 
 
 # The page

@@ -69,8 +69,10 @@ def _send_tables(sweep: Path, runs: list[Path], project: str | None, entity: str
         return False
     known = {"run_id": secrets.token_hex(8), **known}
     files.write_json(sweep / MARK, known)  # before it is sent: stopped now, it is sent under the same id
-    tables = {"curves": curves, "summary": summarise(curves)}
-    if found := report.all_measured(curves, sweep):
+    found = report.all_measured(curves, sweep)
+    measured = {study.rows["study"].iloc[0]: of_study for study, of_study in found}
+    tables = {"curves": curves, "summary": summarise(curves, measured)}
+    if found:
         tables["comparisons"] = report.comparisons(found)
     name = store.config(runs[0])["sweep"]
     tracking.send_tables(SweepRecord(known["run_id"], name, tables, statistics, sweep))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 KINDS = {".png": "figure", ".html": "page"}  # of what is written, those that are looked at
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a formula begins in a spreadsheet
 DIFFER = "runs differ in"  # beside method and seed
 NOTES = "notes"  # that the runs have left
 
@@ -37,10 +38,13 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
 
     sweep_dir = Path(sweep_dir)
     curves = read_curves(sweep_dir, *more)
-    files.write_table(sweep_dir / "curves.parquet", curves)
-    write_csv(summarise(curves), sweep_dir / "summary.csv")
-    written = [sweep_dir / "curves.parquet", sweep_dir / "summary.csv"]
+    folders = folders_by_id(sweep_dir, *more)
     of_sweep = studies(curves)
+    both = [(study, found) for study in of_sweep if (found := _shown(study, folders))]
+    measured_ = {study.rows["study"].iloc[0]: found for study, (found, _, _) in both}
+    files.write_table(sweep_dir / "curves.parquet", curves)
+    write_csv(summarise(curves, measured_), sweep_dir / "summary.csv")
+    written = [sweep_dir / "curves.parquet", sweep_dir / "summary.csv"]
     for study in of_sweep:
         figure = draw(study.rows, study.title, study.unit)
         for suffix in ("png", "svg", "pdf"):
@@ -49,9 +53,7 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
                 save(figure, temporary, suffix)
     _remove_figures_of_before(sweep_dir / "figures", [file.name for file in written[2:]])
     console = console or Console()
-    print_tables(curves, console)
-    folders = folders_by_id(sweep_dir, *more)
-    both = [(study, found) for study in of_sweep if (found := _shown(study, folders))]
+    print_tables(curves, console, measured_)
     shown = [found for _, found in both]
     if not shown:
         return written
@@ -95,8 +97,11 @@ def comparisons(found: list[tuple[Study, page.Measured]]) -> DataFrame:
 
 
 def write_csv(table: DataFrame, path: Path) -> None:
+    """Text that a spreadsheet would take for a formula gets an apostrophe in front; numbers are as they are."""
+    safe = lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell  # noqa: E731
+    texts = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
     with files.replacing(path) as temporary:
-        table.to_csv(temporary, index=False)
+        table.assign(**{name: table[name].map(safe) for name in texts}).to_csv(temporary, index=False)
 
 
 def measured(study: Study, folders: dict[str, Path]) -> page.Measured | None:

@@ -6,19 +6,30 @@ import math
 from typing import TYPE_CHECKING
 
 from ablation_sweeps.console import encodable
-from ablation_sweeps.curves import Study, groups, studies, summarise
+from ablation_sweeps.curves import Study, first_metric, groups, seeds_said, studies, summarise
 from ablation_sweeps.figures import in_order
+from ablation_sweeps.metrics import pooled
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pandas import DataFrame
     from rich.console import Console
     from rich.table import Table
 
+    from ablation_sweeps.intervals import Measured
+
 MAX_COLUMNS = 11  # fractions in a table
 
 
-def print_tables(curves: DataFrame, console: Console | None = None) -> None:
-    """A table of the loss and one of the accuracy for each study: no wider than the terminal, whole in a file."""
+def print_tables(
+    curves: DataFrame, console: Console | None = None, found: Mapping[str, Measured] | None = None
+) -> None:
+    """A table of the loss and one of the accuracy for each study: no wider than the terminal, whole in a file.
+
+    Args:
+        found: of each study, whose areas are shown with their intervals (see `curves.summarise`).
+    """
     from rich.console import Console
     from rich.measure import Measurement
     from rich.text import Text
@@ -26,10 +37,11 @@ def print_tables(curves: DataFrame, console: Console | None = None) -> None:
     console = console or Console()
     unlimited, screen = console.options.update(max_width=10_000), console.width
     for study in studies(curves):
-        of_study = summarise(study.rows)
+        of_study = summarise(study.rows, found)
+        shown = [metric for metric in ("loss", "top1") if (study.rows["metric"] == metric).any()]
         for step in _steps(study.rows["fraction"].nunique()):
-            tables = [_table(study, of_study, metric, step, console) for metric in ("loss", "top1")]
-            width = max(Measurement.get(console, unlimited, table).maximum for table in tables)
+            tables = [_table(study, of_study, metric, step, console) for metric in shown]
+            width = max((Measurement.get(console, unlimited, table).maximum for table in tables), default=0)
             if width <= screen or not console.is_terminal:
                 break
         console.print(Text(encodable(study.title, console), style="bold"), soft_wrap=True)
@@ -56,11 +68,14 @@ def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Co
     from rich.text import Text
 
     is_loss, rows = metric == "loss", study.rows.query("metric == @metric")
-    methods, scale, digits = in_order(rows["method"].unique()), 1 if is_loss else 100, 3 if is_loss else 1
+    methods, scale, digits = in_order(study.rows["method"].unique()), 1 if is_loss else 100, 3 if is_loss else 1
     points = list(groups(rows, ["fraction", "method"]))
     seeds = {tuple(at.values()): frozenset(of_seeds["seed"]) for at, of_seeds in points}
-    means = {tuple(at.values()): round(scale * float(of_seeds["value"].mean()), digits) for at, of_seeds in points}
-    auc = summary[summary["metric"] == metric].set_index("method")[["auc", "auc_low", "auc_high"]].round(3).T.to_dict()
+    means = {
+        (at["fraction"], at["method"]): round(scale * at["value"], digits) for at in pooled(rows).to_dict("records")
+    }
+    columns_of_auc = ["auc", "auc_low", "auc_high", "auc_n_seeds"]
+    auc = summary[summary["metric"] == metric].set_index("method")[columns_of_auc].reindex(methods).round(3).T.to_dict()
     fractions = sorted(rows["fraction"].unique())
     shown = [*fractions[:-1:step], fractions[-1]]
     columns = {f"{100 * f:.4g} %" if f else "clean": [means.get((f, m), math.nan) for m in methods] for f in shown}
@@ -68,6 +83,8 @@ def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Co
     covered = {title: [f] for title, f in zip(columns, shown, strict=True)} | {"AUC": fractions}
     fair = {title: len({seeds[f, m] for f in of for m in methods if (f, m) in seeds}) == 1
             for title, of in covered.items()}  # fmt: skip
+    # Measured areas are of the seeds and fractions that all methods have.
+    fair["AUC"] |= any(not math.isnan(auc[method]["auc_n_seeds"]) for method in methods)
     if any(not math.isnan(auc[method]["auc"]) for method in methods):
         columns["AUC"] = [auc[method]["auc"] for method in methods]
 
@@ -91,23 +108,38 @@ def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Co
 
 
 def _notes(rows: DataFrame, summary: DataFrame, step: int, console: Console) -> list[str]:
-    n_fractions, n_seeds = rows["fraction"].nunique(), rows["seed"].nunique()
-    notes = [] if console.is_terminal or rows["method"].nunique() == 1 else ["*: best of its column"]
-    uneven = len(rows) < rows["method"].nunique() * n_seeds * n_fractions * rows["metric"].nunique()
+    points = rows.drop_duplicates(["method", "seed", "fraction"])
+    methods, n_fractions, n_seeds = rows["method"].unique(), rows["fraction"].nunique(), rows["seed"].nunique()
+    notes = [] if console.is_terminal or len(methods) == 1 else ["*: best of its column"]
     if n_seeds > 1:
-        notes.append(f"means over {n_seeds} seeds{' or fewer' if uneven else ''}")
+        notes.append(f"means over {seeds_said(rows)}")
     if summary["auc"].notna().any():
-        notes.append("AUC: mean over fractions 0 to 1, as a share of the clean value [95 % t-interval over seeds]")
-        if summary["auc_low"].isna().any():
-            notes.append("–: no interval from one seed")
-    if rows.loc[rows["metric"] == "loss", "n"].nunique() > 1:
+        notes.append(_about_areas(summary.query("metric in ('loss', 'top1')")))
+    if any(of_seed["n"].nunique() > 1 for _, of_seed in first_metric(rows).groupby("seed")):
         notes.append("columns differ in their documents (eval.target_stderr): compare within a column; the clean value "
                      "of each is in curves.parquet, and the AUC is of that")  # fmt: skip
     if step > 1:
         notes.append(f"{math.ceil((n_fractions - 1) / step) + 1} of {n_fractions} fractions; all are in curves.parquet")
-    if uneven:
-        has = rows[rows["metric"] == rows["metric"].iloc[0]].groupby("method").size().to_dict()
+    if len(points) < len(methods) * n_seeds * n_fractions:
+        has = points.groupby("method").size().to_dict()
         few = ", ".join(f"{method} {n}" for method, n in has.items() if n < n_seeds * n_fractions)
         notes.append(f"not every method has every seed at every fraction: of {n_seeds * n_fractions} points, {few}; "
                      "where seeds differ, none is called the best")  # fmt: skip
+    for metric, of_metric in rows.groupby("metric", sort=False):
+        has = of_metric.groupby("method").size()
+        lacking = [method for method, n in points.groupby("method").size().items() if has.get(method, 0) < n]
+        if lacking:
+            notes.append(f"{metric} was not measured by every run of {', '.join(map(str, lacking))}")
     return notes
+
+
+def _about_areas(summary: DataFrame) -> str:
+    text = "AUC: mean over fractions 0 to 1, as a share of the clean value"
+    known = summary.dropna(subset=["auc_n_seeds"])
+    if known.empty:  # of runs that have left no sums of documents
+        return f"{text}; –: no interval without documents.parquet"
+    n_seeds = int(known["auc_n_seeds"].max())
+    over = "documents, and says nothing about other neurons" if n_seeds == 1 else f"documents and {n_seeds} seeds"
+    lacks = "; –: not on the seeds and fractions of the others" if summary["auc"].isna().any() else ""
+    alone = "; –: no interval from one document" if known["auc_low"].isna().any() else ""
+    return f"{text} [95 % interval over {over}]{lacks}{alone}"

@@ -146,6 +146,36 @@ def test_holm():
     assert holm([]) == []
 
 
+def test_an_interval_leaves_out_0_exactly_where_holms_p_is_below_5_percent():
+    """Whatever the p-values: all, some or none decided, ties, and those that Holm's procedure alone decides."""
+    rng, alone = np.random.default_rng(0), 0
+    for _ in range(300):
+        p = np.concatenate([rng.uniform(0, 0.03, rng.integers(1, 6)), rng.uniform(size=2)])
+        p = [*rng.permutation(p).tolist(), 0.011, 0.011, math.nan]
+        adjusted = holm(p)
+        for own, of_family, level in zip(p, adjusted, comparison.levels_of(p), strict=True):
+            if not math.isnan(own):
+                assert (own < 1 - level) == (of_family < 0.05)
+                alone += of_family < 0.05 <= own * (len(p) - 1)
+                assert level >= 1 - 0.05 / (len(p) - 1) - 1e-12 or of_family < 0.05
+    assert alone > 50
+
+
+def test_an_interval_at_another_level_is_that_of_scipy():
+    (_, half, _), _ = differences(*simulated(3, 30, 0.1, np.random.default_rng(0)), "loss")
+    for level in (0.9, 0.95, 0.999):
+        theirs = stats.t.interval(level, half.freedom, loc=half.value, scale=half.stderr)
+        assert half.interval(level) == pytest.approx(theirs)
+    assert half.interval(0.95) == (half.low, half.high)
+
+
+def test_a_difference_that_is_the_same_on_all_documents_is_no_luck():
+    counts = np.full((1, 3, 8), 8.0)
+    always = [Curve(FRACTIONS, counts * right, counts) for right in (1.0, 0.5)]
+    (_, half, _), _ = differences(*always, "top1")
+    assert (half.value, half.low, half.high, half.p) == (0.5, 0.5, 0.5, 0.0)
+
+
 # Tables
 
 
@@ -159,6 +189,18 @@ def table(losses: np.ndarray, top1: np.ndarray | None = None) -> pd.DataFrame:
                 sums |= {"n": 10.0, "loss": 10 * loss, "top1": 10 * (top1[i, document] if top1 is not None else 0.5)}
                 rows.append({"fraction": fraction, "document": document, "name": str(document), **sums})
     return pd.DataFrame(rows)
+
+
+def noisy(n_seeds: int = 3, n_documents: int = 40, noise: float = 3.0) -> dict[tuple[str, int], pd.DataFrame]:
+    """As `runs`, but `same` is now above and now below the others: it differs from none, and zero from mean."""
+    rng = np.random.default_rng(5)
+    found = runs(n_seeds, n_documents)
+    luck = np.array([0, noise, noise])[:, None] * rng.normal(0, 1, n_documents)
+    for method, seed in list(found):
+        if method == "same":
+            other = found["mean", seed].pivot(index="fraction", columns="document", values="loss").to_numpy() / 10
+            found[method, seed] = table(other + np.array([0, 0.25, 0.25])[:, None] + luck - luck.mean(1, keepdims=True))
+    return found
 
 
 def runs(n_seeds: int = 3, n_documents: int = 40) -> dict[tuple[str, int], pd.DataFrame]:
@@ -181,6 +223,20 @@ def test_what_is_better_and_what_cannot_be_told():
     areas = found[found.index.get_level_values("fraction").isna()]
     assert areas["better"].tolist() == ["mean", "same", ""]
     assert (found["p_holm"] >= found["p"]).all() and not found.index.get_level_values("fraction").isin([0.0]).any()
+
+
+def test_what_is_printed_beside_holms_p_says_the_same():
+    """One noisy method and two that differ: at the fractions and in the areas."""
+    for documents in (noisy(), noisy(noise=0.4), runs(), runs(n_seeds=1)):
+        found = compare(documents, ["loss", "top1"])
+        out = (found["low"] > 0) | (found["high"] < 0)
+        assert (out == (found["p_holm"] < 0.05)).all() and (out == (found["better"] != "")).all()
+        wider = (found["high"] - found["low"]) - (found["high_unadjusted"] - found["low_unadjusted"])
+        assert (wider >= -1e-12).all() and ((found["low"] + found["high"]) / 2).to_numpy() == pytest.approx(
+            found["difference"].to_numpy(), abs=1e-12
+        )
+    areas = compare(noisy(), ["loss"]).query("fraction != fraction").set_index(["method", "other"])
+    assert areas["better"].to_dict() == {("zero", "mean"): "mean", ("zero", "same"): "", ("mean", "same"): ""}
 
 
 def test_more_accuracy_is_better():

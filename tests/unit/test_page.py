@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
-from test_comparison import runs, table
+from test_comparison import noisy, runs, table
 
 from ablation_sweeps import neurons, page
 from ablation_sweeps.activations import Histogram, Moments, Statistics, bins
@@ -27,6 +27,49 @@ def test_the_verdict_names_the_best_and_what_cannot_be_told_from_it():
     said = page.verdict(study(runs()))
     assert re.match(r"(mean and same|same and mean) cannot be told apart: the area under the loss of", said)
     assert "3 seeds, 40 documents" in said and said.endswith("Both do less damage than zero.")
+
+
+def groups_in(said: str) -> list[set[str]]:
+    """The sets of methods of which a verdict says that they cannot be told apart."""
+    first = re.match(r"([\w, ]+?) cannot be told apart", said)
+    more = re.findall(r"nor can ([\w, ]+?)(?=,? nor can|[:.])", said.partition(" (Holm's")[0])
+    return [set(re.split(", | and ", names)) for names in [*([first[1]] if first else []), *more]]
+
+
+def test_not_different_is_not_transitive():
+    """A noisy method differs from none of two that differ from each other: these are in no set together."""
+    for documents in (noisy(), noisy(n_seeds=1), noisy(noise=0.4)):
+        found = study(documents)
+        said, decided = page.verdict(found), found.ranking.query("better != ''")
+        pairs = [{row["method"], row["other"]} for row in decided.to_dict("records")]
+        assert pairs and not any(pair <= group for pair in pairs for group in groups_in(said))
+        for row in decided.to_dict("records"):
+            worse = ({row["method"], row["other"]} - {row["better"]}).pop()
+            assert "does least damage" in said or re.search(rf"{row['better']}\b.* less damage than {worse}", said)
+    said = page.verdict(study(noisy()))
+    assert said.startswith("mean and same cannot be told apart, nor can same and zero: the area under the loss of mean")
+    assert "mean does less damage than zero." in said
+    tied = {row["method"]: row["tied with"] for row in page.areas(study(noisy()))}
+    assert tied == {"zero": [["same"]], "mean": [["same"]], "same": [["zero", "mean"]]}
+
+
+def test_all_largest_groups_without_a_decided_pair():
+    pairs = lambda *texts: {frozenset(text) for text in texts}  # noqa: E731
+    assert page.groups_of_tied("abcd", pairs("ab", "bc", "ac", "cd")) == [["a", "b", "c"], ["c", "d"]]
+    assert page.groups_of_tied("abcd", pairs("ac", "bd")) == [["a", "c"], ["b", "d"]]
+    assert page.groups_of_tied("abc", pairs()) == []
+    assert page.groups_of_tied("abc", pairs("ab", "bc", "ac")) == [["a", "b", "c"]]
+
+
+def test_the_interval_that_the_verdict_prints_leaves_out_0_where_it_decides():
+    for documents in (noisy(), noisy(noise=0.4), runs(), runs(n_seeds=1)):
+        found = study(documents)
+        said = page.verdict(found)
+        ends = re.search(r"[+-]\d\.\d{4} \[([+-]\d\.\d{4}), ([+-]\d\.\d{4})\]", said)
+        low, high = float(ends[1]), float(ends[2])
+        assert (low > 0 or high < 0) == ("does least damage" in said)
+        rows = found.comparisons.query("metric == 'loss' and fraction != fraction")
+        assert f"{abs(low):.4f}" in {f"{abs(end):.4f}" for end in (*rows["low"], *rows["high"])}
 
 
 def test_the_verdict_of_a_clear_winner():

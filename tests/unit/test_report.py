@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,11 @@ from matplotlib.image import imread
 from rich.console import Console
 from scipy import integrate, stats
 
-from ablation_sweeps import figures, files, report, store, tables
+from ablation_sweeps import figures, files, metrics, page, report, store, tables
 from ablation_sweeps.curves import areas, read_curves, studies, summarise
 from ablation_sweeps.data import UserError
+from ablation_sweeps.export import export
+from ablation_sweeps.tracking import summary as summary_of_run
 
 KINDS = ("png", "svg", "pdf")
 TENTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -120,15 +122,77 @@ def test_summary_of_seeds():
     curves = pd.concat([curve("zero", seed, slope=slope) for seed, slope in enumerate(slopes)])
     row = summarise(curves).set_index("metric").loc["loss"]
     areas = [integrate.trapezoid(3 + slope * np.array(TENTHS) ** 2, TENTHS) / 3 for slope in slopes]
-    low, high = stats.t.interval(0.95, 2, loc=np.mean(areas), scale=stats.sem(areas))
-    assert (row["auc"], row["auc_low"], row["auc_high"]) == pytest.approx((np.mean(areas), low, high))
+    assert row["auc"] == pytest.approx(np.mean(areas)) and math.isnan(row["auc_low"])  # no documents, no interval
     assert (row["n_seeds"], row["clean"], row["at_50"]) == pytest.approx((3, 3.0, 3 + np.mean(slopes) / 4))
 
 
-def test_one_seed_has_no_interval():
-    row = summarise(curve("zero")).set_index("metric").loc["loss"]
-    assert not math.isnan(row["auc"])
-    assert math.isnan(row["auc_low"]) and math.isnan(row["auc_high"])
+def measured_sweep(folder: Path, seeds: Mapping[str, Sequence[int]], fractions: Sequence[float] = TENTHS) -> Path:
+    """Runs of a masked language model: what is scored, and so the clean value, differs from seed to seed."""
+    for number, (method, of_method) in enumerate(seeds.items()):
+        for seed in of_method:
+            rng = np.random.default_rng(seed)
+            n = rng.integers(1, 40 * (seed + 1), 12).astype(float)
+            rows = []
+            for f in fractions:
+                loss = n * (3 + rng.normal(0, 0.3, 12) * seed + (4 + number) * f**2 * (1 + seed))
+                sums = {"loss": loss, "top1": n * 0.5 * (1 - f) ** (1 + number), "topk": n * 0.8, "kl": loss - 2 * n}
+                rows.append(pd.DataFrame({"fraction": f, "document": range(12), "name": "", "n": n, **sums}))
+            documents = pd.concat(rows).assign(n_rare=0.0, loss_rare=0.0, top1_rare=0.0, topk_rare=0.0)
+            save_documents(folder / f"{method}-s{seed}", documents, method, seed)
+    return folder
+
+
+def save_documents(folder: Path, documents: pd.DataFrame, method: str, seed: int, **columns) -> None:
+    """A finished run with these sums of documents, and the rows that belong to them."""
+    run_id = files.signature([folder.name, str(columns)])[:16]
+    rows = metrics.curve(documents, 10, 0, {"loss": 8.0, "top1": 0.04})
+    labels = curve(method, seed, **{"kind": "masked_lm", **columns}).iloc[0].drop(list(rows)).to_dict()
+    folder = folder.with_name(f"{folder.name}-{run_id[:8]}")
+    folder.mkdir(parents=True)
+    store.finish(folder, rows.assign(**{**labels, "run_id": run_id}), documents, 1.0)
+
+
+def everything(sweep: Path) -> tuple[str, pd.DataFrame, pd.DataFrame, str]:
+    """What a report prints, its summary and comparisons, and the export in LaTeX."""
+    file = io.StringIO()
+    report.write(sweep, console=Console(file=file, width=250))
+    tex = export(sweep, sweep / "exported")[-1].read_text()
+    return file.getvalue(), *(pd.read_csv(sweep / name) for name in ("summary.csv", "comparisons.csv")), tex
+
+
+def test_one_area_and_one_interval_in_every_output(tmp_path: Path):
+    """Of two seeds with other clean values, the mean of the ratios is not the ratio of the sums."""
+    sweep = measured_sweep(tmp_path / "sweep", {"zero": (0, 1), "mean": (0, 1)})
+    said, summary, comparisons, tex = everything(sweep)
+    ((_, found),) = report.all_measured(read_curves(sweep), sweep)
+    loss = summary.query("metric == 'loss'").set_index("method")
+    of_runs = [summary_of_run(store.result(run, "rows.parquet")) for run in store.runs(sweep) if "zero" in run.name]
+    assert abs(np.mean([of_run["auc/loss"] for of_run in of_runs]) - loss.loc["zero", "auc"]) > 1e-2, "no test"
+    for row in page.areas(found):
+        for metric in ("loss", "top1", "kl"):
+            own = summary.query("metric == @metric").set_index("method").loc[row["method"]]
+            assert own[["auc", "auc_low", "auc_high"]].tolist() == pytest.approx(row[f"area of {metric}"])
+        shown = "{:.3f}  [{:.3f}, {:.3f}]"
+        own = loss.loc[row["method"]]
+        values = own[["auc", "auc_low", "auc_high"]]
+        assert re.sub(r"\*| ", "", shown.format(*values)) in re.sub(r"\*| ", "", said)
+        assert f"{values.iloc[0]:.3f}" in tex and f"[{values.iloc[1]:.3f}, {values.iloc[2]:.3f}]" in tex
+        assert (own["auc_n_seeds"], own["auc_n_documents"]) == (2, 12)
+    best = loss["auc"].idxmin()
+    assert f"of {best} differs" in said or f"is {loss['auc'].min():.3f} of the clean loss" in said
+    (pair,) = comparisons.query("metric == 'loss' and fraction != fraction").to_dict("records")
+    assert pair["difference"] == pytest.approx(loss.loc[pair["method"], "auc"] - loss.loc[pair["other"], "auc"])
+    assert summary["auc"].notna().all(), "perplexity has one, too"
+
+
+def test_the_area_of_one_run_in_wandb_is_that_of_its_sweep(tmp_path: Path):
+    sweep = measured_sweep(tmp_path / "sweep", {"zero": (1,)})
+    _, summary, *_ = everything(sweep)
+    (run,) = store.runs(sweep)
+    logged = summary_of_run(store.result(run, "rows.parquet"))
+    assert {f"auc/{row.metric}": row.auc for row in summary.itertuples()}.items() >= {
+        name: pytest.approx(value) for name, value in logged.items() if name.startswith("auc/")
+    }.items()
 
 
 def test_where_half_of_the_accuracy_is_gone():
@@ -177,12 +241,16 @@ def test_the_best_is_bold_and_ties_within_rounding_are_too():
     assert "\x1b[1m3.000" not in text
 
 
-def test_interval_and_the_lack_of_one():
-    seeds = pd.concat([curve("zero", seed, slope=4.0 + seed) for seed in range(3)])
-    row = summarise(seeds).set_index("metric").loc["loss"]
-    assert f"{row['auc']:.3f}  [{row['auc_low']:.3f}, {row['auc_high']:.3f}]" in printed(seeds)
-    assert "one seed" not in printed(seeds)
-    assert "–: no interval from one seed" in printed(two_methods())
+def test_interval_and_the_lack_of_one(tmp_path: Path):
+    for name, seeds in (("one", (1,)), ("two", (0, 1))):
+        said, summary, *_ = everything(measured_sweep(tmp_path / name, {"zero": seeds}))
+        row = summary.set_index("metric").loc["loss"]
+        assert f"{row['auc']:.3f}  [{row['auc_low']:.3f}, {row['auc_high']:.3f}]" in said
+        assert ("nothing about other neurons" in said, "documents and 2 seeds]" in said) == (
+            name == "one",
+            name == "two",
+        )
+    assert "–: no interval without documents.parquet" in printed(two_methods())
 
 
 def test_points_on_fewer_documents_than_the_clean_one_are_not_compared_with_it():
