@@ -15,7 +15,7 @@ from ablation_sweeps import store
 from ablation_sweeps.comparison import half_gone_at, shared
 from ablation_sweeps.console import as_typed
 from ablation_sweeps.data import UserError
-from ablation_sweeps.intervals import UNKNOWN, Measured
+from ablation_sweeps.intervals import UNKNOWN, Measured, of_calibration, thin_calibration
 from ablation_sweeps.lazy import pd
 from ablation_sweeps.metrics import auc, is_whole, over, point, pooled, with_clean
 from ablation_sweeps.tracking import flatten
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 STUDY = ["study", "kind", "model", "dataset", "site", "selection", "options"]
 NAME = ["model", "dataset", "site"]
 WITHIN_A_STUDY = ("method", "fraction", "seed", "tracking", "sweep", "results_dir", "prefetch", "dry_run", "objective")
+CALIBRATION = ["calibration_positions", "calibration_asked"]
 POINT = ["study", "method", "seed", "fraction", "metric"]
 
 
@@ -50,7 +51,7 @@ def read_curves(*sweeps: Path) -> DataFrame:
     """
     paths = sorted(path for sweep in sweeps for path in Path(sweep).rglob("rows.parquet"))
     read = {path.parent: store.result(path.parent, path.name) for path in paths}
-    whole = {folder: _filled(rows) for folder, rows in read.items() if rows is not None}
+    whole = {folder: _filled(rows, store.environment(folder)) for folder, rows in read.items() if rows is not None}
     if not whole:
         raise UserError(_nothing_below(sweeps))
     by_study: dict[str, list[Path]] = {}
@@ -72,8 +73,12 @@ def _nothing_below(sweeps: Sequence[Path]) -> str:
     return f"no finished run below {', '.join(map(str, sweeps))}: {remedy}"
 
 
-def _filled(rows: DataFrame) -> DataFrame:
-    """Earlier versions did not keep the clean value on the documents of each point: that of all documents."""
+def _filled(rows: DataFrame, environment: Mapping[str, Any]) -> DataFrame:
+    """With the number of positions that statistics were taken from, and that were asked for, if they are recorded.
+
+    Earlier versions did not keep the clean value on the documents of each point: that of all documents.
+    """
+    rows = rows.assign(**{key: float(environment.get(key) or math.nan) for key in CALIBRATION})
     if "clean" in rows:
         return rows
     return rows.assign(clean=rows["metric"].map(rows[rows["fraction"] == 0].set_index("metric")["value"]))
@@ -227,7 +232,9 @@ def studies(curves: DataFrame) -> list[Study]:
 def _title(rows: DataFrame, unit: str) -> str:
     model, dataset, site, selection = rows.iloc[0][["model", "dataset", "site", "selection"]]
     size = f"{span(first_metric(rows)['n'].astype(int).tolist())} {unit}s"
-    return f"{model} on {dataset} · {site} · {selection} · {size} · {seeds_said(rows)}"
+    thin = thin_calibration(rows)
+    statistics = f" · statistics {of_calibration(thin)}" if thin else ""
+    return f"{model} on {dataset} · {site} · {selection} · {size} · {seeds_said(rows)}{statistics}"
 
 
 def first_metric(rows: DataFrame) -> DataFrame:

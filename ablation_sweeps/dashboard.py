@@ -42,7 +42,7 @@ def views(sweep: Path, name: str, project: str, entity: str, known: dict[str, st
         view.name = f"{name}: {study.name}"
         view.sections = [
             ws.Section(name="Curves", panels=_curves(study), is_open=True),
-            ws.Section(name="Areas under the curves", panels=_areas(study), is_open=True),
+            ws.Section(name="Areas under the curves: mean of runs", panels=_areas(study), is_open=True),
         ]
         view.settings = ws.WorkspaceSettings(x_axis="fraction", max_runs=100)
         view.runset_settings = _runs(study, name)

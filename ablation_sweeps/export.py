@@ -25,7 +25,7 @@ def export(sweep: Path, to: Path) -> list[Path]:
 def _table(study: page.Measured) -> str:
     """The area of each metric and method, above its interval; needs the package booktabs."""
     lines, rarer = [], ""
-    for metric in study.curves:
+    for metric in study.levels:
         found = [study.area(metric, method) for method in study.methods]
         name = re.sub(r" \(.*?\)", "", page.label(metric, study.unit))  # areas have another unit
         name, _, skipped = name.partition(", without")
@@ -36,7 +36,7 @@ def _table(study: page.Measured) -> str:
             lines.append(["", *(rf"\scriptsize [{area.low:.3f}, {area.high:.3f}]" for area in found)])
     caption = (
         f"{study.title}. Areas under the curves up to {100 * study.reach:.4g}%, as a share of the clean value (KL: "
-        f"nats), with 95 % intervals over documents and seeds.{rarer}"
+        f"nats), with 95 % intervals over {study.basis}.{rarer}"
     )
     table = pd.DataFrame(lines, columns=["", *map(_escaped, study.methods)])
     text = table.to_latex(index=False, caption=_escaped(caption), label=f"tab:{study.name}", position="htbp",

@@ -28,6 +28,7 @@ PLACES = {"zero": 0, "mean": 1, "median": 2, "peak": 3, "resample": 4, "resample
 PLACES |= {"resample-random_tokens": 5, "resample-random_pixels": 5, "resample-random_characters": 7}
 FAMILIAR = [PLACES[method] for method in ("zero", "mean", "peak", "resample")]
 GREY = "#6E6E6E"
+MANY_SEEDS = 3  # with more than that, their spread is drawn, and not each of them
 WIDTH = 7.2  # inches
 RC: dict[Any, Any] = {
     "font.size": 8,
@@ -134,10 +135,13 @@ def save(figure: Figure, path: Path, suffix: str) -> None:
 
 
 def _spread(rows: DataFrame) -> str:
-    n_seeds = rows["seed"].nunique()
-    if n_seeds > 3:
-        return f"band: 95 % t-interval over {n_seeds} seeds"
-    return "thin: single seeds" if n_seeds > 1 else ""
+    """What shows how far seeds differ: see `_line`."""
+    n_seeds = {str(method): of_method["seed"].nunique() for method, of_method in rows.groupby("method")}
+    many = rows[rows["method"].map(n_seeds) > MANY_SEEDS].groupby(["method", "fraction"])["seed"].nunique().tolist()
+    over = " to ".join(str(n) for n in dict.fromkeys((min(many), max(many)))) if many else ""
+    found = [f"band: 95 % t-interval over {over} seeds"] if many else []
+    found += ["thin: single seeds"] if any(1 < n <= MANY_SEEDS for n in n_seeds.values()) else []
+    return " · ".join(found)
 
 
 def _panel(axes: Axes, rows: DataFrame, style: dict[str, dict[str, Any]]) -> list[str]:
@@ -180,7 +184,7 @@ def _line(axes: Axes, curves: DataFrame, over_seeds: Series, look: dict[str, Any
     every = max(1, round(len(x) / 11))
     axes.plot(x, mean, linewidth=1.3, markersize=3.2, markevery=every, markeredgewidth=0, zorder=3, **look)
     n = curves.notna().sum(axis=1).to_numpy()
-    if curves.shape[1] > 3:
+    if curves.shape[1] > MANY_SEEDS:
         half = stdtrit((n - 1).clip(1), 0.975) * curves.std(axis=1, ddof=1).to_numpy() / n**0.5
         axes.fill_between(x, mean - half, mean + half, color=look["color"], alpha=0.18, linewidth=0)
     elif curves.shape[1] > 1:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ablation_sweeps.comparison import (
-    Curve,
     Documents,
     Estimate,
     are_too_few,
@@ -19,6 +19,7 @@ from ablation_sweeps.comparison import (
     levels,
     paired,
 )
+from ablation_sweeps.console import counted
 from ablation_sweeps.figures import in_order
 from ablation_sweeps.metrics import MAIN, holds, over
 
@@ -26,13 +27,15 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+Line = list[tuple[float, Estimate]]  # fractions, in increasing order, and values at them
+
+
 @dataclass(frozen=True)
 class Measured:
     """One study: what is shown of it.
 
     Attributes:
-        curves: for each metric and method, over all its seeds, on the same documents.
-        levels: their points, with intervals.
+        levels: for each metric and method, its value at each fraction, over the seeds that have the fraction.
         areas: for each metric and method, over the seeds and fractions that all methods have; NaN where there are none,
             or for a method that is left out so that the others have some.
         n_seeds, n_documents: numbers that the areas of each metric are taken over.
@@ -40,14 +43,14 @@ class Measured:
         comparisons: all pairs of methods (see `comparison.compare`).
         half_gone: for each accuracy and method, the fraction at which half of the clean value is gone; NaN if never.
         missing: for each metric, the methods of which not every run has measured it.
+        calibration: see `thin_calibration`.
     """
 
     name: str
     title: str
     unit: str
     methods: list[str]
-    curves: dict[str, dict[str, Curve]]
-    levels: dict[str, dict[str, list[Estimate]]]
+    levels: dict[str, dict[str, Line]]
     areas: dict[str, dict[str, Estimate]]
     n_seeds: dict[str, int]
     n_documents: dict[str, int]
@@ -56,11 +59,19 @@ class Measured:
     half_gone: dict[str, dict[str, float]]
     chance: dict[str, float]
     missing: dict[str, list[str]]
+    calibration: tuple[int, int] | None
 
     @property
     def reach(self) -> float:
         """The last fraction of the areas; 0 where there are none."""
         return max(self.fractions, default=0.0)
+
+    @property
+    def basis(self) -> str:
+        """What the areas of the loss, or of the first metric, are taken over."""
+        metric = "loss" if "loss" in self.levels else next(iter(self.levels))
+        documents = "images" if self.unit == "image" else "documents"
+        return f"{counted(self.n_seeds[metric], 'seed')} and {self.n_documents[metric]:,} {documents}"
 
     @property
     def ranking(self) -> DataFrame:
@@ -88,28 +99,27 @@ def measured(
     in_turn = {(method, seed): table for method in methods for (of, seed), table in documents.items() if of == method}
     chance = {metric: float(rows.loc[rows["metric"] == metric, "chance"].mean()) for metric in metrics}
     has = {metric: _with(in_turn, metric) for metric in (*metrics, "perplexity")}
-    curves = {metric: _curves(has[metric], metric) for metric in has}
-    found = {metric: {method: levels(curve, metric) for method, curve in of.items()} for metric, of in curves.items()}
+    drawn = {metric: {m: _drawn(tables, metric) for m, tables in _by_method(has[metric]).items()} for metric in has}
     common = _common(in_turn)
-    shared_ = {metric: _of_all(_with(common, metric)) for metric in has}
+    in_common = {metric: _of_all(_with(common, metric)) for metric in has}
     areas, n_seeds, n_documents = {}, {}, {}
-    for metric, documents_ in shared_.items():
-        of_common = curves[metric] if _are_same(documents_, has[metric]) else _curves(documents_, metric)
+    for metric, of_metric in in_common.items():
+        curves = {method: paired([tables], metric)[0] for method, tables in _by_method(of_metric).items()}
+        is_all = _are_same(of_metric, has[metric])
         areas[metric] = {method: UNKNOWN for method in methods} | {
-            method: found[metric][method][1] if curve is curves[metric][method] else levels(curve, metric)[1]
-            for method, curve in of_common.items()
+            method: (drawn[metric][method].area if is_all else None) or levels(curve, metric)[1]
+            for method, curve in curves.items()
         }
-        n_seeds[metric] = len({seed for _, seed in documents_})
-        n_documents[metric] = min((int(curve.n_documents.min()) for curve in of_common.values()), default=0)
+        n_seeds[metric] = len({seed for _, seed in of_metric})
+        n_documents[metric] = min((int(curve.n_documents.min()) for curve in curves.values()), default=0)
     return Measured(
         name, title, unit, methods,
-        curves={metric: curves[metric] for metric in metrics},
-        levels={metric: {method: points for method, (points, _) in found[metric].items()} for metric in metrics},
+        levels={metric: {method: found.line for method, found in drawn[metric].items()} for metric in metrics},
         areas=areas, n_seeds=n_seeds, n_documents=n_documents,
         fractions=tuple(sorted({fraction for table in common.values() for fraction in table["fraction"]})),
-        comparisons=compare(in_turn, metrics, shared_),
+        comparisons=compare(in_turn, metrics, in_common),
         half_gone={
-            metric: {method: _half_gone(curve) for method, curve in curves[metric].items()}
+            metric: {method: half_gone_at([f for f, _ in d.line], d.shares) for method, d in drawn[metric].items()}
             for metric in metrics if metric.startswith("top")
         },
         chance=chance,
@@ -117,7 +127,57 @@ def measured(
             metric: lacking for metric in metrics
             if (lacking := [m for m in methods if any(key[0] == m and key not in has[metric] for key in in_turn)])
         },
+        calibration=thin_calibration(rows),
     )  # fmt: skip
+
+
+def thin_calibration(rows: DataFrame) -> tuple[int, int] | None:
+    """The least positions that statistics of a study were taken from, and how many the options asked for, if the data
+    held fewer. None, too, of runs of earlier versions, which did not record it."""
+    if "calibration_positions" not in rows:
+        return None
+    found = rows[["calibration_positions", "calibration_asked"]].dropna().astype(int)
+    thin = found[found["calibration_positions"] < ENOUGH * found["calibration_asked"]]
+    return (int(thin.iloc[:, 0].min()), int(thin.iloc[:, 1].max())) if len(thin) else None
+
+
+def of_calibration(thin: tuple[int, int]) -> str:
+    return f"of {thin[0]:,} positions, where {thin[1]:,} were asked for"
+
+
+ENOUGH = 0.99  # share of the positions: the end of a document that is too short to be scored is left out
+
+
+class Drawn(NamedTuple):
+    """One method and metric: its line, the same values as shares of the clean one, and the area below it, if all seeds
+    have the same fractions."""
+
+    line: Line
+    shares: list[float]
+    area: Estimate | None
+
+
+def _drawn(tables: Sequence[DataFrame], metric: str) -> Drawn:
+    """Args:
+    tables: the sums of documents of each seed.
+    """
+    seeds_at: dict[float, tuple[int, ...]] = {}
+    for place, table in enumerate(tables):
+        for fraction in table["fraction"].unique().tolist():
+            seeds_at[fraction] = (*seeds_at.get(fraction, ()), place)
+    points, areas = [], []
+    for places in dict.fromkeys(seeds_at.values()):
+        own = {fraction for fraction, seeds in seeds_at.items() if seeds == places}
+        parts = [tables[place].loc[tables[place]["fraction"].isin({0.0, *own})] for place in places]
+        (curve,) = paired([parts], metric)
+        found, in_area = levels(curve, metric)
+        all_of_it = np.ones((1, len(curve.totals))), np.ones((1, curve.totals.shape[-1]))
+        (shares,) = over(curve.values(*all_of_it), curve.clean(*all_of_it))
+        points += [p for p in zip(curve.fractions, found, shares.tolist(), strict=True) if p[0] in own]
+        areas.append(in_area)
+    points.sort(key=lambda point: point[0])
+    line, shares = [(at, value) for at, value, _ in points], [share for *_, share in points]
+    return Drawn(line, shares, areas[0] if len(areas) == 1 else None)
 
 
 UNKNOWN = Estimate(math.nan, math.nan, math.nan, math.nan)
@@ -132,12 +192,11 @@ def _are_same(some: Documents, all_of_them: Documents) -> bool:
     return some.keys() == all_of_them.keys() and all(len(some[key]) == len(all_of_them[key]) for key in some)
 
 
-def _curves(documents: Documents, metric: str) -> dict[str, Curve]:
-    """The curve of each method, over all its seeds."""
+def _by_method(documents: Documents) -> dict[str, list[DataFrame]]:
     tables: dict[str, list[DataFrame]] = {}
     for (method, _), table in documents.items():
         tables.setdefault(method, []).append(table)
-    return {method: paired([of_seeds], metric)[0] for method, of_seeds in tables.items()}
+    return tables
 
 
 def _common(documents: Documents) -> Documents:
@@ -163,9 +222,3 @@ def _of_all(documents: Documents) -> Documents:
     if len(fractions) < 2 or are_too_few(fractions, list(kept.values())):
         return {}
     return {key: table.loc[table["fraction"].isin(fractions)] for key, table in kept.items()}
-
-
-def _half_gone(curve: Curve) -> float:
-    all_of_it = np.ones((1, len(curve.totals))), np.ones((1, curve.totals.shape[-1]))
-    (shares,) = over(curve.values(*all_of_it), curve.clean(*all_of_it))
-    return half_gone_at(curve.fractions, shares.tolist())

@@ -15,6 +15,7 @@ import numpy as np
 from ablation_sweeps.comparison import Estimate
 from ablation_sweeps.console import counted
 from ablation_sweeps.figures import GREY, in_order, looks
+from ablation_sweeps.intervals import Line, of_calibration
 from ablation_sweeps.intervals import Measured as Measured
 from ablation_sweeps.intervals import measured as measured
 
@@ -125,8 +126,13 @@ def _who_beats_whom(ranked: Sequence[str], pairs: Mapping[frozenset[str], Any], 
 
 def caveats(study: Measured) -> list[str]:
     """Sentences on what the numbers lack."""
-    lacking = ", ".join(f"{metric} ({_listed(methods)})" for metric, methods in study.missing.items())
-    return [f"Not measured by every run, and compared on those that have it: {lacking}."] if lacking else []
+    found = []
+    if study.calibration:
+        found.append(f"Statistics are {of_calibration(study.calibration)}.")
+    if study.missing:
+        lacking = ", ".join(f"{metric} ({_listed(methods)})" for metric, methods in study.missing.items())
+        found.append(f"Not measured by every run, and compared on those that have it: {lacking}.")
+    return found
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -163,10 +169,8 @@ def label(metric: str, unit: str) -> str:
 def figures(study: Measured) -> dict[str, Any]:
     """Plotly's json under `<metric>|`, of the curves, and under `<metric>|<method>`, of the differences to it."""
     found = {}
-    for metric, curves in study.curves.items():
+    for metric, lines in study.levels.items():
         scale, y = 100.0 if metric.startswith("top") else 1.0, label(metric, study.unit)
-        points = study.levels[metric]
-        lines = {method: list(zip(c.fractions, points[method], strict=True)) for method, c in curves.items()}
         clean = next(iter(lines.values()))[0][1].value
         marked = {} if metric == "kl" else {"clean": clean, "chance": study.chance.get(metric, math.nan)}
         found[f"{metric}|"] = _figure(lines, study.methods, scale, y, marked)
@@ -175,9 +179,6 @@ def figures(study: Measured) -> dict[str, Any]:
             apart = {method: points for method, points in apart.items() if points}
             found[f"{metric}|{reference}"] = _figure(apart, study.methods, scale, f"{y}, minus {reference}'s", {})
     return found
-
-
-Line = list[tuple[float, Estimate]]
 
 
 def _apart(comparisons: DataFrame, metric: str, method: str, reference: str) -> Line:
@@ -246,7 +247,7 @@ def areas(study: Measured) -> list[dict[str, Any]]:
         row["beaten by"] = [int(((mine["better"] != "") & (mine["better"] != method)).sum())]
         tied = mine[mine["better"] == ""]
         row["tied with"] = [in_order({*tied["method"], *tied["other"]} - {method})]
-        for metric in study.curves:
+        for metric in study.levels:
             found = study.area(metric, method)
             row[f"area of {metric}"] = [found.value, found.low, found.high]
             if metric == "top1":
@@ -274,9 +275,9 @@ def render(title: str, studies: list[Shown], failures: list[tuple[str, str, str]
         "studies": [
             {
                 "name": study.name, "title": study.title, "verdict": verdict(study), "methods": study.methods,
-                "metrics": {metric: label(metric, study.unit) for metric in study.curves},
+                "metrics": {metric: label(metric, study.unit) for metric in study.levels},
                 "figures": figures(study), "areas": areas(study), "neurons": about, "setup": setup,
-                "reach": study.reach,
+                "reach": study.reach, "basis": study.basis,
             }
             for study, about, setup in studies
         ],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ablation_sweeps.console import encodable
 from ablation_sweeps.curves import Study, first_metric, groups, seeds_said, studies, summarise
 from ablation_sweeps.figures import in_order
+from ablation_sweeps.intervals import of_calibration, thin_calibration
 from ablation_sweeps.metrics import pooled
 
 if TYPE_CHECKING:
@@ -111,13 +112,15 @@ def _notes(rows: DataFrame, summary: DataFrame, step: int, console: Console) -> 
     points = rows.drop_duplicates(["method", "seed", "fraction"])
     methods, n_fractions, n_seeds = rows["method"].unique(), rows["fraction"].nunique(), rows["seed"].nunique()
     notes = [] if console.is_terminal or len(methods) == 1 else ["*: best of its column"]
-    if n_seeds > 1:
+    if len(points) > len(points.drop_duplicates(["method", "fraction"])):
         notes.append(f"means over {seeds_said(rows)}")
     if summary["auc"].notna().any():
         notes.append(_about_areas(summary.query("metric in ('loss', 'top1')")))
     if any(of_seed["n"].nunique() > 1 for _, of_seed in first_metric(rows).groupby("seed")):
         notes.append("columns differ in their documents (eval.target_stderr): compare within a column; the clean value "
                      "of each is in curves.parquet, and the AUC is of that")  # fmt: skip
+    if thin := thin_calibration(rows):
+        notes.append(f"statistics {of_calibration(thin)} (statistics.tokens): the data hold no more")
     if step > 1:
         notes.append(f"{math.ceil((n_fractions - 1) / step) + 1} of {n_fractions} fractions; all are in curves.parquet")
     if len(points) < len(methods) * n_seeds * n_fractions:

@@ -103,12 +103,56 @@ def test_areas_and_verdict_are_of_the_seeds_and_fractions_that_all_methods_have(
     found, expected = study(apart), study(of_one)
     assert page.verdict(found) == page.verdict(expected) and page.verdict(found).startswith("mean does least damage")
     assert str(page.areas(found)) == str(page.areas(expected))
-    assert len(found.curves["loss"]["zero"].totals) == 3  # the curves are of all seeds
+    of_zero = {key: documents for key, documents in apart.items() if key[0] == "zero"}
+    assert found.levels["loss"]["zero"] == study(of_zero).levels["loss"]["zero"]  # the curves are of all seeds
 
     shorter = {key: table[table["fraction"] < 1] if key[0] == "zero" else table for key, table in two.items()}
     both = {key: table[table["fraction"] < 1] for key, table in two.items()}
     assert str(page.areas(study(shorter))) == str(page.areas(study(both))) and study(shorter).reach == 0.5
     assert "up to 50%" in page.verdict(study(shorter))
+
+
+def test_a_point_that_one_seed_lacks_is_drawn_from_the_others():
+    """As when a second seed was run at 100 % alone."""
+    two = {key: documents for key, documents in runs(n_seeds=2).items() if key[0] == "zero"}
+    short = {**two, ("zero", 1): two["zero", 1].query("fraction != 0.5")}
+    line, alone, both = (dict(study(d).levels["loss"]["zero"]) for d in (short, {("zero", 0): two["zero", 0]}, two))
+    assert list(line) == [0.0, 0.5, 1.0]
+    assert line[0.5] == alone[0.5] and line[1.0] == both[1.0] and line[0.0] == both[0.0]
+
+
+def test_a_metric_that_a_run_has_not_measured_is_compared_where_it_was():
+    """KL of one seed of zero, and all accuracies of mean, as of runs of an earlier version."""
+    whole = runs()
+    old = {**whole, ("zero", 0): whole["zero", 0].drop(columns="kl")}
+    old |= {(method, seed): table.drop(columns="top1") for (method, seed), table in whole.items() if method == "mean"}
+    found, metrics = study(old, ("loss", "top1", "kl")), ("loss", "top1", "kl")
+    expected = study(whole, metrics)
+    said = page.verdict(found)
+    assert said == page.verdict(expected) + (
+        " Not measured by every run, and compared on those that have it: top1 (mean), kl (zero)."
+    )
+    assert page.areas(found)[1]["area of top1"][0] != page.areas(found)[1]["area of top1"][0]  # NaN
+    pd.testing.assert_frame_equal(
+        found.comparisons.query("metric == 'loss'"), expected.comparisons.query("metric == 'loss'")
+    )
+    counts = found.comparisons.dropna(subset="fraction").set_index(["metric", "method", "other"])["n_seeds"]
+    assert set(counts["kl", "zero", "mean"]) == {2} and set(counts["kl", "mean", "same"]) == {3}
+    assert ("top1", "zero", "mean") not in counts.index and set(counts["top1", "zero", "same"]) == {3}
+    assert "mean" not in {trace.get("name") for trace in page.figures(found)["top1|"]["data"]}
+    assert len(page.render("t", [(found, None, {})], [])) > 1000
+    without_loss = study({key: t.drop(columns="loss") for key, t in whole.items()}, metrics)
+    assert "none is called the best" in page.verdict(without_loss)
+
+
+def test_thin_calibration_is_part_of_the_verdict():
+    rows = pd.DataFrame(
+        {"metric": ["loss"], "chance": 0.1, "calibration_positions": 379.0, "calibration_asked": 5000.0}
+    )
+    found = page.measured("a-name", "A title", "token", rows, runs())
+    assert page.verdict(found).endswith(" Statistics are of 379 positions, where 5,000 were asked for.")
+    enough = rows.assign(calibration_positions=4998.0)
+    assert "positions" not in page.verdict(page.measured("a-name", "A title", "token", enough, runs()))
 
 
 def test_a_line_from_end_to_end_is_not_taken_for_a_curve():

@@ -220,6 +220,76 @@ def test_table_says_what_it_is_of():
     assert "3 seeds" in printed(pd.concat([curve("zero", seed) for seed in range(3)]))
 
 
+def test_a_title_counts_the_seeds_of_each_point():
+    """Two of twelve fractions have a second seed; and methods may have one seed each, but another one."""
+    second = curve("zero", 1, fractions=[0.0, 0.5])
+    uneven = pd.concat([curve("zero"), second])
+    assert "· 1 to 2 seeds" in printed(uneven).splitlines()[0] and "means over 1 to 2 seeds" in printed(uneven)
+    assert "1 to 2 seeds" in " ".join(text_of(drawn(uneven)))
+    apart = printed(pd.concat([curve("zero", 0), curve("mean", 1)]))
+    assert "· 1 seed\n" in apart and "means over" not in apart
+
+
+def test_calibration_that_is_thinner_than_asked_is_said_where_it_is_read(tmp_path: Path):
+    sweep = measured_sweep(tmp_path / "sweep", {"zero": (0,), "mean": (0,)})
+    assert "where" not in everything(sweep)[0].splitlines()[0]
+    for run in store.runs(sweep):
+        if "mean" in run.name:  # zero needs no statistics
+            store.remember(run, calibration_positions=379, calibration_asked=5000)
+    said, *_, tex = everything(sweep)
+    thin = "statistics of 379 positions, where 5,000 were asked for"
+    title, notes = said.splitlines()[0], said.partition("AUC:")[2]
+    assert thin in title and thin in notes and thin.replace("statistics", "Statistics are") in notes and thin in tex
+    (study,) = studies(read_curves(sweep))
+    assert thin in " ".join(text_of(figures.draw(study.rows, study.title, study.unit))).replace("\n", " ")
+    assert thin in (sweep / "report.html").read_text()
+    assert read_curves(sweep).set_index("method").loc["mean", "calibration_positions"].unique().tolist() == [379]
+
+
+def test_a_band_says_how_many_seeds_it_is_of():
+    many = [curve("zero", seed, fractions=[0.0, 0.5, 1.0][: 3 if seed < 4 else 2]) for seed in range(5)]
+    assert "band: 95 % t-interval over 4 to 5 seeds" in text_of(drawn(pd.concat(many)))
+    two = [curve("mean", seed) for seed in range(2)]
+    assert "band: 95 % t-interval over 5 seeds · thin: single seeds" in text_of(
+        drawn(pd.concat([*two, *(curve("zero", seed) for seed in range(5))]))
+    )
+
+
+def test_a_metric_that_one_run_lacks_does_not_stop_the_report(tmp_path: Path):
+    """It was finished before the metric was there: the others are compared in it, and what is missing is said."""
+    sweep = measured_sweep(tmp_path / "sweep", {"zero": (0, 1), "mean": (0, 1)})
+    (run,) = (run for run in store.runs(sweep) if run.name.startswith("mean-s1"))
+    rows, documents = (store.result(run, f"{name}.parquet") for name in ("rows", "documents"))
+    store.finish(run, rows[~rows["metric"].isin(["kl", "top1"])], documents.drop(columns=["kl", "top1"]), 1.0)
+    said, summary, comparisons, _ = everything(sweep)
+    assert "kl was not measured by every run of mean" in said and "top1 was not measured by every run of mean" in said
+    assert "compared on those that have it: top1 (mean), kl (mean)." in said
+    assert "not every method has every seed" not in said, "it counts points, not their metrics"
+    assert comparisons.groupby("metric")["n_seeds"].unique().map(list).to_dict() == {
+        "loss": [2], "top1": [1], "top10": [2], "kl": [1]
+    }  # fmt: skip
+    assert summary.set_index(["method", "metric"]).loc[("mean", "kl"), ["n_seeds", "auc_n_seeds"]].tolist() == [1, 1]
+    for run in store.runs(sweep):  # no run has them any more, and one not even a loss
+        rows, documents = (store.result(run, f"{name}.parquet") for name in ("rows", "documents"))
+        gone = ["kl", "top1", *(["loss", "perplexity"] if run.name.startswith("mean") else [])]
+        columns = [name for name in gone if name in documents]
+        store.finish(run, rows[~rows["metric"].isin(gone)], documents.drop(columns=columns), 1.0)
+    said, summary, *_ = everything(sweep)
+    assert "none is called the best" in said and set(summary["metric"]) == {"loss", "perplexity", "top10"}
+
+
+def test_a_cell_of_text_is_no_formula(tmp_path: Path):
+    odd = ["=1+1", "+cmd", "-x", "@SUM(A1)", "\t=2", "zero = one"]
+    for number, method in enumerate(odd):
+        save_run(tmp_path / str(number), curve(method, stderr=-0.01))
+    report.write(tmp_path, console=Console(file=io.StringIO()))
+    export(tmp_path, tmp_path / "exported")
+    for file in (tmp_path / "summary.csv", tmp_path / "exported" / "curves.csv"):
+        table = pd.read_csv(file)
+        assert set(table["method"]) == {*(f"'{method}" for method in odd[:-1]), odd[-1]}
+    assert set(table["stderr"]) == {-0.01}, "a number is no text"
+
+
 def test_plain_text_is_whole_and_without_codes():
     text = printed(two_methods(), width=30)
     assert "\x1b" not in text and "…" not in text
