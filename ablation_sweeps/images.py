@@ -42,12 +42,13 @@ class ImageEncoder:
         self, examples: Iterable[Document | Picture], split: Split, budget: Budget, batch_tokens: int, seed: int
     ) -> list[Batch]:
         """Batches of `batch_tokens` positions; a budget in tokens is met with the last image that exceeds it."""
-        limits = [budget.examples, None if budget.tokens is None else -(-budget.tokens // self.tokens)]
+        counted = self.tokens - (self.left_out if split == "calibration" else 0)  # positions of an image that do
+        limits = [budget.examples, None if budget.tokens is None else -(-budget.tokens // counted)]
         limit = min((n for n in limits if n is not None), default=None)
         pictures = [self._checked(example) for example in islice(examples, limit)]
         if not pictures:
             raise UserError(f"dataset: the {split} split has no images; check dataset.path")
-        budget.say_if_short(split, len(pictures) * self.tokens)
+        budget.say_if_short(split, len(pictures) * counted)
         size = max(2, batch_tokens // self.tokens)
         starts = range(0, max(1, len(pictures) - 1), size)  # never one alone: resampling needs another example
         n_kept = ROOM // self.pixels(pictures[:1]).nbytes

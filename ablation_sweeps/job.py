@@ -32,6 +32,7 @@ from ablation_sweeps.transformer import Budget, Transformer
 log = logging.getLogger(__name__)
 
 NUMBERS = 2  # raise it when the code changes numbers beyond rounding: earlier results are then not taken for new
+NO_SPECIAL = 2  # likewise, for model.tokens=no_special alone
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -151,7 +152,8 @@ class Job:
             "dataset": {"class": _class(self.dataset), **_content(self.dataset)},
             "site": asdict(self.site),
             "statistics": _numbers(self.statistics)
-            | ({"growing": growing.NUMBERS} if self.statistics.passes == 1 else {}),
+            | ({"growing": growing.NUMBERS} if self.statistics.passes == 1 else {})
+            | ({"no_special": NO_SPECIAL} if getattr(self.model, "tokens", "all") == "no_special" else {}),
             "batch_tokens": self.batch_tokens,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import string
 from collections import Counter
@@ -76,7 +77,12 @@ class TextEncoder:
         """
         if self.masking and self.tokenizer.mask_token_id is None:
             raise UserError("model: this tokenizer has no mask token; use a causal_lm model, or another tokenizer")
-        pieces = (self._concatenated if self.pack == "concatenate" else self._documents)(_texts(examples), budget)
+        left_out = self._special_ids() if self.tokens == "no_special" and split == "calibration" else set()
+        limit = budget.tokens if left_out else None
+        whole = budget if limit is None else dataclasses.replace(budget, tokens=None)
+        pieces = (self._concatenated if self.pack == "concatenate" else self._documents)(_texts(examples), whole)
+        if limit is not None:
+            pieces = self._until(pieces, limit, left_out)
         sequences = [self._label(name, document, np.array(ids), split, seed) for name, document, ids in pieces]
         if not sequences:
             raise UserError(
@@ -84,8 +90,29 @@ class TextEncoder:
                 "than two tokens; give longer or other documents"
             )
         more = "; model.pack=concatenate takes what lies behind the cut, too" if self.pack == "documents" else ""
-        budget.say_if_short(split, sum(len(sequence.ids) for sequence in sequences), more)
+        positions = sum(token not in left_out for sequence in sequences for token in sequence.ids.tolist())
+        budget.say_if_short(split, positions, more)
         return self._batches(sequences, budget.window, batch_tokens, self.tokens if split == "calibration" else "all")
+
+    def _until(
+        self, pieces: Iterable[tuple[str, int, list[int]]], limit: int, left_out: set[int]
+    ) -> Iterator[tuple[str, int, list[int]]]:
+        """Pieces, until so many of their tokens enter the statistics: other tokens use up no budget.
+
+        The last one is cut to meet it; of an encoder, the tokens that end a text stay.
+        """
+        left = limit
+        for name, document, ids in pieces:
+            places = [place for place, token in enumerate(ids) if token not in left_out]
+            is_cut = len(places) > left
+            if is_cut:
+                end = len(ids) if self.masking is None or not places else places[-1] + 1
+                ids = ids[: places[left]] + ids[end:]
+            if len(ids) >= 2:
+                yield name, document, ids
+                left -= min(left, len(places))
+            if is_cut or left == 0:
+                return
 
     def _documents(self, documents: Iterable[Document], budget: Budget) -> Iterator[tuple[str, int, list[int]]]:
         used = count = 0

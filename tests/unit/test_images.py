@@ -177,6 +177,15 @@ def test_cls_can_be_left_out_of_the_statistics(fresh, site, family, n_tokens):
         assert not torch.equal(some.total, all_.total)
 
 
+def test_as_many_patches_enter_the_statistics_as_were_asked_for(fresh):
+    """The image that meets the budget is the last one: 5 positions each, of which one does not count."""
+    model = fresh("vit", tokens="no_special")
+    for tokens, n_images in ((8, 2), (9, 3), (20, 5)):
+        batches = model.encode(pictures(9), "calibration", Budget(tokens, None), 1000, 0)
+        assert sum(len(batch.names) for batch in batches) == n_images
+        assert sum(int(batch.keep.sum()) for batch in batches) == 4 * n_images
+
+
 def test_windows_have_no_cls(fresh):
     (batch, *_) = fresh("timm_swin", tokens="no_special").encode(pictures(2, size=32), "calibration", NO_LIMIT, 1000, 0)
     assert batch.keep is None

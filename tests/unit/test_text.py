@@ -384,6 +384,31 @@ def test_special_tokens_can_be_left_out_of_the_statistics(fresh, family, special
         assert not (b.keep & ~a.keep).any()
 
 
+@pytest.mark.parametrize("pack", ["documents", "concatenate"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_as_many_positions_enter_the_statistics_as_were_asked_for(fresh, family, pack):
+    """Special tokens use up no budget; of an encoder, the last document keeps the token that ends it."""
+    model = fresh(family, tokens="no_special", pack=pack, max_tokens=12)
+    documents = [Document(str(i), "abcdefgh"[: 3 + i % 5]) for i in range(40)]
+    for tokens in (2, 3, 13, 50, 61):
+        batches = model.encode(documents, "calibration", Budget(tokens, None), 60, 0)
+        assert sum(int(batch.keep.sum()) for batch in batches) == tokens
+        rows = [(batch.inputs["input_ids"][row], batch.inputs["attention_mask"][row])
+                for batch in batches for row in range(len(batch.names))]  # fmt: skip
+        assert all(mask.sum() <= 12 for _, mask in rows)
+        if pack == "documents":
+            assert {int(ids[0]) for ids, _ in rows} == {1}
+            assert family != "bert" or {int(ids[mask.sum() - 1]) for ids, mask in rows} == {2}
+    every = model.encode(documents, "calibration", Budget(10_000, 30), 60, 0)
+    assert {name for batch in every for name in batch.names} <= {str(i) for i in range(30)}
+
+
+def test_only_signatures_of_no_special_say_how_it_counts(job_of):
+    """Its statistics came from fewer positions before; all others are what they were."""
+    data = {tokens: job_of(f"model.tokens={tokens}").data["statistics"] for tokens in ("all", "no_special")}
+    assert data["no_special"] == {**data["all"], "no_special": 2}
+
+
 def test_the_unknown_token_stands_for_a_word(fresh):
     (batch,) = encoded(fresh("llama", tokens="no_special"), ["aéb", "cd"], split="calibration", batch_tokens=100)
     assert 3 in batch.inputs["input_ids"][batch.keep].tolist()
