@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from ablation_sweeps import files
 from ablation_sweeps.data import TOO_LARGE, Batch, UserError, made_ahead
-from ablation_sweeps.growing import FINE, GrowingCounts, by_neuron
+from ablation_sweeps.growing import FINE, Bracket, GrowingCounts, by_neuron
 from ablation_sweeps.lazy import torch
 from ablation_sweeps.recording import Recording, See
 from ablation_sweeps.sites import Projection, as_rows, hooked, rows_at_a_time
@@ -23,8 +24,13 @@ from ablation_sweeps.transformer import Transformer
 log = logging.getLogger(__name__)
 
 MOMENTS_FILE, BOTH = "moments.safetensors", "moments-and-fine-counts.safetensors"
+MEDIANS = "medians-"  # and the number of bins: beginning of a file's name
+TOO_LARGE_KEY = "too_large"  # in a file from passes over halved batches
 
 NPasses = Literal[1, 2]
+
+TOLERANCE = 1e-3  # of medians, in distances between quartiles
+MOST_PASSES = 6  # for medians; by then, even neighbouring values of float32 are told apart
 
 
 class Histogram(NamedTuple):
@@ -32,6 +38,16 @@ class Histogram(NamedTuple):
 
     n_bins: int
     one_range: bool = False
+
+
+class Medians(NamedTuple):
+    """The median of each neuron, which takes two passes more, or a third one where values are very unevenly spread.
+
+    Attributes:
+        n_bins: in which each pass looks for it; memory is proportional to it.
+    """
+
+    n_bins: int
 
 
 @dataclass
@@ -75,10 +91,16 @@ class Statistics:
 
     Attributes:
         counts: for each histogram asked for, `[neurons, bins]` a layer: int32; after one pass, float64.
+        medians: if asked for, `[neurons]` a layer, float32: of an even number of values, the mean of the middle two. To
+            1e-3 of the distance between the neuron's quartiles, and mostly exact.
+        too_large: examples that did not fit into the device's memory at once, where some of the statistics come from
+            passes over halved batches: these round otherwise, so that counts of neighbouring bins may differ by a few.
     """
 
     moments: list[Moments]
     counts: dict[Histogram, list[Num[torch.Tensor, "_neurons bins"]]] = field(default_factory=dict)
+    medians: list[Float[torch.Tensor, " _neurons"]] = field(default_factory=list)
+    too_large: int | None = None
 
     def range(self, histogram: Histogram, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The ends of the bins: `[neurons]` each, float32."""
@@ -94,18 +116,20 @@ def collect(
     projections: list[Projection],
     batches: Sequence[Batch],
     cache: Path,
-    *histograms: Histogram,
+    *wanted: Histogram | Medians,
     passes: NPasses = 2,
     note: Callable[[str], None] = log.warning,
     recording: Recording | None = None,
 ) -> Statistics:
-    """Exact to the bit in two passes: one for the moments and the range, a second one for the counts. In one pass,
-    moments and range are those; the counts are put together from finer ones, whose range grows.
+    """In two passes over the same batches: one for the moments and the range, a second one for the exact counts. In one
+    pass, moments and range are the same; the counts are put together from finer ones, whose range grows.
 
     They are kept under `cache`, whose name holds the signature of the model, the data and the site, and are shared by
-    all jobs that need them; a lock sees to it that they are computed once.
+    all jobs that need them; a lock sees to it that they are computed once. A file from passes over halved batches says
+    so, to whoever reads it.
 
     Args:
+        wanted: beside the moments.
         note: told when the device has too little memory for the batches, which are then halved.
         recording: of a pass over the same batches, or empty: where one is whole, two passes are one of the model.
 
@@ -115,21 +139,40 @@ def collect(
     """
     if not batches:
         raise UserError("the dataset's calibration split is empty; give more documents, or dataset.calibration_path")
-    halved = cache / "halved.txt"
-    if halved.exists():
-        note(halved.read_text())
     batches = [part for batch in batches for part in batch.parts(model.at_once)]
-    data = CalibrationData(model, projections, batches, None if passes == 1 else recording)
-    try:
-        with files.locked(cache):
-            return (_in_one_pass if passes == 1 else _in_two_passes)(data, cache, histograms)
-    except torch.OutOfMemoryError:
-        largest = max(len(batch.names) for batch in batches)
-        files.write_text(halved, f"statistics: {TOO_LARGE.format(largest)}")  # for all jobs that read them
-    # From the start, and not inside of `except`, whose error holds on to the memory of the pass that failed.
-    splits = lambda batch: len(batch.names) > 1 or largest == 1  # noqa: E731  (one alone cannot be split, and says so)
-    smaller = [part for batch in batches for part in (batch.halves() if splits(batch) else (batch,))]
-    return collect(model, projections, smaller, cache, *histograms, passes=passes, note=note, recording=recording)
+    histograms = [one for one in wanted if isinstance(one, Histogram)]
+    medians = [one for one in wanted if isinstance(one, Medians)]
+    too_large = None
+    while True:
+        data = CalibrationData(model, projections, batches, None if passes == 1 else recording, too_large)
+        try:
+            with files.locked(cache):
+                found = (_in_one_pass if passes == 1 else _in_two_passes)(data, cache, histograms)
+                for one in medians:
+                    _add_medians(found, data, cache, one)
+            break
+        except torch.OutOfMemoryError:
+            too_large = max(len(batch.names) for batch in batches)
+        # From the start, and not inside of `except`, whose error holds on to the memory of the pass that failed. An
+        # example that is alone cannot be split, and says so if it was the largest.
+        batches = [
+            part for batch in batches
+            for part in (batch.halves() if len(batch.names) > 1 or too_large == 1 else (batch,))
+        ]  # fmt: skip
+    found.too_large = found.too_large or _too_large_before(cache)
+    if found.too_large:
+        note(
+            f"statistics: {TOO_LARGE.format(found.too_large)}, and where an estimator is not continuous, as most of "
+            "peak's, another bin may be taken"
+        )
+    return found
+
+
+def _too_large_before(cache: Path) -> int | None:
+    """The mark of earlier versions, which hold for all files there."""
+    file = cache / "halved.txt"
+    found = re.search(r"for (\d+) examples", file.read_text()) if file.is_file() else None
+    return int(found[1]) if found else None
 
 
 def kept(cache: Path, histogram: Histogram) -> Statistics | None:
@@ -137,22 +180,31 @@ def kept(cache: Path, histogram: Histogram) -> Statistics | None:
     both = files.load_tensors(cache / BOTH)
     if both is not None:
         moments, fine = _from_tensors(both)
-        return _at_once_in_bins(moments, fine, [histogram])
-    moments = files.load_tensors(cache / MOMENTS_FILE)
-    counts = files.load_tensors(_counts_file(cache, histogram))
-    if moments is None or counts is None:
-        return None
-    return Statistics(_to_moments(moments), {histogram: _in_order(counts)})
+        found = _at_once_in_bins(moments, fine, [histogram])
+    else:
+        moments = files.load_tensors(cache / MOMENTS_FILE)
+        counts = files.load_tensors(_counts_file(cache, histogram))
+        if moments is None or counts is None:
+            return None
+        found = Statistics(_to_moments(moments), {histogram: _in_order(counts)})
+    medians = (files.load_tensors(file) for file in sorted(cache.glob(f"{MEDIANS}*.safetensors")))
+    found.medians = next((_in_order(tensors) for tensors in medians if tensors is not None), [])
+    return found
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """The data, and the model that they are passed through."""
+    """The data, and the model that they are passed through.
+
+    Attributes:
+        too_large: examples that did not fit at once, if the batches had to be halved.
+    """
 
     model: Transformer
     projections: list[Projection]
     batches: Sequence[Batch]
     recording: Recording | None = None
+    too_large: int | None = None
 
     def run(self, see: See, title: str) -> None:
         """One pass; `see` is given each layer's activations at all positions that count, some of them at a time."""
@@ -197,9 +249,10 @@ def _part_size(rows: Float[torch.Tensor, "tokens neurons"]) -> int:
 
 
 def _in_two_passes(data: CalibrationData, cache: Path, histograms: Sequence[Histogram]) -> Statistics:
-    statistics = Statistics(
-        files.cached(cache / MOMENTS_FILE, _from_moments, _to_moments, lambda: moments_of(data, "statistics, pass 1"))
-    )
+    tensors = _cached(
+        cache / MOMENTS_FILE, data, lambda: _from_moments(moments_of(data, "statistics, pass 1"))
+    )  # fmt: skip
+    statistics = Statistics(_to_moments(tensors), too_large=_too_large(tensors))
     missing = []
     for histogram in dict.fromkeys(histograms):
         found = files.load_tensors(_counts_file(cache, histogram))
@@ -207,10 +260,13 @@ def _in_two_passes(data: CalibrationData, cache: Path, histograms: Sequence[Hist
             missing.append(histogram)
         else:
             statistics.counts[histogram] = _in_order(found)
+            statistics.too_large = statistics.too_large or _too_large(found)
     if missing:
         statistics.counts |= _counts(data, statistics, missing)
+        statistics.too_large = statistics.too_large or data.too_large
         for histogram in missing:
-            files.save_tensors(_counts_file(cache, histogram), _numbered(statistics.counts[histogram]))
+            counts = _numbered(statistics.counts[histogram])
+            files.save_tensors(_counts_file(cache, histogram), counts | _mark(data))
     return statistics
 
 
@@ -221,8 +277,33 @@ def _in_one_pass(data: CalibrationData, cache: Path, histograms: Sequence[Histog
                 f"statistics.passes=1: cannot tell {histogram.n_bins:,} bins apart, which this method asks for; use "
                 "statistics.passes=2"
             )
-    moments, fine = files.cached(cache / BOTH, _to_tensors, _from_tensors, lambda: _at_once(data))
-    return _at_once_in_bins(moments, fine, histograms)
+    tensors = _cached(cache / BOTH, data, lambda: _to_tensors(_at_once(data)))
+    statistics = _at_once_in_bins(*_from_tensors(tensors), histograms)
+    statistics.too_large = _too_large(tensors)
+    return statistics
+
+
+def _add_medians(statistics: Statistics, data: CalibrationData, cache: Path, wanted: Medians) -> None:
+    moments = statistics.moments
+    file = cache / f"{MEDIANS}{wanted.n_bins}.safetensors"
+    tensors = _cached(file, data, lambda: _numbered(medians_of(data, moments, wanted.n_bins)))
+    statistics.medians = _in_order(tensors)
+    statistics.too_large = statistics.too_large or _too_large(tensors)
+
+
+def _cached(
+    path: Path, data: CalibrationData, compute: Callable[[], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """The tensors kept at `path`, or computed and kept there, with a mark where that took halved batches."""
+    return files.cached(path, dict, dict, lambda: compute() | _mark(data))
+
+
+def _mark(data: CalibrationData) -> dict[str, torch.Tensor]:
+    return {TOO_LARGE_KEY: torch.tensor(data.too_large)} if data.too_large else {}
+
+
+def _too_large(tensors: dict[str, torch.Tensor]) -> int | None:
+    return int(tensors[TOO_LARGE_KEY]) if TOO_LARGE_KEY in tensors else None
 
 
 def _at_once_in_bins(moments: list[Moments], fine: list[GrowingCounts], histograms: Sequence[Histogram]) -> Statistics:
@@ -282,6 +363,43 @@ def _check_finite(model: Transformer, layer: int, moments: Moments) -> None:
         )
 
 
+def medians_of(data: CalibrationData, moments: list[Moments], n_bins: int) -> list[Float[torch.Tensor, " _neurons"]]:
+    """See `Statistics.medians`. Each pass leaves one bin in `n_bins` of where it may lie, until that is narrow enough.
+
+    It begins at one standard deviation on either side of the mean, where every median lies.
+    """
+    brackets = [[_around_mean(of_layer, n_bins)] for of_layer in moments]
+    spread = [torch.zeros(len(of_layer.total), dtype=torch.float64) for of_layer in moments]
+
+    def see(layer: int, x: Float[torch.Tensor, "tokens neurons"]) -> None:
+        for bracket in brackets[layer]:
+            bracket.add(x)
+
+    for number in range(MOST_PASSES):
+        data.run(see, f"medians, pass {number + 1}")
+        narrow_enough = True
+        for layer, of_layer in enumerate(moments):
+            n, counted = of_layer.n, brackets[layer]
+            quartiles = torch.stack([bracket.distance(n // 4, 3 * n // 4).cpu() for bracket in counted]).amax(0)
+            spread[layer] = torch.maximum(spread[layer], quartiles)
+            ranks = dict.fromkeys([(n - 1) // 2, n // 2])  # of an even number, there are two in the middle
+            pairs = zip(counted * len(ranks) if len(counted) == 1 else counted, ranks, strict=True)
+            brackets[layer] = [bracket.narrowed(rank) for bracket, rank in pairs]
+            widths = torch.stack([(bracket.high - bracket.low).double().cpu() for bracket in brackets[layer]])
+            narrow_enough &= bool((widths <= spread[layer] * TOLERANCE).all())
+        if narrow_enough:
+            break
+    middles = [[(b.low.double() + b.high.double()).cpu() / 2 for b in of_layer] for of_layer in brackets]
+    return [torch.stack(of_layer).mean(0).float() for of_layer in middles]
+
+
+def _around_mean(moments: Moments, n_bins: int) -> Bracket:
+    low, high, mean = moments.minimum.double(), moments.maximum.double(), moments.mean
+    reach = (moments.variance + 1e-10 * moments.squares / moments.n).sqrt() * 1.01  # rounding of the variance
+    ends = torch.maximum(low, mean - reach).float(), torch.minimum(high, mean + reach).float()
+    return Bracket(*ends, moments.minimum, moments.maximum, n_bins)
+
+
 Both = tuple[list[Moments], list[GrowingCounts]]
 
 
@@ -329,7 +447,7 @@ def _numbered(tensors: Sequence[torch.Tensor], prefix: str = "") -> dict[str, to
 
 
 def _in_order(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    return [tensors[key] for key in sorted(tensors)]
+    return [tensors[key] for key in sorted(tensors) if key != TOO_LARGE_KEY]
 
 
 MOMENTS = ("total", "squares", "minimum", "maximum")

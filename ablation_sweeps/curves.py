@@ -107,7 +107,8 @@ def _distinguish(rows: DataFrame) -> DataFrame:
         differing = [key for key in keys if len({json.dumps(params.get(key)) for params in variants.values()}) > 1]
         for text, params in variants.items() if differing else ():
             index = same.index[same["method_params"] == text]
-            rows.loc[index, "method"] += " " + ",".join(f"{key}={params.get(key)}" for key in differing)
+            own = ",".join(f"{key}={params[key]}" for key in differing if key in params)
+            rows.loc[index, "method"] += f" {own}" if own else ""
     return rows
 
 

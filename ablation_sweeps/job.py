@@ -25,7 +25,7 @@ from ablation_sweeps.environment import SHIPPED
 from ablation_sweeps.lazy import pd, torch
 from ablation_sweeps.metrics import MAIN
 from ablation_sweeps.recording import Recording
-from ablation_sweeps.selection import Random, Schedule, masks
+from ablation_sweeps.selection import Random, Schedule, granularity, masks
 from ablation_sweeps.tracking import RunRecord, summary
 from ablation_sweeps.transformer import Budget, Transformer
 
@@ -186,9 +186,10 @@ def _numbers(part: Calibration | Evaluation) -> dict[str, Any]:
 
 
 def _options(part: Any) -> dict[str, Any]:
-    """What it computes with; a label is only a name."""
+    """What it computes with; a label is only a name. A class whose values have changed since says so by `numbers`."""
     options = {key: value for key, value in asdict(part).items() if key != "label"}
-    return {"class": _class(part), **options}
+    numbers = getattr(part, "numbers", None)
+    return {"class": _class(part), **options, **({"numbers": numbers} if isinstance(numbers, int) else {})}
 
 
 @functools.cache
@@ -269,16 +270,20 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     cache = job.results_dir / ".cache" / files.signature(job.data)[:16]
     note = functools.partial(store.note, folder)
     store.remember(folder, statistics=cache.name, n_heads=model.n_heads, model_device=str(model.device))
+    halved = False
 
-    def statistics(*histograms: activations.Histogram) -> activations.Statistics:
+    def statistics(*wanted: activations.Histogram | activations.Medians) -> activations.Statistics:
+        nonlocal halved
         found = activations.collect(
-            model, projections, calibration, cache, *histograms, passes=job.statistics.passes, note=note,
+            model, projections, calibration, cache, *wanted, passes=job.statistics.passes, note=note,
             recording=recording(job, model),
         )  # fmt: skip
         positions = found.moments[0].n
         store.remember(
             folder, calibration_positions=positions, calibration_asked=positions_asked(job, calibration, positions)
         )
+        # Sums differ in the last digit, but not every method is continuous: one that reads counts must say so.
+        halved |= found.too_large is not None and not getattr(job.method, "is_continuous", not wanted)
         return found
 
     # Evaluation: the same documents, and the same neurons, for every method.
@@ -316,7 +321,8 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     labels = torch.cat([batch.labels[batch.labels != NOT_SCORED] for batch in batches])
     rows = evaluation.metrics(documents, guess, labels, top_k)
     n_ablated = {f: sum(int(m.sum()) for m in masks(orders, f)) for f in (0.0, *job.fraction.values)}
-    return documents, describe(rows, job, model, n_ablated, sum(p.width for p in projections))
+    unit = granularity(orders, job.fraction.values, model.n_heads if job.site.by_head else None)
+    return documents, describe(rows, job, model, n_ablated, sum(p.width for p in projections), unit, halved)
 
 
 def positions_asked(job: Job, calibration: list[Batch], positions: int) -> int:
@@ -356,11 +362,24 @@ def chance(job: Job, model: Transformer, batches: list[Batch], calibration: list
 
 
 def describe(
-    rows: pd.DataFrame, job: Job, model: Transformer, n_ablated: dict[float, int], n_neurons: int
+    rows: pd.DataFrame,
+    job: Job,
+    model: Transformer,
+    n_ablated: dict[float, int],
+    n_neurons: int,
+    unit: str,
+    halved: bool,
 ) -> pd.DataFrame:
-    """The columns that tell the runs apart, in front of the measurements."""
+    """The columns that tell the runs apart, in front of the measurements.
+
+    Args:
+        unit: see `selection.granularity`.
+        halved: rounding may have changed the replacement by more than the last digit, since the statistics come from
+            passes over halved batches: part of the method's parameters, so that such runs are not drawn together with
+            others.
+    """
     kind = "@".join([type(job.method).__name__, *(content[:6] for content in _edited(type(job.method)))])
-    parameters = {**_options(job.method), "class": kind}
+    parameters = {**_options(job.method), "class": kind, **({"statistics": "halved"} if halved else {})}
     own = {
         "run_id": job.signature[:16],
         "study": files.signature([job.study, job.model.label, job.dataset.label])[:8],
@@ -370,7 +389,7 @@ def describe(
         "dataset": job.dataset.label,
         "site": job.site.name,
         "selection": job.selection.label,
-        "granularity": "neuron",
+        "granularity": unit,
         "method": job.method.label,
         "method_params": json.dumps(parameters, sort_keys=True),
         "seed": job.seed,

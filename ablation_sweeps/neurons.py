@@ -33,6 +33,8 @@ def of(statistics: Statistics, n_heads: int | None) -> dict[str, Any]:
         np.concatenate([of(c, *e).numpy() for c, e in zip(statistics.counts[histogram], ends, strict=True)])
         for of in (median, centre_of_fullest)
     )
+    if statistics.medians:
+        medians = np.concatenate([of_layer.numpy() for of_layer in statistics.medians])
     widths = [len(m.total) for m in moments]
     layer = np.repeat(np.arange(len(widths)), widths)
     index = np.concatenate([np.arange(width) for width in widths])
@@ -44,6 +46,7 @@ def of(statistics: Statistics, n_heads: int | None) -> dict[str, Any]:
     heights = all_counts[shown] / all_counts[shown].max(1, keepdims=True)
     return {
         "widths": widths, "heads": n_heads, "tokens": moments[0].n, "bins": N_BINS, "all": len(shown) == len(mean),
+        "median_to_a_bin": not statistics.medians,
         "layer": layer[shown].tolist() if len(shown) < len(mean) else None,
         "index": index[shown].tolist() if len(shown) < len(mean) else None,
         "colours": COLOURS,

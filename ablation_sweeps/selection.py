@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from jaxtyping import Bool, Int
 from pydantic import ConfigDict, Field, field_validator
@@ -37,6 +38,25 @@ def masks(orders: list[Int[torch.Tensor, " _neurons"]], fraction: float) -> list
         mask[order[: round(fraction * len(order))]] = True
         chosen.append(mask)
     return chosen
+
+
+def granularity(
+    orders: list[Int[torch.Tensor, " _neurons"]], fractions: Sequence[float], n_heads: int | None
+) -> Literal["neuron", "head"]:
+    """The unit that is ablated as a whole: heads, if the orders take one after the other and no fraction ends inside of
+    one.
+
+    Args:
+        n_heads: of each layer; None where the neurons belong to no head.
+    """
+    for order in orders:
+        size = len(order) // (n_heads or len(order))
+        if n_heads is None or size < 2 or len(order) % n_heads:
+            return "neuron"
+        heads = order.view(n_heads, size) // size
+        if (heads != heads[:, :1]).any() or any(round(fraction * len(order)) % size for fraction in fractions):
+            return "neuron"
+    return "head"
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))

@@ -327,8 +327,30 @@ def test_batches_that_do_not_fit_are_halved_from_the_start(tiny, site, tmp_path)
         torch.testing.assert_close(a.mean, b.mean, atol=1e-6, rtol=1e-6)
     assert all((layer.sum(1) == found.moments[0].n).all() for layer in found.counts[Histogram(20)])
     assert len(notes) == 1 and f"for {most + 1} examples" in notes[0]
-    collect(model, projections, batches, tmp_path / "halves", Histogram(20), note=notes.append)
-    assert notes[1] == notes[0]
+    read = collect(model, projections, batches, tmp_path / "halves", Histogram(20), note=notes.append)
+    assert notes[1] == notes[0] and found.too_large == read.too_large == most + 1
+    assert expected.too_large is None
     with pytest.raises(UserError, match="too little memory for one example"):
         most = 0
         collect(small, projections, batches, tmp_path / "none", note=notes.append)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_only_what_was_read_from_halved_batches_is_marked(tiny, site, tmp_path, passes):
+    """Of two files of one cache, the one that was written before memory was short is as good as ever."""
+    model = tiny("llama")
+    projections, batches = sites.find(model, site("attn_pre_out"), None), batches_of(model)
+    most = max(len(batch.names) for batch in batches) - 1
+
+    def body(batch):
+        if len(batch.names) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        model.body(batch)
+
+    small = dataclasses.replace(model, body=body)
+    ask = lambda model, *histograms: collect(model, projections, batches, tmp_path, *histograms, passes=passes)  # noqa: E731
+    whole = ask(model, Histogram(20))
+    found = ask(small, Histogram(30))  # after one pass, made of the same fine counts
+    assert whole.too_large is None and found.too_large == (None if passes == 1 else most + 1)
+    assert ask(model, Histogram(20)).too_large is None
+    assert ask(model, Histogram(30)).too_large == ask(model, Histogram(20), Histogram(30)).too_large == found.too_large

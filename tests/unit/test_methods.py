@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ablation_sweeps import activations, sites
+from ablation_sweeps import activations, job, sites
 from ablation_sweeps.ablation import Fitting, ablated, reading
 from ablation_sweeps.data import NOT_SCORED, Batch, Document, UserError
+from ablation_sweeps.growing import Bracket
 from ablation_sweeps.methods.mean import Mean
 from ablation_sweeps.methods.median import Median
 from ablation_sweeps.methods.peak import Peak, grenander, smooth
@@ -52,7 +53,7 @@ class Given(nn.Module):
         return [layer["attn"]["proj"](part) for layer, part in zip(self.layers, x.split(self.widths, -1), strict=True)]
 
 
-def given(raw: list[np.ndarray], site, tmp_path) -> Fitting:
+def given(raw: list[np.ndarray], site, tmp_path, passes: activations.NPasses = 2) -> Fitting:
     """`raw`: `[tokens, neurons]` a layer. Spread over batches, the last one with padding."""
     tokens = len(raw[0])
     x = torch.from_numpy(np.concatenate(raw, 1, dtype=np.float32))
@@ -68,7 +69,7 @@ def given(raw: list[np.ndarray], site, tmp_path) -> Fitting:
     model = Transformer("given", "", "causal_lm", module, call, call, lambda *_: [],
                         lambda *_: batches[0], None, frozenset())  # fmt: skip
     projections = sites.find(model, site("attn_pre_out"), None)
-    statistics = functools.partial(activations.collect, model, projections, batches, tmp_path)
+    statistics = functools.partial(activations.collect, model, projections, batches, tmp_path, passes=passes)
     return Fitting(model, projections, statistics, 10, 0)
 
 
@@ -305,17 +306,74 @@ def test_mean_is_that_of_float64(raw, site, tmp_path):
         assert value == np.float32(x.astype(np.float64).mean())
 
 
-@pytest.mark.parametrize("n_bins", [10, 1000])
-def test_median_is_within_a_bin(raw, site, tmp_path, n_bins):
-    values = Median(label="median", n_bins=n_bins).fit(given(raw, site, tmp_path)).values
-    for x, value in columns_with_values(raw, values):
-        assert value == pytest.approx(np.median(x.astype(np.float64)), abs=float(np.ptp(x)) / n_bins)
+def wide(n: int) -> np.ndarray:
+    """Shapes of which a histogram between minimum and maximum shows little: far outliers, and values that repeat."""
+    rng = np.random.default_rng(3)
+    outliers = rng.normal(0, 1, (n, 2))
+    outliers[0, 0], outliers[0, 1] = 1e6, -1e4
+    repeated = np.where(rng.random(n) < 0.6, 0.25, rng.normal(0, 1, n))
+    halves = np.where(np.arange(n) < n // 2, rng.normal(-5, 0.1, n), rng.normal(5, 0.1, n))  # nothing in the middle
+    relu = np.maximum(rng.normal(-1, 1, n), 0)
+    far = 1000 + rng.normal(0, 0.01, n)
+    return np.column_stack([outliers, repeated, halves, relu, far, rng.standard_t(1, n)]).astype(np.float32)
 
 
-def test_median_of_an_even_number_lies_between_the_two_in_the_middle(site, tmp_path):
-    x = np.array([[0.0], [0.1], [0.9], [1.0]])
-    (value,) = Median(label="median", n_bins=100).fit(given([x], site, tmp_path)).values
-    assert 0.1 <= value.item() <= 0.91
+def assert_are_medians(x: np.ndarray, values: Tensor) -> None:
+    expected = np.median(x.astype(np.float64), 0)
+    quartiles = np.subtract(*np.quantile(x.astype(np.float64), [0.75, 0.25], axis=0))
+    rounding = 2 * np.spacing(np.abs(expected).astype(np.float32))
+    assert (np.abs(values.numpy() - expected) <= 1e-3 * quartiles + rounding).all()
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("n", [3000, 3001, 2])
+def test_median_is_that_of_numpy(raw, site, tmp_path, n, passes):
+    given_ = [*(x[:n] for x in raw), wide(n)]
+    fitting = given(given_, site, tmp_path, passes)
+    for n_bins in (10, 1000):
+        for x, values in zip(given_, Median(label="median", n_bins=n_bins).fit(fitting).values, strict=True):
+            assert values.dtype == torch.float32
+            assert_are_medians(x, values)
+
+
+def test_median_looks_again_where_it_did_not_look_first(site, tmp_path):
+    """Were the mean and the standard deviation wrong, as by rounding, it would still be found."""
+    x = np.random.default_rng(0).normal(5, 1, (500, 3)).astype(np.float32)
+    fitting = given([x], site, tmp_path)
+    ends = torch.zeros(3), torch.tensor([0.5, 1, 4])
+    minimum, maximum = (torch.from_numpy(end) for end in (x.min(0), x.max(0)))
+    for low, high in (ends, (ends[1] + 7, ends[1] + 9)):
+        bracket = Bracket(low, high, minimum, maximum, 20)
+        for _ in range(12):
+            for batch in fitting.statistics.args[2]:
+                bracket.add(batch.inputs["x"][batch.keep])
+            bracket = bracket.narrowed(249)
+        assert torch.equal(bracket.low, bracket.high)
+        assert torch.equal(bracket.low, torch.from_numpy(np.sort(x, 0)[249]))
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("name", ["attn_pre_out", "mlp_pre_out"])
+def test_median_of_real_weights_is_that_of_numpy(assets, job_of, site, tmp_path, name, passes):
+    model = job_of("model=causal_lm", f"model.path={assets / 'stories260K_llama'}", "model.max_tokens=200").model.load()
+    text = (assets / "text" / "tinystories_sample.txt").read_text()
+    documents = [Document(str(i), part) for i, part in enumerate(text.split("\n\n")[:60])]
+    batches = model.encode(documents, "calibration", Budget(4000, None), 1000, 0)
+    projections, raw = sites.find(model, site(name), None), []
+    for batch in batches:
+        for part in batch.parts(model.at_once):  # as they are passed on a CPU, and so rounded
+            seen = plain_run(model, projections, dict(part.inputs))
+            raw.append([x[part.keep.flatten()] for x in seen])
+    statistics = functools.partial(activations.collect, model, projections, batches, tmp_path, passes=passes)
+    values = Median(label="median", n_bins=1000).fit(Fitting(model, projections, statistics, 10, 0)).values
+    for layer, of_layer in enumerate(values):
+        assert_are_medians(torch.cat([x[layer] for x in raw]).numpy(), of_layer)
+
+
+def test_a_median_of_before_is_not_taken_for_the_new_one(job_of):
+    """Its values have changed, and those of no other method."""
+    options = {method: job._options(job_of(f"method={method}").method) for method in ("mean", "median", "peak", "zero")}
+    assert [method for method, found in options.items() if "numbers" in found] == ["median"]
 
 
 def test_zero_is_zero(raw, site, tmp_path):

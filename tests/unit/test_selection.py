@@ -10,7 +10,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from ablation_sweeps.selection import Random, Schedule, masks
+from ablation_sweeps.selection import Random, Schedule, granularity, masks
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "fraction"
 WIDTHS = [64, 64, 48, 7]
@@ -104,3 +104,12 @@ def test_a_fraction_outside_of_its_range_is_refused_with_a_hint(value):
 def test_what_is_no_list_of_numbers_is_refused(values):
     with pytest.raises(ValidationError):
         Schedule(values=values)
+
+
+def test_granularity_is_that_of_what_is_ablated():
+    by_head = torch.tensor([2, 0, 3, 1])[:, None] * 6 + torch.tensor([5, 0, 1, 4, 2, 3])  # four heads of six neurons
+    orders, unordered = [by_head.flatten()] * 2, Random(label="random").orders([24, 24], 0)
+    assert granularity(orders, (0.25, 0.5, 1.0), 4) == "head"
+    assert granularity(orders, (0.1, 0.5), 4) == "neuron"  # 2 of 24: a part of a head
+    assert granularity([*orders, unordered[0]], (0.5,), 4) == granularity(unordered, (0.5, 1.0), 4) == "neuron"
+    assert granularity(orders, (0.5,), None) == granularity(orders, (0.5,), 24) == "neuron"
