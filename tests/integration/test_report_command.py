@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -10,8 +11,11 @@ import sys
 import pandas as pd
 import pytest
 from command import Launch
+from rich.console import Console
 
-from ablation_sweeps import store
+from ablation_sweeps import job, report, store
+from ablation_sweeps.data import Document
+from ablation_sweeps.datasets import python_docs
 
 
 def test_two_sweeps_are_compared_on_one_page(launch: Launch, on_text, tmp_path):
@@ -102,3 +106,29 @@ def test_a_folder_without_results_is_said(tmp_path):
     command = [sys.executable, "-m", "ablation_sweeps", "report", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and "no finished run below" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("labels", [("python_docs-3.10", "python_docs-3.13"), ("python_docs", "python_docs")])
+def test_runs_on_the_texts_of_two_pythons_are_never_drawn_together(job_of, tmp_path, monkeypatch, labels):
+    """The label tells them apart, and where it does not, as before it named the version, the content of the texts."""
+    for label, method, word in zip(labels, ("zero", "mean"), ("list", "tuple"), strict=True):
+        text = f"There is a {word} of names, and each of them is one word. " * 8
+        found = [
+            Document(f"{split}{i}", f"{split} {i}: {text}") for split in ("calibration", "evaluation") for i in "01"
+        ]
+        monkeypatch.setattr(python_docs, "docs", lambda found=found: found)
+        monkeypatch.setattr(python_docs, "split_of", lambda name: name[:-1])
+        options = ("model=tiny_causal", f"method={method}", "fraction.values=[0.5,1]", "tracking=none", "sweep=both")
+        for cache in (job._content, job._encode, job._clean_passes, job._recording, job._check_examples):
+            cache.cache_clear()  # another Python is another process
+        job.run_job(job_of(*options, f"dataset.label={label}", f"results_dir={tmp_path}"))
+    file = io.StringIO()
+    written = report.write(tmp_path / "both", console=Console(file=file, width=200))
+    assert len([path for path in written if path.suffix == ".png"]) == 2
+    titles = [line for line in file.getvalue().splitlines() if line.startswith("tiny_causal on python_docs")]
+    tables, verdicts = titles[:2], titles[2:]
+    assert len(set(tables)) == 2 and [line.partition(": ")[0] for line in verdicts] == tables
+    assert ["Only mean is finished" in line for line in verdicts] in ([True, False], [False, True])
+    assert pd.read_csv(tmp_path / "both" / "comparisons.csv").empty
+    if labels[0] != labels[1]:
+        assert [label in title for label, title in zip(labels, tables, strict=True)] == [True, True]

@@ -112,7 +112,7 @@ def test_a_click_on_the_legend_hides_a_curve_and_its_band(page):
 
 def test_the_table_sorts(page):
     methods = lambda: page.locator("#areas td:first-child span").all_text_contents()  # noqa: E731
-    values = lambda: [float(text.split(" ")[0]) for text in page.locator("#areas td:nth-child(4)").all_text_contents()]  # noqa: E731
+    values = lambda: [float(text.split(" ")[0]) for text in page.locator("#areas td:nth-child(5)").all_text_contents()]  # noqa: E731
     page.get_by_role("button", name="area of loss", exact=True).click()
     assert values() == sorted(values()) and sorted(methods()) == ["mean", "peak", "zero"]
     page.get_by_role("button", name="area of loss", exact=True).click()
