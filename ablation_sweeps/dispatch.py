@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from typing_extensions import TypedDict
 
 from ablation_sweeps import files, store
 from ablation_sweeps.config import from_dict
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LAUNCHERS = {"Slurm": Slurm, "Local": Local}
 HOW = "how.json"  # a sweep was launched last; `retry` reads it
 LOOK_SECONDS = 2.0  # between two looks at the files of the jobs
 NOBODYS_FAULT = ("PREEMPTED", "BOOT_FAIL")
@@ -75,10 +78,10 @@ def retry(sweep: Path) -> None:
     for path in (sweep, sweep / ".dispatch", sweep / ".dispatch" / HOW, *runs, *(run / "config.yaml" for run in runs)):
         if path.exists() and others_may_write(path):
             raise UserError(f"{path}: others may write to it, and so run code as you; launch the sweep again instead")
-    how = files.read_json(sweep / ".dispatch" / HOW) or {}
-    if Path(how.get("folder", "")).is_dir():
-        os.chdir(how.get("folder", "."))  # from where paths were given
-    launcher = {"Slurm": Slurm, "Local": Local}[how.get("launcher", "Local")]
+    how = _how(sweep)
+    launcher = LAUNCHERS[how["launcher"]]
+    if Path(how["folder"]).is_dir():
+        os.chdir(how["folder"])  # from where paths were given
     held = [run for run in runs if launcher is Local and store.is_held(run)]  # SLURM is asked
     if held:
         log.warning("%s left to the process that is at it, or will be", counted(len(held), "job"))
@@ -87,9 +90,36 @@ def retry(sweep: Path) -> None:
         return
     if not jobs:
         raise UserError(f"{sweep}: nothing there can be tried again; launch it with its options")
-    # A sweep that ran without a launcher goes on in packs of this machine.
-    plain = {"max_jobs_per_pack": None, "max_parallel": None, "max_attempts": 2, "gpus": None}
-    launch(launcher(**how.get("options", plain)), jobs)
+    launch(launcher(**how["options"]), jobs)
+
+
+class How(TypedDict):
+    """How a sweep was launched.
+
+    Attributes:
+        launcher: name of a class.
+        options: its options.
+        folder: where the command was typed.
+    """
+
+    launcher: Literal["Slurm", "Local"]
+    options: dict[str, Any]
+    folder: str
+
+
+def _how(sweep: Path) -> How:
+    """A sweep that ran without a launcher goes on in packs of this machine."""
+    file = sweep / ".dispatch" / HOW
+    if not file.exists():
+        plain = {"max_jobs_per_pack": None, "max_parallel": None, "max_attempts": 2, "gpus": None}
+        return {"launcher": "Local", "options": plain, "folder": "."}
+    try:
+        if (how := files.read_json(file, How)) is not None:
+            LAUNCHERS[how["launcher"]](**how["options"])
+            return how
+    except (TypeError, ValueError):  # no such options
+        pass
+    raise UserError(f"{file}: is damaged, so that nothing tells how the sweep was launched; launch it with its options")
 
 
 def _again(run: Path) -> Job | None:
@@ -207,7 +237,7 @@ class Work:
             for folder in left:
                 store.write_status(folder, "failed", "cancelled, not by this launcher; the same command runs it again")
             return []
-        culprits = [folder for folder, state in left.items() if state in ("running", "died")]
+        culprits = [folder for folder, state in left.items() if state in ("running", "died", "damaged")]
         if not culprits and "interrupted" not in left.values():
             culprits = list(left)  # it died before it came to any: is the environment of the nodes the right one?
         for folder in culprits:
@@ -218,7 +248,7 @@ class Work:
         for folder in gone:
             died = store.status(folder).get("reason") if left[folder] == "died" else reason
             store.write_status(folder, "failed", f"its process died {self.deaths[folder]} times: {died}")
-            log.error("failed: %s: %s", folder.name, store.status(folder)["reason"])
+            log.error("failed: %s: %s", folder.name, store.status(folder).get("reason"))
         alone = [packed([self.jobs[folder]], 1)[0] for folder in culprits if folder not in gone]
         others = packed([self.jobs[folder] for folder in left if folder not in culprits], None)
         if alone or others:

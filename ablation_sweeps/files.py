@@ -19,6 +19,8 @@ from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING, TypeVar
 
+from pydantic import TypeAdapter
+
 from ablation_sweeps.console import remedy
 from ablation_sweeps.data import UserError
 from ablation_sweeps.lazy import pd
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_adapter = functools.cache(TypeAdapter)
 
 SAY_SECONDS = 10.0  # of waiting for a lock, before it is said
 LEFT_OVER_SECONDS = 24 * 3600.0  # a temporary file of another host that is older was left by a process that was killed
@@ -150,13 +154,24 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
-def read_json(path: Path) -> dict | None:
-    """None where the file is absent or holds no object of json (a run that was killed before its first write)."""
+def read_json(path: Path, kind: type[T] = dict) -> T | None:  # type: ignore[assignment]
+    """The content of a file; None where it is absent, truncated, or not what `kind` says.
+
+    Args:
+        kind: what pydantic can check; a TypedDict says which keys there must be, and of which type.
+    """
     try:
-        content = json.loads(path.read_text())
+        return _adapter(kind).validate_json(path.read_bytes(), strict=True)
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
+
+
+def sha256_of(path: Path) -> str | None:
+    """None where the file is absent. Not by `fingerprint_of_file`: a damaged file may have its old size and time."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return None
 
 
 def write_table(path: Path, table: pd.DataFrame) -> str:

@@ -84,7 +84,8 @@ def seconds_of(job: Job) -> float | None:
     name = f"{job.model.label}-{job.dataset.label}-".replace("/", "--")
     earlier = job.results_dir.glob(f"*/{glob.escape(name)}*/environment.json")
     ran = [found for file in earlier if (found := store.environment(file.parent)).get("like") == job.like]
-    return sum(found["seconds"] for found in ran) / len(ran) if ran else None
+    took = [found["seconds"] for found in ran if "seconds" in found]  # nothing of a run that has not finished
+    return sum(took) / len(took) if took else None
 
 
 def duration(seconds: float) -> str:
@@ -138,7 +139,7 @@ def _mirror(folder: Path, tracking: Any) -> None:
 @contextmanager
 def waiting(jobs: Sequence[Job]) -> Iterator[None]:
     """`status` and `retry` know of them, also of those that this process does not come to."""
-    mine = [job for job in jobs if store.looked_at(job.folder)["state"] in ("new", "interrupted", "died")]
+    mine = [job for job in jobs if store.looked_at(job.folder)["state"] in ("new", "interrupted", "died", "damaged")]
     for job in mine:
         store.queue(job.folder, job.config, lasts=False)
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from ablation_sweeps import dashboard, files, report, store
 from ablation_sweeps.console import counted
@@ -64,7 +65,7 @@ def _send_tables(sweep: Path, runs: list[Path], project: str | None, entity: str
     tracking = _tracking(runs[0], project, entity)
     curves, statistics = read_curves(sweep), _statistics(runs)
     content = files.signature([curves.to_csv(), sorted(statistics), tracking.place])
-    known = files.read_json(sweep / MARK) or {}
+    known = files.read_json(sweep / MARK, Mark) or {}
     if known.get("content") == content and not again:
         return False
     known = {"run_id": secrets.token_hex(8), **known}
@@ -92,7 +93,7 @@ def save_views(sweep: Path, project: str | None = None, entity: str | None = Non
     import wandb
 
     first = _finished(sweep)[0]
-    tracking, known = _tracking(first, project, entity), files.read_json(sweep / MARK) or {}
+    tracking, known = _tracking(first, project, entity), files.read_json(sweep / MARK, Mark) or {}
     with online():
         owner = tracking.entity or wandb.Api().default_entity
         before = known.get("views", {}) if known.get("viewed") == tracking.place else {}
@@ -102,6 +103,21 @@ def save_views(sweep: Path, project: str | None = None, entity: str | None = Non
 
 
 MARK = "wandb.json"  # in the folder of a sweep: what W&B has of it
+
+
+class Mark(TypedDict, total=False):
+    """What that file holds.
+
+    Attributes:
+        run_id: of the run that has the tables.
+        content: signature of what was sent.
+        views: addresses by study, in the project `viewed`.
+    """
+
+    run_id: str
+    content: str
+    views: dict[str, str]
+    viewed: str
 
 
 def _finished(sweep: Path) -> list[Path]:

@@ -6,6 +6,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import TypedDict
+
 from ablation_sweeps import files, neurons, page, store
 from ablation_sweeps.activations import Histogram, kept
 from ablation_sweeps.comparison import shared
@@ -76,10 +78,16 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
     return [*written, sweep_dir / "comparisons.csv", sweep_dir / "report.html"]
 
 
+class Written(TypedDict):
+    """What .written.json holds: the names of the figures that are ours."""
+
+    names: list[str]
+
+
 def _remove_figures_of_before(folder: Path, names: list[str]) -> None:
     """Of studies that are not shown any more, or under another name; what others have put there is left alone."""
     ours = folder / ".written.json"
-    for name in set((files.read_json(ours) or {}).get("names", [])) - set(names):
+    for name in set((files.read_json(ours, Written) or {"names": []})["names"]) - set(names):
         (folder / Path(name).name).unlink(missing_ok=True)
     files.write_json(ours, {"names": names})
 

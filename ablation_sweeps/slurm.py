@@ -94,7 +94,8 @@ class SlurmQueue:
         self.private = private(Path(self.options.folder).expanduser().absolute() / self.name)
         self.records = self.sweep / ".dispatch"
         self.arrays = {
-            file.stem: files.read_json(file) or {} for file in self.records.glob(f"{glob.escape(self.name)}-*.json")
+            file.stem: files.read_json(file, dict) or {}
+            for file in self.records.glob(f"{glob.escape(self.name)}-*.json")
         }
         self.known: dict[str, Place] = {}
         self.asked = float("-inf")

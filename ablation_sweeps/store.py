@@ -3,6 +3,7 @@ while it runs."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -12,6 +13,10 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from socket import gethostname
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ConfigDict
+from typing_extensions import NotRequired, TypedDict
 
 from ablation_sweeps import files
 from ablation_sweeps.console import counted, plain
@@ -24,6 +29,66 @@ log = logging.getLogger(__name__)
 GOES_ON = "the same command goes on where it was"
 WAITED = "stopped while it waited; the same command runs it"
 CLOCKS = 5.0  # seconds by which the times of a file and of a process may differ
+FILES = ("config.yaml", "environment.json", "documents.parquet", "rows.parquet")  # of a finished run, beside its status
+
+
+def _is_time(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("a time without a zone")
+    return text
+
+
+Time = Annotated[str, AfterValidator(_is_time)]
+
+
+class Status(TypedDict):
+    """What status.json holds.
+
+    Attributes:
+        state: damaged and new are never written: there is no such file, or what it says cannot be true.
+        host, pid: the process that runs it, or will; absent where a cluster decides that.
+        batches: of the evaluation split.
+        begun_at: batches that were done when the process began.
+        sha256: of the files of a finished run; for status.json the signature of the rest of it.
+        run: name of the folder in which it was finished.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    state: Literal["new", "queued", "running", "interrupted", "died", "failed", "finished", "damaged"]
+    reason: NotRequired[str]
+    time: NotRequired[Time]
+    started: NotRequired[Time]
+    host: NotRequired[str]
+    pid: NotRequired[int]
+    batches: NotRequired[int]
+    begun_at: NotRequired[int]
+    sha256: NotRequired[dict[str, str]]
+    run: NotRequired[str]
+
+
+class Environment(TypedDict, total=False):
+    """What environment.json holds, as far as the program reads it."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    code: str | None
+    packages: dict[str, str | None] | None
+    device: str | None
+    threads: int | None
+    notes: list[str]
+    statistics: str | None
+    n_heads: int | None
+    model_device: str | None
+    seconds: float
+    like: str | None
+
+
+class Published(TypedDict, total=False):
+    """What wandb.json holds: the sha256 of the rows that W&B has, and where."""
+
+    rows: str | None
+    place: str
 
 
 class _RunLog(logging.FileHandler):
@@ -47,29 +112,96 @@ def run_log(folder: Path) -> Iterator[None]:
 
 
 def finished(folder: Path) -> bool:
-    """And its tables are whole."""
+    """True if the run has finished and its files are what was written; a warning names the file that is not."""
+    return _is_whole(folder) and (folder / "documents.parquet").exists()  # which runs of the first version lack
+
+
+def _is_whole(folder: Path) -> bool:
+    if (damage := damaged(folder)) is not None:
+        log.warning("%s: %s; a launch computes it again", folder, damage)
+        return False
+    return status(folder)["state"] == "finished"
+
+
+def damaged(folder: Path) -> str | None:
+    """The first file of a run that is lost or not what was written, in words; None if there is none.
+
+    A file that is not part of a finished run may be absent, but status.json must be readable in any state.
+    """
     found = status(folder)
+    if found["state"] == "damaged":
+        return found.get("reason")
+    if found["state"] != "finished":
+        return None
     sums = found.get("sha256", {})
-    tables = ("rows.parquet", "documents.parquet")  # not parsed: jobs are many
-    return found["state"] == "finished" and all(files.read_whole(folder / t, sums.get(t)) is not None for t in tables)
+    if "status.json" not in sums:
+        return _damaged_earlier(folder, sums)
+    for name in FILES:
+        if name in sums and files.sha256_of(folder / name) != sums[name]:
+            return _damage(folder / name)
+    if _own_sum(found) != sums["status.json"]:
+        return _damage(folder / "status.json")
+    if found.get("run") != folder.name:
+        return f"status.json is that of another run ({found.get('run')})"
+    return None
+
+
+def _damaged_earlier(folder: Path, sums: dict[str, str]) -> str | None:
+    """The same for a run of an earlier version, which kept the sums of its tables alone."""
+    if "rows.parquet" not in sums:
+        return _damage(folder / "status.json")
+    for name in sums:
+        if files.sha256_of(folder / name) != sums[name]:
+            return _damage(folder / name)
+    if files.read_json(folder / "environment.json", Environment) is None:
+        return _damage(folder / "environment.json")
+    try:
+        read = config(folder)
+        labels = [str(read[part]["label"]) for part in ("model", "dataset", "method")]
+        name = f"{'-'.join(labels)}-s{read['seed']}-".replace("/", "--")
+    except (UserError, KeyError, TypeError):
+        return _damage(folder / "config.yaml")
+    return None if folder.name.startswith(name) else f"config.yaml is altered: its folder would be {name}..."
+
+
+def _own_sum(status: Status) -> str:
+    """sha256 of what status.json says of a finished run, without this sum."""
+    others = {name: sha256 for name, sha256 in status.get("sha256", {}).items() if name != "status.json"}
+    return hashlib.sha256(json.dumps({**status, "sha256": others}, sort_keys=True).encode()).hexdigest()
+
+
+def _damage(file: Path) -> str:
+    return f"{file.name} is {'damaged (truncated or altered)' if file.exists() else 'missing'}"
 
 
 def result(folder: Path, name: str) -> pd.DataFrame | None:
-    """A table of a finished run; None where it is not finished, or the table not whole."""
-    found = status(folder)
-    return files.read_table(folder / name, found.get("sha256", {}).get(name)) if found["state"] == "finished" else None
+    """A table of a finished run; None if the run is not finished, or, with a warning, if a file of it is damaged."""
+    return files.read_table(folder / name, status(folder).get("sha256", {}).get(name)) if _is_whole(folder) else None
 
 
 def runs(sweep: Path) -> list[Path]:
-    """The folders of all jobs that were ever started or queued there."""
-    return sorted(path.parent for path in sweep.glob("*/status.json"))
+    """Folders of all jobs that were ever started or queued there."""
+    return sorted({path.parent for name in ("status.json", "rows.parquet") for path in sweep.glob(f"*/{name}")})
 
 
 def config(folder: Path) -> dict:
+    """The configuration of a run; empty where there is none.
+
+    Raises:
+        UserError: config.yaml is damaged.
+    """
     import yaml
 
     file = folder / "config.yaml"
-    return yaml.safe_load(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: is damaged (truncated or altered); the command that launched it writes it again")
+    return content
 
 
 def queue(folder: Path, config: dict, lasts: bool) -> None:
@@ -103,7 +235,7 @@ def begin(folder: Path, config: dict) -> None:
     before = {key: earlier.get(key) for key in ("code", "packages", "device", "threads")}
     if batches_done(folder) and any(before[key] != now[key] for key in before):
         note(folder, f"begun elsewhere ({counted(batches_done(folder), 'batch', 'es')}): {json.dumps(before)}")
-    files.write_json(folder / "status.json", {"state": "running", "started": _now(), **_process()})
+    files.write_json(folder / "status.json", _running())
 
 
 def note(folder: Path, text: str, level: int = logging.WARNING) -> None:
@@ -135,8 +267,10 @@ def write_status(folder: Path, state: str, reason: str | None = None) -> None:
 
 
 def expect(folder: Path, batches: int) -> None:
-    """How many there are to do, for who watches it, and how many are done by now."""
-    files.write_json(folder / "status.json", {**status(folder), "batches": batches, "begun_at": batches_done(folder)})
+    """Write down how many batches there are, and how many are done by now, for whoever watches the run."""
+    found = status(folder)
+    running: Status = found if found["state"] == "running" else _running()
+    files.write_json(folder / "status.json", {**running, "batches": batches, "begun_at": batches_done(folder)})
 
 
 def batches_done(folder: Path) -> int:
@@ -150,7 +284,7 @@ def mark_published(folder: Path, place: str) -> None:
 
 
 def published(folder: Path, place: str) -> bool:
-    marked = files.read_json(folder / "wandb.json") or {}
+    marked = files.read_json(folder / "wandb.json", Published) or {}
     rows = status(folder).get("sha256", {}).get("rows.parquet")
     return rows is not None and (marked.get("rows"), marked.get("place")) == (rows, place)
 
@@ -162,19 +296,29 @@ def statistics_of(folder: Path) -> Path | None:
     return cache if name and cache.is_dir() else None
 
 
-def environment(folder: Path) -> dict:
-    """What it ran on, and what was found out while it ran."""
-    return files.read_json(folder / "environment.json") or {}
+def environment(folder: Path) -> Environment:
+    """The machine and the versions that it ran on, and what was found out while it ran; empty where it is damaged."""
+    return files.read_json(folder / "environment.json", Environment) or {}
 
 
-def status(folder: Path) -> dict:
-    return files.read_json(folder / "status.json") or {"state": "new"}
+def status(folder: Path) -> Status:
+    """What status.json says; `damaged` where it cannot be read, or is lost from beside results."""
+    file = folder / "status.json"
+    found = files.read_json(file, Status)
+    if found is None and not file.exists() and not (folder / "rows.parquet").exists():
+        return {"state": "new"}
+    if found is None or found["state"] in ("new", "damaged") or ("host" in found) != ("pid" in found):
+        return {"state": "damaged", "reason": _damage(file)}
+    return found
 
 
-def looked_at(folder: Path) -> dict:
-    """Its status; a process of this machine that was killed could not write it."""
+def looked_at(folder: Path) -> Status:
+    """The status, corrected by what a killed process could not write, and by whether the files are whole."""
     found = status(folder)
-    if found.get("host") != gethostname() or not _gone(found["pid"], found.get("started") or found["time"]):
+    if (damage := damaged(folder)) is not None:
+        return {**found, "state": "damaged", "reason": f"{damage}; the same command computes it again"}
+    pid, since = found.get("pid"), found.get("started") or found.get("time")
+    if found.get("host") != gethostname() or pid is None or since is None or not _gone(pid, since):
         return found
     if found["state"] == "queued":
         return {**found, "state": "interrupted", "reason": WAITED}
@@ -197,6 +341,10 @@ def _gone(pid: int, wrote: str) -> bool:
         return True
 
 
+def _running() -> Status:
+    return {"state": "running", "started": _now(), "host": gethostname(), "pid": os.getpid()}
+
+
 def _process() -> dict[str, object]:
     return {"host": gethostname(), "pid": os.getpid()}
 
@@ -210,7 +358,10 @@ def finish(folder: Path, rows: pd.DataFrame, documents: pd.DataFrame, seconds: f
     tables = {"documents.parquet": documents, "rows.parquet": rows}
     sums = {name: files.write_table(folder / name, table) for name, table in tables.items()}
     remember(folder, **peak_memory(), seconds=round(seconds, 2), like=like)
-    files.write_json(folder / "status.json", {"state": "finished", "time": _now(), "sha256": sums})
+    sums = {name: sha256 for name in FILES if (sha256 := files.sha256_of(folder / name))} | sums
+    content: Status = {"state": "finished", "time": _now(), "run": folder.name, "sha256": sums}
+    sums["status.json"] = _own_sum(content)
+    files.write_json(folder / "status.json", content)
     remove_progress(folder)
 
 

@@ -72,10 +72,10 @@ def table(packs: Packs) -> Table:
     return shown
 
 
-def progress(folder: Path, status: dict) -> tuple[str, str]:
+def progress(folder: Path, status: store.Status) -> tuple[str, str]:
     """The job and its batches; and what is left of it, if all of its batches take as long as those that are done."""
     total, done = status.get("batches"), store.batches_done(folder)
-    if not total:
+    if not total or "started" not in status:
         return f"{folder.name} (loading)", ""
     spent = (datetime.now(timezone.utc) - datetime.fromisoformat(status["started"])).total_seconds()
     lately = done - status.get("begun_at", 0)

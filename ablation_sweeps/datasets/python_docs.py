@@ -18,6 +18,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
 
 from ablation_sweeps.data import Document, Modality, Split, UserError, unit_hash
 from ablation_sweeps.files import fingerprint_of_file, read_json, signature, write_json
@@ -79,14 +80,18 @@ def docs() -> tuple[Document, ...]:
     return tuple(documents)
 
 
+class Kept(TypedDict):
+    """What the file of parsed documents holds: their hash, their names and texts."""
+
+    sha256: str
+    documents: list[tuple[str, str]]
+
+
 def _kept(file: Path) -> list[Document] | None:
     """None where it is absent, or not what was written."""
-    kept = read_json(file) or {}
-    try:
-        documents = [Document(*pair) for pair in kept["documents"]]
-        return documents if content_hash(documents) == kept["sha256"] else None
-    except (TypeError, KeyError):
-        return None
+    kept = read_json(file, Kept)
+    documents = [Document(*pair) for pair in kept["documents"]] if kept else []
+    return documents if kept and content_hash(documents) == kept["sha256"] else None
 
 
 def parsed(topics: Iterable[Document], modules: Iterable[Document]) -> list[Document]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from socket import gethostname
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -57,7 +58,8 @@ def test_a_plan_without_a_past_gives_no_estimate(jobs, capsys):
 
 
 def test_status_is_read_from_the_files(tmp_path):
-    store.write_status(tmp_path / "one", "finished")
+    store.begin(tmp_path / "one", {})
+    store.finish(tmp_path / "one", pd.DataFrame({"value": [1.0]}), pd.DataFrame({"n": [1.0]}), 1.0)
     store.write_status(tmp_path / "two", "failed", "its process died 2 times: [red]OUT_OF_MEMORY")
     shown = CliRunner().invoke(app, ["status", str(tmp_path)])
     assert shown.exit_code == 0 and "1 failed, 1 finished" in shown.output

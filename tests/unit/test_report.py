@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from matplotlib import rc_context
 from matplotlib.image import imread
 from rich.console import Console
@@ -48,8 +47,8 @@ def curve(
     return pd.DataFrame(rows).assign(**{**run, **columns})
 
 
-def save_run(folder: Path, rows: pd.DataFrame, state: str = "finished") -> None:
-    folder.mkdir(parents=True)
+def save_run(folder: Path, rows: pd.DataFrame, state: str = "finished", config: dict | None = None) -> None:
+    store.begin(folder, config or {})
     store.finish(folder, rows, rows, 1.0)
     if state != "finished":
         store.write_status(folder, state)
@@ -419,15 +418,12 @@ def test_a_figure_of_a_study_that_is_not_shown_any_more_is_removed(tmp_path: Pat
     assert there == expected and len(there) == 4
 
 
-def test_studies_of_one_name_say_in_which_options_they_differ(tmp_path: Path):
+def test_studies_of_one_name_say_in_which_options_they_differ(tmp_path: Path, monkeypatch):
     dtypes = {"a": "float32", "b": "bfloat16", "c": "bfloat16"}
     for i, (name, dtype) in enumerate(dtypes.items()):
-        save_run(tmp_path / name, curve("zero", study=8 * name))
         options = {"model": {"label": f"opt{i}", "dtype": dtype}, "seed": i, "method": {"label": "zero", "n_bins": i}}
-        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(options))
-    for name, time in {"b": "02:04:06", "c": "02:04:07"}.items():
-        status = store.status(tmp_path / name)
-        files.write_json(tmp_path / name / "status.json", status | {"time": f"2026-01-02T{time}+00:00"})
+        monkeypatch.setattr(store, "_now", lambda i=i: f"2026-01-02T02:04:0{5 + i}+00:00")
+        save_run(tmp_path / name, curve("zero", study=8 * name), config=options)
     *others, newer, older = [study.title.split(" · ")[-1] for study in studies(read_curves(tmp_path))]
     assert others == ["model.dtype=float32"]
     assert newer == "model.dtype=bfloat16 finished 2026-01-02 02:04:07 UTC"  # its data were changed, for example

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import os
@@ -11,14 +12,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from socket import gethostname
 
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from ablation_sweeps import files, store
 from ablation_sweeps import job as job_module
 from ablation_sweeps.activations import CalibrationData
+from ablation_sweeps.cli import app
 from ablation_sweeps.job import Job, run_job
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -233,11 +237,36 @@ def test_modes_are_those_of_umask(tmp_path):
     assert modes == {"text": 0o640, "table": 0o640, "tensors": 0o640, ".lock": 0o640}
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"state": '])
-def test_a_damaged_json_is_none(tmp_path, content):
-    (tmp_path / "status.json").write_text(content)
-    assert files.read_json(tmp_path / "status.json") is None
-    assert not store.finished(tmp_path)
+NOT_A_STATUS = [
+    "", "{", '{"state": ', "[]", "null", "1", "{}", '{"state": 1}', '{"state": "mended"}', '{"state": "damaged"}',
+    '{"state": "running", "host": "HOST"}', '{"state": "running", "pid": 1}',
+    '{"state": "running", "host": "HOST", "pid": "1"}', '{"state": "queued", "host": "HOST", "pid": 1, "time": 5}',
+    '{"state": "running", "host": "HOST", "pid": 1, "started": "2026-01-01"}', '{"state": "finished", "sha256": []}',
+    '{"state": "finished"}', '{"state": "finished", "sha256": {"status.json": "0"}}',
+    '{"state": "running", "batches": "9"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", NOT_A_STATUS)
+def test_a_status_that_cannot_be_true_is_damaged(tmp_path, content):
+    """Truncated, of another type, or with a key missing: the run is shown as damaged, and is run again."""
+    run = tmp_path / "sweep" / "run"
+    run.mkdir(parents=True)
+    (run / "status.json").write_text(content.replace("HOST", gethostname()))
+    assert not store.finished(run)
+    shown = CliRunner().invoke(app, ["status", str(run.parent)])
+    assert "1 damaged" in shown.output and "status.json is damaged" in shown.output
+    store.queue(run, {}, lasts=False)
+    assert store.status(run)["state"] == "queued"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"notes": 5}', '{"notes": ["a"], "seconds": "5"}', '{"packages": 1}'])
+def test_a_damaged_environment_of_an_unfinished_run_is_written_again(tmp_path, content):
+    store.begin(tmp_path, {})
+    (tmp_path / "environment.json").write_text(content)
+    store.note(tmp_path, "less memory")
+    store.begin(tmp_path, {})
+    assert store.environment(tmp_path).get("notes") == ["less memory"]
 
 
 def table(i: int) -> pd.DataFrame:
@@ -340,20 +369,75 @@ def test_a_job_that_was_stopped_goes_on_and_gives_bit_equal_rows(make, monkeypat
     pd.testing.assert_frame_equal(*(pd.read_parquet(f / "documents.parquet") for f in folders), check_exact=True)
 
 
-@pytest.mark.parametrize("file", ["rows.parquet", "documents.parquet"])
-def test_a_finished_job_is_not_run_again_unless_a_table_of_it_is_damaged(make, monkeypatch, file):
-    folder = run_job(make("method=zero"))
-    first = rows_of(folder)
-    runs = []
+def alter(file: Path) -> None:
+    """Another content of the same length; of text, one that still reads: another seed, another number of seconds."""
+    content = file.read_bytes()
+    digits = [place for place, byte in enumerate(content) if chr(byte).isdigit() and file.suffix != ".parquet"]
+    place = digits[-1] if digits else len(content) // 2
+    file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[Job]:
+    """The jobs that were computed."""
+    jobs: list[Job] = []
     real = job_module.measure
-    monkeypatch.setattr(job_module, "measure", lambda *args: runs.append(1) or real(*args))
-    run_job(make("method=zero"))
-    assert not runs
-    content = (folder / file).read_bytes()
-    (folder / file).write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
-    run_job(make("method=zero"))
-    assert len(runs) == 1
+    monkeypatch.setattr(job_module, "measure", lambda job, folder: jobs.append(job) or real(job, folder))
+    return jobs
+
+
+def test_a_finished_job_is_computed_again_where_any_of_its_files_is_damaged(make, measured, caplog):
+    job = make("method=zero")
+    folder = run_job(job)
+    first = rows_of(folder)
+    run_job(job)
+    assert len(measured) == 1
+    names = ("config.yaml", "environment.json", "status.json", "rows.parquet", "documents.parquet")
+    for n, (name, damage) in enumerate(itertools.product(names, (alter, truncate, empty, Path.unlink)), start=2):
+        damage(folder / name)
+        found = store.looked_at(folder)
+        assert found["state"] == "damaged" and found.get("reason", "").startswith(f"{name} is"), damage
+        assert store.result(folder, "rows.parquet") is None
+        caplog.clear()
+        run_job(job)
+        assert len(measured) == n and f"{name} is" in caplog.text
+        assert store.finished(folder) and store.looked_at(folder)["state"] == "finished"
     pd.testing.assert_frame_equal(rows_of(folder), first, check_exact=True)
+
+
+def test_results_of_another_run_are_not_taken_for_its_own(make, measured):
+    other, job = run_job(make("method=zero")), make("method=mean")
+    shutil.copytree(other, job.folder)
+    assert "status.json is that of another run" in store.looked_at(job.folder).get("reason", "")
+    assert set(rows_of(run_job(job))["method"]) == {"mean"} and len(measured) == 2
+
+
+def test_a_run_of_an_earlier_version_stays_valid(make, measured):
+    """It kept the sums of its tables alone: its other files must be readable, and fit the folder's name."""
+    job = make("method=zero")
+    folder = run_job(job)
+    status = state(folder)
+    sums = {name: status["sha256"][name] for name in ("documents.parquet", "rows.parquet")}
+    files.write_json(folder / "status.json", {"state": "finished", "time": status["time"], "sha256": sums})
+    run_job(job)
+    assert len(measured) == 1 and store.result(folder, "rows.parquet") is not None
+    config = (folder / "config.yaml").read_text()
+    for text in ("", config.replace("seed: 0", "seed: 1"), config.replace("method:", "way:"), config[:300], "- a"):
+        (folder / "config.yaml").write_text(text)
+        assert store.looked_at(folder).get("reason", "").startswith("config.yaml is")
+    (folder / "config.yaml").write_text(config)
+    (folder / "environment.json").write_text("{")
+    assert store.looked_at(folder).get("reason", "").startswith("environment.json is")
+    run_job(job)
+    assert len(measured) == 2 and "environment.json" in state(folder)["sha256"]
 
 
 def test_a_job_that_fails_says_why(make, monkeypatch):
