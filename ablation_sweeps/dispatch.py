@@ -22,7 +22,7 @@ from ablation_sweeps.data import UserError
 from ablation_sweeps.launching import Failures, by_model, end_of_sweep
 from ablation_sweeps.local import Local
 from ablation_sweeps.packs import OVER, Pack, packed
-from ablation_sweeps.queue import MOST, Place, Queue
+from ablation_sweeps.queue import Place, Queue
 from ablation_sweeps.slurm import Slurm, others_may_write
 from ablation_sweeps.watching import Watcher
 
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 LAUNCHERS = {"Slurm": Slurm, "Local": Local}
 HOW = "how.json"  # a sweep was launched last; `retry` reads it
 LOOK_SECONDS = 2.0  # between two looks at the files of the jobs
+UNKNOWN = Place("UNKNOWN", "", False, "")  # that it is over must be said by the queue
 NOBODYS_FAULT = ("PREEMPTED", "BOOT_FAIL")
 MEMORY = re.compile(r"oom.?kill|out of memory|OutOfMemory|\bKilled\b|SIGKILL|MemoryError", re.IGNORECASE)
 
@@ -187,8 +188,8 @@ class Work:
                  len(missing), counted(len(self.packs), "pack"))  # fmt: skip
 
     def _submit(self, packs: list[Pack]) -> None:
-        for start in range(0, len(packs), MOST):
-            some = packs[start : start + MOST]
+        for start in range(0, len(packs), self.queue.most):
+            some = packs[start : start + self.queue.most]
             for pack in some:
                 for folder, config in pack.configs.items():
                     store.queue(Path(folder), config, self.queue.lasts)
@@ -212,7 +213,7 @@ class Work:
                     if all(state in OVER for state in states):
                         del self.packs[pack]
                     elif places is not None:
-                        place = places.get(pack, Place("GONE", "", True, "it left the queue"))
+                        place = places.get(pack, UNKNOWN)
                         again += self._left_by(pack, place) if self._is_over(pack, place) else []
                 self._submit(again)
                 self.last = self.last if places is None else places

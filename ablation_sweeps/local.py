@@ -63,6 +63,7 @@ class Local:
 @dataclass
 class LocalQueue:
     lasts: ClassVar[bool] = False
+    most: ClassVar[int] = sys.maxsize
 
     logs: Path
     gpus: list[str]

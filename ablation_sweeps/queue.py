@@ -8,8 +8,6 @@ from typing import Protocol, runtime_checkable
 
 from ablation_sweeps.packs import Pack
 
-MOST = 1000  # packs of one submission: SLURM's own MaxArraySize is 1001
-
 
 @dataclass(frozen=True)
 class Place:
@@ -29,8 +27,13 @@ class Place:
 class Queue(Protocol):
     lasts: bool  # what waits in it is run even if this process ends
 
+    @property
+    def most(self) -> int:
+        """Packs of one submission."""
+        ...
+
     def submit(self, packs: list[Pack]) -> dict[str, Pack]:
-        """Each under its name; at most `MOST`."""
+        """Each under its name; at most `most`."""
         ...
 
     def earlier(self) -> dict[str, list[str]]:
@@ -38,7 +41,7 @@ class Queue(Protocol):
         ...
 
     def places(self) -> dict[str, Place] | None:
-        """Where each pack is; None while nothing new is known."""
+        """Where each pack is, as far as that is known; None while nothing new is known."""
         ...
 
     def cancel(self, packs: list[str]) -> None: ...

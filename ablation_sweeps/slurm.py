@@ -1,7 +1,8 @@
-"""Packs on a SLURM cluster: submitted by submitit, watched by squeue, which needs no accounting."""
+"""Packs on a SLURM cluster: submitted by submitit, watched by squeue and scontrol, which need no accounting."""
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import logging
@@ -18,6 +19,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
+from typing_extensions import NotRequired, TypedDict
 
 from ablation_sweeps import files
 from ablation_sweeps.data import UserError
@@ -27,10 +29,44 @@ from ablation_sweeps.queue import Place
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 10.0  # at least, between two calls of squeue, whatever the number of jobs
-TRIES = 6  # of squeue, before a launch gives up: without its answer, what runs already would be submitted again
+TRIES = 6  # of squeue, and scontrol, before a launch gives up: it would submit again what runs already
 OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
         "PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT")  # fmt: skip
+GONE = Place("GONE", "", True, "it left the queue, and SLURM does not know it any more")
+USUAL_ARRAY = 1000  # tasks, where scontrol does not say how many the site allows
+TOO_MANY = re.compile(r"Submit(Job|Limit)|job submit limit|array|MaxJob|temporarily unable", re.IGNORECASE)
+
+# Variables of the user that SLURM's commands need to find the cluster. Others filter and format what squeue answers.
+FINDS_CLUSTER = ("SLURM_CONF", "SLURM_JWT")
+COMMANDS = ("SLURM_", "SLURMD_", "SRUN_", "SALLOC_", "SBATCH_", "SQUEUE_", "SINFO_", "SCANCEL_", "SCONTROL_")
+
+# sbatch prefers a variable SBATCH_NAME to what the job script says: these belong to the packs, whatever the user has.
+OURS = ("ARRAY_INX", "CLUSTERS", "ERROR", "EXPORT", "EXPORT_FILE", "GET_USER_ENV", "INPUT", "JOB_NAME", "NODES",
+        "NO_REQUEUE", "NTASKS", "OPEN_MODE", "OUTPUT", "REQUEUE", "SIGNAL", "WAIT")  # fmt: skip
+SET_BY = {
+    "time": ("TIMELIMIT",),
+    "mem": ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"),
+    "gres": ("GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_SOCKET", "GPUS_PER_TASK"),
+}
+SET_BY |= {key: SET_BY["mem"] for key in ("mem_per_cpu", "mem_per_gpu")}
+SET_BY |= {key: SET_BY["gres"] for key in ("gpus", "gpus_per_node", "gpus_per_socket", "gpus_per_task")}
 Count = Annotated[int, Field(ge=1)]
+PLAIN = ("partition", "account", "qos", "gres", "cpus_per_task", "mem", "time", "constraint", "exclude")
+
+
+class Array(TypedDict):
+    """What a file of .dispatch holds of one submission.
+
+    Attributes:
+        packs: the folders of the jobs of each.
+        job: SLURM's number of the array; absent if the launcher was killed before it knew.
+        cancelled: numbers of packs.
+    """
+
+    packs: list[list[str]]
+    logs: NotRequired[str]
+    job: NotRequired[str]
+    cancelled: NotRequired[list[int]]
 
 
 def minutes(time: object) -> object:
@@ -93,25 +129,32 @@ class SlurmQueue:
         self.name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', self.sweep.name)}-{digest}"
         self.private = private(Path(self.options.folder).expanduser().absolute() / self.name)
         self.records = self.sweep / ".dispatch"
-        self.arrays = {
-            file.stem: files.read_json(file, dict) or {}
-            for file in self.records.glob(f"{glob.escape(self.name)}-*.json")
-        }
+        found = self.records.glob(f"{glob.escape(self.name)}-*.json")
+        read = {file.stem: files.read_json(file, Array) for file in found if re.search(r"-\d+$", file.stem)}
+        self.arrays = {name: array for name, array in read.items() if array is not None}
+        self.damaged = read.keys() - self.arrays.keys()
         self.known: dict[str, Place] = {}
         self.asked = float("-inf")
+
+    @functools.cached_property
+    def most(self) -> int:
+        """Packs of one submission: as many tasks as the site allows an array."""
+        answer = _command("scontrol", "show", "config")
+        match = re.search(r"^MaxArraySize\s*=\s*(\d+)", answer.stdout, re.MULTILINE)
+        return max(1, int(match[1])) if match else USUAL_ARRAY
 
     def submit(self, packs: list[Pack]) -> dict[str, Pack]:
         """One array. What it holds is on disk before SLURM knows of it: a launcher that is killed forgets nothing."""
         import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        number = 1 + max((int(name.rpartition("-")[2]) for name in self.arrays), default=0)
-        name = f"{self.name}-{number}"
-        record: dict[str, Any] = {"packs": [list(pack.configs) for pack in packs], "logs": str(self.private)}
+        names = (*self.arrays, *self.damaged)
+        name = f"{self.name}-{1 + max((int(name.rpartition('-')[2]) for name in names), default=0)}"
+        record: Array = {"packs": [list(pack.configs) for pack in packs], "logs": str(self.private)}
         files.write_json(self.records / f"{name}.json", record)
         delay = min(10.0, len(packs) / 20)
         try:
-            with _outside_of_a_job():
+            with self._environment():
                 executor = submitit.SlurmExecutor(
                     self.private, max_num_timeout=10**6
                 )  # a pack that gets nowhere gives up
@@ -122,11 +165,16 @@ class SlurmQueue:
             (self.records / f"{name}.json").unlink()
             if isinstance(error, FailedJobError | FailedSubmissionError):
                 said = " ".join(dict.fromkeys(str(error).splitlines()))  # sbatch tries again, and says the same
+                if TOO_MANY.search(said):
+                    said += "; raise hydra.launcher.max_jobs_per_pack, which makes fewer and larger packs"
                 raise UserError(f"hydra.launcher: sbatch refuses: {said}") from error
             raise UserError(
                 "hydra/launcher=slurm: there is no srun here; type the command on a machine of the cluster, or take "
                 "hydra/launcher=local"
             ) from error
+        except KeyboardInterrupt:  # perhaps SLURM has it already
+            _command("scancel", "--quiet", f"--name={name}")
+            raise
         record["job"] = jobs[0].job_id.partition("_")[0]
         files.write_json(self.records / f"{name}.json", record)
         self.arrays[name] = record
@@ -135,14 +183,42 @@ class SlurmQueue:
 
     def _parameters(self, name: str) -> dict[str, Any]:
         o = self.options
-        plain = ("partition", "account", "qos", "gres", "cpus_per_task", "mem", "time", "constraint", "exclude")
-        given = {key: getattr(o, key) for key in plain if getattr(o, key) is not None}
+        given = {key: getattr(o, key) for key in PLAIN if getattr(o, key) is not None}
         return {**given, "job_name": name, "array_parallelism": o.max_parallel, "setup": o.setup or None,
                 "additional_parameters": {"requeue": True, **o.sbatch}}  # fmt: skip
 
+    @contextmanager
+    def _environment(self) -> Iterator[None]:
+        """The launcher may itself run in a job, whose size would be taken for that of the packs. Defaults of the user
+        for sbatch stay, but for those that an option sets."""
+        from submitit.helpers import clean_env
+
+        o = self.options
+        options = {key: getattr(o, key) for key in PLAIN if getattr(o, key) is not None} | o.sbatch
+        taken = {f"SBATCH_{name}": "" for name in OURS}
+        for key in options:
+            for name in SET_BY.get(key.replace("-", "_"), (key.replace("-", "_").upper(),)):
+                taken[f"SBATCH_{name}"] = f"hydra.launcher.{'sbatch.' * (key in o.sbatch)}{key}"
+        found = {key: value for key, value in os.environ.items() if key.startswith("SBATCH_")}
+        if "SLURM_JOB_ID" in os.environ:  # of this job
+            found = {key: value for key, value in found.items() if not key.startswith(("SBATCH_CPU_B", "SBATCH_MEM_B"))}
+        for key in found:
+            if taken.get(key):
+                log.info("%s=%s gives way to %s", key, found[key], taken[key])
+        kept = {key: value for key, value in found.items() if key not in taken}
+        kept |= {key: os.environ[key] for key in FINDS_CLUSTER if key in os.environ}
+        with clean_env():
+            before = dict(os.environ)
+            os.environ.update(kept)
+            try:
+                yield
+            finally:
+                for key in kept.keys() - before.keys():
+                    del os.environ[key]
+
     def earlier(self) -> dict[str, list[str]]:
         """The packs of earlier launches that still wait or run, and the folders of their jobs."""
-        if not self.arrays:
+        if not self.arrays and not self.damaged:
             return {}
         if not any(self._ask() for _ in range(TRIES)):
             raise UserError(
@@ -165,26 +241,57 @@ class SlurmQueue:
         return self.known if self._ask() else None
 
     def _ask(self) -> bool:
+        """One squeue for all packs. One that is missing from its answer may have been left out by a filter or a hidden
+        partition, so scontrol is asked for its array by number: only SLURM itself says that a pack is over."""
         time.sleep(max(0.0, self.asked + POLL_SECONDS - time.monotonic()))
-        command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}",
-                   "--format=%j|%K|%T|%N|%F|%r"]  # fmt: skip
-        try:
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            answer = subprocess.CompletedProcess(command, 1, "", str(error))
+        answer = _command("squeue", "--noheader", "--all", "--array", "--states=all", f"--user={os.getuid()}",
+                          "--format=%j|%K|%T|%N|%F|%r")  # fmt: skip
         self.asked = time.monotonic()
         if answer.returncode != 0:
             log.warning("squeue does not answer (%s); it is asked again", answer.stderr.strip())
             return False
-        self.known = {}
+        found: dict[str, Place] = {}
         for line in answer.stdout.splitlines():
-            name, index, state, node, job, reason = line.split("|", 5)
+            name, index, state, node, job, reason = (line.split("|", 5) + [""] * 5)[:6]
+            if name in self.damaged and state not in OVER:
+                file = self.records / f"{name}.json"
+                raise UserError(
+                    f"{file}: is damaged, so it is not known which jobs run in it; type scancel --name={name}, and "
+                    "then the same command"
+                )
             if name in self.arrays:
                 index = index if index.isdigit() else "0"
                 waits = reason if state == "PENDING" and reason not in ("None", "Priority", "Resources") else ""
-                self.known[f"{name}.{index}"] = Place(state, node, state in OVER, waits)
+                found[f"{name}.{index}"] = Place(state, node, state in OVER, waits)
                 self.arrays[name].setdefault("job", job)  # where the launcher was killed before it wrote it down
+        missing: dict[str, list[str]] = {}
+        for name, array in self.arrays.items():
+            packs = [f"{name}.{index}" for index in range(len(array["packs"]))]
+            lost = [p for p in packs if p not in found and not (p in self.known and self.known[p].over)]
+            missing |= {name: lost} if lost else {}
+        for name, packs in missing.items():
+            if (shown := self._show(name)) is None:
+                return False
+            found |= {pack: shown.get(pack, GONE) for pack in packs}
+        self.known |= found
         return True
+
+    def _show(self, name: str) -> dict[str, Place] | None:
+        """Where the packs of an array are that SLURM knows by their number; None if scontrol does not answer."""
+        array = self.arrays[name]
+        if "job" not in array:  # a launcher was killed before SLURM had it
+            return {}
+        answer = _command("scontrol", "--all", "--oneliner", "show", "job", array["job"])
+        if answer.returncode != 0 and "Invalid job id" not in answer.stderr + answer.stdout:
+            log.warning("scontrol does not answer (%s); it is asked again", answer.stderr.strip())
+            return None
+        found = {}
+        for line in answer.stdout.splitlines():
+            told = dict(re.findall(r"(?<!\S)(JobName|JobState|ArrayTaskId|NodeList)=(\S+)", line))
+            state, node = told.get("JobState", ""), told.get("NodeList", "").replace("(null)", "")
+            for index in _indices(told.get("ArrayTaskId", "0")) if told.get("JobName") == name else ():
+                found[f"{name}.{index}"] = Place(state, node, state in OVER, "")
+        return found
 
     def cancel(self, packs: list[str]) -> None:
         """Exactly these: an array may hold packs of an earlier launch that nobody waits for here."""
@@ -195,10 +302,9 @@ class SlurmQueue:
             self.arrays[name].setdefault("cancelled", []).append(int(index))
         for name in {pack.rpartition(".")[0] for pack in packs}:
             files.write_json(self.records / f"{name}.json", self.arrays[name])
-        command = ["scancel", "--quiet", *map(self._id, packs)]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        answer = _command("scancel", "--quiet", *map(self._id, packs))
         if answer.returncode:
-            log.error("scancel failed (%s); type it again: %s", answer.stderr.strip(), " ".join(command))
+            log.error("scancel failed (%s); type it again: %s", answer.stderr.strip(), " ".join(answer.args))
 
     def log_of(self, pack: str) -> Path:
         return self.private / f"{self._id(pack)}_0_log.err"
@@ -210,16 +316,25 @@ class SlurmQueue:
         return f"{record.get('job')}_{index}" if len(record["packs"]) > 1 else str(record.get("job"))
 
 
-@contextmanager
-def _outside_of_a_job() -> Iterator[None]:
-    """The launcher may itself run in a job, whose size would be taken for that of the packs."""
-    from submitit.helpers import clean_env
+def _command(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command of SLURM without the user's variables for such commands, which filter and format answers."""
+    environment = {key: value for key, value in os.environ.items()
+                   if key in FINDS_CLUSTER or not key.startswith(COMMANDS)}  # fmt: skip
+    try:
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 1, "", str(error))
 
-    conf = os.environ.get("SLURM_CONF")
-    with clean_env():
-        if conf:  # it is no part of a job: it says where the cluster is
-            os.environ["SLURM_CONF"] = conf
-        yield
+
+def _indices(tasks: str) -> list[int]:
+    """Numbers of the tasks that scontrol writes as 3, 0-4%2 or 1,3-7:2."""
+    found: list[int] = []
+    for part in tasks.partition("%")[0].split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?(?::(\d+))?", part)
+        if match:
+            first, last, step = match.groups()
+            found += range(int(first), int(last or first) + 1, int(step or 1))
+    return found
 
 
 def private(folder: Path) -> Path:

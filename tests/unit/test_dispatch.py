@@ -81,6 +81,7 @@ class FakeQueue:
     live: dict[str, list[str]] = field(default_factory=dict)
     submissions: list[str] = field(default_factory=list)
     known: dict[str, Place] = field(default_factory=dict)
+    most: int = 1000
 
     def submit(self, packs: list[Pack]) -> dict[str, Pack]:
         self.submissions += ["".join(folder.name for folder in pack.folders) for pack in packs]
@@ -290,7 +291,6 @@ def test_what_finishes_while_the_queue_is_asked_is_left_alone(monkeypatch, tmp_p
 
 def test_a_refused_submission_is_said_and_what_is_queued_goes_on(monkeypatch, tmp_path, caplog):
     """More packs than a site allows."""
-    monkeypatch.setattr(dispatch, "MOST", 2)
     monkeypatch.setattr(dispatch, "LOOK_SECONDS", 0)
 
     class Full(FakeQueue):
@@ -299,7 +299,8 @@ def test_a_refused_submission_is_said_and_what_is_queued_goes_on(monkeypatch, tm
                 raise UserError("hydra.launcher: sbatch refuses: QOSMaxSubmitJobPerUserLimit")
             return super().submit(packs)
 
-    mine = dispatch.Work(Full(dies_at(""), tmp_path / "log"), 1, {job.folder: job for job in make(tmp_path, "abcd")})
+    full = Full(dies_at(""), tmp_path / "log", most=2)
+    mine = dispatch.Work(full, 1, {job.folder: job for job in make(tmp_path, "abcd")})
     mine.start(1)
     mine.watch()
     ended = {folder.name: store.status(folder) for folder in mine.jobs}
@@ -309,10 +310,18 @@ def test_a_refused_submission_is_said_and_what_is_queued_goes_on(monkeypatch, tm
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
-    """A SlurmQueue whose squeue prints what the file `squeue.out` holds, or fails where there is none."""
+    """A SlurmQueue whose squeue and scontrol print what the files `squeue.out` and `scontrol.out` hold, or fail where
+    there is none, and whose sbatch writes its variables down."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    scripts = {"squeue": f"cat '{tmp_path}/squeue.out'", "scancel": f"echo $@ >>'{tmp_path}/scancel.out'"}
+    unknown = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+    scripts = {
+        "squeue": f"env | grep -E '^(SQUEUE|SLURM)_' >>'{tmp_path}/env'; cat '{tmp_path}/squeue.out'",
+        "scontrol": f"echo $@ >>'{tmp_path}/scontrol.asked'; cat '{tmp_path}/scontrol.out' || {{ {unknown}; }}",
+        "scancel": f"echo $@ >>'{tmp_path}/scancel.out'",
+        "sbatch": f"env >'{tmp_path}/sbatch.env'; cat '{tmp_path}/sbatch.err' >&2 && exit 1; echo Batch job 18",
+        "srun": "",
+    }
     for name, script in scripts.items():
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
         (folder / name).chmod(0o755)
@@ -320,7 +329,10 @@ def asked(monkeypatch, tmp_path):
     monkeypatch.setattr(slurm, "POLL_SECONDS", 0)
     options = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / "slurm.yaml").read_text())
     options = {key: value for key, value in options.items() if key not in ("_target_", "to")}
-    make_queue = lambda: Slurm(**{**options, "folder": str(tmp_path / "private")}).queue(tmp_path / "sweep")  # noqa: E731
+
+    def make_queue(**own) -> slurm.SlurmQueue:
+        return Slurm(**{**options, "folder": str(tmp_path / "private"), **own}).queue(tmp_path / "sweep")
+
     name = make_queue().name
     files.write_json(tmp_path / "sweep" / ".dispatch" / f"{name}-1.json", {"packs": [["/a"], ["/b"]], "job": "17"})
     return make_queue, f"{name}-1"
@@ -343,6 +355,114 @@ def test_what_was_cancelled_is_not_waited_for(asked, tmp_path):
     queue.cancel([f"{name}.1"])
     assert (tmp_path / "scancel.out").read_text() == "--quiet 17_1\n"
     assert make_queue().earlier() == {f"{name}.0": ["/a"]}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "name", "live"),
+    [
+        ("ArrayTaskId=0-1%256 JobName=NAME JobState=PENDING", "NAME", "01"),
+        ("ArrayTaskId=0 JobName=NAME JobState=RUNNING\nArrayTaskId=1 JobName=NAME JobState=FAILED", "NAME", "0"),
+        ("ArrayTaskId=1 JobName=NAME JobState=RUNNING", "NAME", "1"),
+        ("ArrayTaskId=0,1 JobName=another JobState=RUNNING", "NAME", ""),  # SLURM began to count anew
+        (None, "NAME", ""),
+    ],
+)
+def test_a_pack_that_squeue_leaves_out_is_asked_for_by_its_number(asked, tmp_path, monkeypatch, tasks, name, live):
+    """A filter of the user's, or of the site's own squeue, hides them: alone that is no death."""
+    make_queue, name = asked
+    monkeypatch.setenv("SQUEUE_PARTITION", "another")
+    monkeypatch.setenv("SLURM_CLUSTERS", "another")
+    monkeypatch.setenv("SLURM_CONF", "/here")
+    (tmp_path / "squeue.out").write_text("")
+    if tasks is not None:
+        (tmp_path / "scontrol.out").write_text(tasks.replace("NAME", name) + "\n")
+    queue = make_queue()
+    assert "".join(pack[-1] for pack in queue.earlier()) == live
+    assert (tmp_path / "env").read_text() == "SLURM_CONF=/here\n"
+    assert (tmp_path / "scontrol.asked").read_text() == "--all --oneliner show job 17\n"
+    places = queue.places()
+    assert places is not None and all(places[f"{name}.{i}"].over == (str(i) not in live) for i in (0, 1))
+
+
+def test_without_an_answer_by_number_nothing_is_taken_for_over(asked, tmp_path):
+    make_queue, name = asked
+    (tmp_path / "squeue.out").write_text(f"{name}|1|RUNNING|node1|17|None\n")
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho 'Socket timed out' >&2; exit 1\n")
+    queue = make_queue()
+    with pytest.raises(UserError, match="it is not known what runs already"):
+        queue.earlier()
+    assert queue.places() is None
+
+
+def test_what_is_over_is_not_asked_for_again_and_again(asked, tmp_path):
+    make_queue, name = asked
+    (tmp_path / "squeue.out").write_text(f"{name}|1|RUNNING|node1|17|None\n{name}|0|COMPLETED||17|None\n")
+    queue = make_queue()
+    queue.earlier()
+    (tmp_path / "squeue.out").write_text(f"{name}|1|RUNNING|node1|17|None\n")
+    for _ in range(3):
+        places = queue.places()
+        assert places and places[f"{name}.0"].state == "COMPLETED"
+    assert not (tmp_path / "scontrol.asked").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"packs": [["/a"]], "job": 17}', '{"packs": "/a"}'])
+def test_a_damaged_record_of_what_still_runs_is_said(asked, tmp_path, content):
+    make_queue, name = asked
+    (tmp_path / "sweep" / ".dispatch" / f"{name}.json").write_text(content)
+    (tmp_path / "sweep" / ".dispatch" / f"{name} (copy).json").write_text(content)
+    (tmp_path / "squeue.out").write_text(f"{name}|1|RUNNING|node1|17|None\n")
+    with pytest.raises(UserError, match=f"{name}.json: is damaged.*type scancel --name={name}"):
+        make_queue().earlier()
+    (tmp_path / "squeue.out").write_text("")
+    assert make_queue().earlier() == {}
+    assert list(make_queue().submit([Pack({"/c": {}})])) == [f"{name[:-1]}2.0"]
+
+
+def test_defaults_of_the_user_for_sbatch_stay_but_for_those_that_an_option_sets(asked, tmp_path, monkeypatch):
+    given = {"ACCOUNT": "mine", "PARTITION": "slow", "GRES": "gpu:1", "QOS": "low", "TIMELIMIT": "9", "GPUS": "2",
+             "MEM_PER_CPU": "1", "COMMENT": "c", "JOB_NAME": "n", "WAIT": "1", "EXPORT": "NONE",
+             "RESERVATION": "r"}  # fmt: skip
+    for key, value in given.items():
+        monkeypatch.setenv(f"SBATCH_{key}", value)
+    monkeypatch.setenv("SLURM_NTASKS", "7")  # of a job in which the launcher runs
+
+    def seen(**options) -> set[str]:
+        make_queue, _ = asked
+        make_queue(**options).submit([Pack({"/c": {}})])
+        lines = (tmp_path / "sbatch.env").read_text().splitlines()
+        assert not [line for line in lines if line.startswith("SLURM_")]
+        return {line.split("=")[0][7:] for line in lines if line.startswith("SBATCH_")}
+
+    all_of_them = given.keys() - {"TIMELIMIT", "JOB_NAME", "WAIT", "EXPORT"}
+    assert seen() == all_of_them
+    assert seen(partition="fast", mem="1GB", gres="gpu:2", qos="high", sbatch={"reservation": "s"}) == {
+        "ACCOUNT",
+        "COMMENT",
+    }
+    assert seen(account="b") == all_of_them - {"ACCOUNT"}
+    assert os.environ["SBATCH_WAIT"] == "1" and os.environ["SLURM_NTASKS"] == "7"
+
+
+def test_an_array_is_as_long_as_the_site_allows(asked, tmp_path):
+    make_queue, _ = asked
+    assert make_queue().most == 1000
+    (tmp_path / "scontrol.out").write_text("MaxArraySize            = 16\nMaxJobCount = 9\n")
+    assert make_queue().most == 16
+
+
+@pytest.mark.parametrize(
+    "said", ["AssocMaxSubmitJobLimit", "QOSMaxSubmitJobPerUserLimit", "Invalid job array specification"]
+)
+def test_a_refusal_for_too_many_packs_names_the_remedy(asked, tmp_path, said):
+    make_queue, _ = asked
+    (tmp_path / "sbatch.err").write_text(f"sbatch: error: Batch job submission failed: {said}\n")
+    with pytest.raises(UserError, match=rf"sbatch refuses: .*{said}.*; raise hydra\.launcher\.max_jobs_per_pack"):
+        make_queue().submit([Pack({"/c": {}})])
+    (tmp_path / "sbatch.err").write_text("sbatch: error: Batch job submission failed: Invalid account\n")
+    with pytest.raises(UserError, match="Invalid account") as refused:
+        make_queue().submit([Pack({"/c": {}})])
+    assert "max_jobs_per_pack" not in str(refused.value)
 
 
 def test_a_pack_that_gets_nowhere_before_its_time_limit_is_given_up(monkeypatch, tmp_path):
