@@ -75,7 +75,11 @@ def options_for_hydra(options: Sequence[str]) -> list[str]:
     - `fraction=0.1,0.5`, `fraction=choice(0.1,0.5)` and the like: numbers, where Hydra expects a name;
     - `model.path=~/gpt2`: in the folder of the user.
     """
-    return [_rewritten(option) for option in number_fractions([_at_home(option) for option in options])]
+    at_home = [_at_home(option) for option in options]
+    # The last one counts, as of every option; of two that become different ones, Hydra would not know.
+    fractions = [place for place, option in enumerate(at_home) if option.startswith("fraction=")]
+    at_home = [option for place, option in enumerate(at_home) if place not in fractions[:-1]]
+    return [_rewritten(option) for option in number_fractions(at_home)]
 
 
 def _at_home(option: str) -> str:

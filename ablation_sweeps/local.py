@@ -23,6 +23,7 @@ from ablation_sweeps.queue import Place
 
 Count = Annotated[int, Field(ge=1)]
 GRACE_SECONDS = 10.0
+MOST_AT_ONCE = 4096  # processes of one machine
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -30,7 +31,7 @@ class Local:
     """Options of conf/hydra/launcher/local.yaml, which says what each one means."""
 
     max_jobs_per_pack: Count | None
-    max_parallel: Count | None
+    max_parallel: Annotated[int, Field(ge=1, le=MOST_AT_ONCE)] | None
     max_attempts: Count
     gpus: list[Annotated[int, Field(ge=0)]] | None
     wait: ClassVar[bool] = True

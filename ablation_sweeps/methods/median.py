@@ -21,7 +21,7 @@ class Median:
     """
 
     label: str
-    n_bins: Annotated[int, Field(ge=2)]
+    n_bins: Annotated[int, Field(ge=2, le=2**20)]
 
     is_continuous: ClassVar[bool] = True
     numbers: ClassVar[int] = 2  # raise it when its values change; 1 was read off one histogram, to a bin's width

@@ -51,7 +51,7 @@ class Peak:
 
     label: str
     estimator: Estimator
-    n_bins: Annotated[int, Field(ge=1)]
+    n_bins: Annotated[int, Field(ge=1, le=2**20)]
     bandwidth: Annotated[float, Field(gt=0)]
 
     @property

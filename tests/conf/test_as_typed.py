@@ -135,6 +135,11 @@ def test_numbers_of_a_range_are_those_that_were_typed():
     assert for_hydra(["fraction=range(0,1.1,0.1)"]) == [f"fraction.values={','.join(f'[{i / 10}]' for i in range(11))}"]
 
 
+def test_the_last_of_two_fractions_counts():
+    assert for_hydra(["fraction=[0.5,1.0]", "seed=1", "fraction=half"]) == ["seed=1", "fraction=half"]
+    assert for_hydra(["fraction=half", "fraction=0.5"]) == ["fraction.values=[0.5]"]
+
+
 def test_options_with_two_hyphens(launch: Launch):
     """So W&B's agent types them."""
     typed, plain = (

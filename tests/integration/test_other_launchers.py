@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from command import Launch, same_bits, states, write_texts
+from command import Launch, Outcome, same_bits, states, write_texts
 from hydra.core.plugins import Plugins
 
 from ablation_sweeps import store
@@ -18,13 +18,15 @@ from ablation_sweeps.methods.zero import Zero
 
 
 @pytest.fixture
-def sampler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Options of a sweeper that works as Optuna's does: it asks for jobs, one by one, and is told a number of each."""
+def optimise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, launch: Launch) -> Launch:
+    """Launches with a sweeper that works as Optuna's: it asks for jobs one by one, and is told a number of each."""
     package = tmp_path / "plugin" / "hydra_plugins" / "optuna_like"
     package.mkdir(parents=True)
     (package / "sampler.py").write_text(
-        "from hydra._internal.core_plugins.basic_sweeper import BasicSweeper\n\n\n"
-        "class Sampler(BasicSweeper):\n"
+        "from hydra.core.plugins import Plugins\nfrom hydra.plugins.sweeper import Sweeper\n\n\n"
+        "class Sampler(Sweeper):\n"
+        "    def __init__(self, **options):\n        pass\n\n"
+        "    def setup(self, **given):\n        self.launcher = Plugins.instance().instantiate_launcher(**given)\n\n"
         "    def sweep(self, arguments):\n"
         "        told = []\n"
         "        for i, fixed in enumerate(('method=zero', 'method=mean')):\n"
@@ -34,19 +36,23 @@ def sampler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     )
     monkeypatch.syspath_prepend(str(tmp_path / "plugin"))
     module = importlib.import_module("hydra_plugins.optuna_like.sampler")
-    Plugins.instance().register(module.Sampler)
-    return ["-m", "hydra.sweeper._target_=hydra_plugins.optuna_like.sampler.Sampler"]
+
+    def run(*options: str) -> Outcome:
+        Plugins.instance().register(module.Sampler)
+        return launch("-m", "hydra.sweeper._target_=hydra_plugins.optuna_like.sampler.Sampler", *options)
+
+    return run
 
 
 @pytest.mark.parametrize("launcher", ["in_order", "local"])
-def test_an_optimiser_is_told_the_area_of_each_curve(launch: Launch, on_text, sampler, tmp_path, launcher, monkeypatch):
+def test_an_optimiser_is_told_the_area_of_each_curve(optimise: Launch, on_text, tmp_path, launcher, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
     options = [*on_text, "fraction=[0.5,1.0]", f"hydra/launcher={launcher}"]
-    assert "objective" in launch(*sampler, *options).error
-    assert "objective=auc/less" in launch(*sampler, *options, "objective=auc/less").error
-    assert "objective=auc/loss: needs" in launch(*sampler, *options, "objective=auc/loss", "fraction=half").error
+    assert "objective" in optimise(*options).error
+    assert "objective=auc/less" in optimise(*options, "objective=auc/less").error
+    assert "objective=auc/loss: needs" in optimise(*options, "objective=auc/loss", "fraction=half").error
     assert states(tmp_path / "results" / "default") == {}
-    outcome = launch(*sampler, *options, "objective=auc/loss")
+    outcome = optimise(*options, "objective=auc/loss")
     assert outcome.code == 0, outcome.err
     expected = {}
     for rows in (tmp_path / "results" / "default").glob("*/rows.parquet"):
@@ -57,9 +63,9 @@ def test_an_optimiser_is_told_the_area_of_each_curve(launch: Launch, on_text, sa
     assert told == pytest.approx([expected["zero"], expected["mean"]], rel=1e-12) and told[0] != told[1]
 
 
-def test_an_optimiser_hears_of_a_job_that_fails(launch: Launch, on_text, sampler, tmp_path, monkeypatch):
+def test_an_optimiser_hears_of_a_job_that_fails(optimise: Launch, on_text, tmp_path, monkeypatch):
     monkeypatch.setattr(Zero, "fit", lambda self, fitting: 1 / 0)
-    assert "1 of 1 jobs failed" in launch(*sampler, *on_text, "objective=at_50/loss").error
+    assert "1 of 1 jobs failed" in optimise(*on_text, "objective=at_50/loss").error
     assert not (tmp_path / "told").exists()
 
 

@@ -15,6 +15,8 @@ import pytest
 import torch
 import yaml
 from command import ROOT
+from omegaconf import OmegaConf
+from pydantic import ValidationError
 
 from ablation_sweeps import dispatch, files, packs, slurm, store
 from ablation_sweeps.data import UserError
@@ -128,6 +130,32 @@ def dies_at(bad: str, state: str = "running"):
         return Place("COMPLETED", "node1", True, "")
 
     return run
+
+
+@pytest.mark.parametrize(
+    "given, minutes",
+    [(240, 240), ("240", 240), ("01:00:00", 60), ("1-02:00:00", 1560), ("2-12", 3600), ("0-0:30", 30), ("30:00", 30),
+     ("00:00:30", 1), ("24:00:00", 1440), ("36000", 36000)],
+)  # fmt: skip
+def test_a_time_as_slurm_writes_it(given, minutes):
+    assert slurm_with(time=given).time == minutes
+
+
+@pytest.mark.parametrize("given", ["1:2:3:4", "an hour", "", "0", "00:00:00", "-5", "1.5", 0])
+def test_a_time_that_is_none(given):
+    with pytest.raises(ValidationError, match="time"):
+        slurm_with(time=given)
+
+
+def test_a_time_in_a_yaml_is_no_number_to_the_base_of_60(tmp_path):
+    (tmp_path / "site.yaml").write_text("time: 10:00:00\nmem: 010\nparallel: 1_000\n")
+    given = OmegaConf.load(tmp_path / "site.yaml")
+    assert slurm_with(time=given.time).time == 600 and (given.mem, given.parallel) == (8, 1000)
+
+
+def slurm_with(**given) -> Slurm:
+    options = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / "slurm.yaml").read_text())
+    return Slurm(**{key: value for key, value in (options | given).items() if key not in ("_target_", "to")})
 
 
 def test_packs_share_model_and_dataset(tmp_path):
