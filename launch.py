@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from ablation_sweeps.arguments import config_folders, for_hydra
 from ablation_sweeps.choices import check_choices
 from ablation_sweeps.config import to_job
+from ablation_sweeps.console import lose_output
 from ablation_sweeps.messages import one_line
 
 if TYPE_CHECKING:
@@ -81,6 +82,9 @@ def only_do_what_is_asked(job: Job) -> None:
 def leave(error: BaseException) -> NoReturn:
     if WANTS_TRACEBACK:
         raise error
+    if isinstance(error, BrokenPipeError):  # `| head`: its reader has seen enough
+        lose_output()
+        sys.exit(1)
     if isinstance(error, KeyboardInterrupt):
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         sys.exit(130)

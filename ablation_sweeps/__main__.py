@@ -4,10 +4,13 @@ import os
 import sys
 
 from ablation_sweeps.cli import app
-from ablation_sweeps.console import plain
+from ablation_sweeps.console import lose_output, plain
 
 try:
     app(prog_name="python -m ablation_sweeps")
+except BrokenPipeError:  # `| head`: its reader has seen enough
+    lose_output()
+    sys.exit(1)
 except Exception as error:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise

@@ -171,7 +171,9 @@ def collect(
 def _too_large_before(cache: Path) -> int | None:
     """The mark of earlier versions, which hold for all files there."""
     file = cache / "halved.txt"
-    found = re.search(r"for (\d+) examples", file.read_text()) if file.is_file() else None
+    found = (
+        re.search(r"for (\d+) examples", file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else None
+    )
     return int(found[1]) if found else None
 
 

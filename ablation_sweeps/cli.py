@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ablation_sweeps import store
+from ablation_sweeps.console import terminal
 from ablation_sweeps.data import UserError
 from ablation_sweeps.watching import overview
 
@@ -39,10 +40,8 @@ def main(
 @app.command()
 def status(sweep: Sweep) -> None:
     """How far each job of a sweep is, from its files alone."""
-    from rich.console import Console
-
     runs = _runs(sweep)
-    console = Console()
+    console = terminal()
     if not console.is_terminal:
         console.width = 200
     console.print(overview(runs))

@@ -24,6 +24,24 @@ class Handler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+def terminal() -> Console:
+    """Prints to stdout. If its reader has gone (`| head`), the rest is lost and the program goes on: what it has still
+    to write is worth more."""
+    from rich.console import Console
+
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            lose_output()
+
+    return Terminal()
+
+
+def lose_output() -> None:
+    """From now on, what is printed to stdout is lost, without an error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def counted(number: int, what: str, ending: str = "s") -> str:
     return f"{number} {what}{ending if number != 1 else ''}"
 

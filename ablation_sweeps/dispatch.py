@@ -146,7 +146,7 @@ def only_one(sweep: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        by = who.read_text().strip() if who.exists() else "another process"
+        by = who.read_text(encoding="utf-8", errors="replace").strip() if who.exists() else "another process"
         raise UserError(
             f"sweep={sweep.name}: is being launched already, by {by}; wait for it, or name another sweep=NAME"
         ) from error

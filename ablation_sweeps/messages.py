@@ -107,7 +107,7 @@ def _known_options(conf: Path) -> dict[str, set[str]]:
         if group == "hydra":
             continue
         known.setdefault(group or "seed", set())
-        for key, value in (yaml.safe_load(file.read_text()) or {}).items():
+        for key, value in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).items():
             if key in ("defaults", "hydra", "_target_"):
                 continue
             inner = [f"{key}.{name}" for name in value if name != "_target_"] if isinstance(value, dict) else []

@@ -284,7 +284,9 @@ def render(title: str, studies: list[Shown], failures: list[tuple[str, str, str]
         "failures": failures,
     }  # fmt: skip
     text = json.dumps(_plain(content), ensure_ascii=False).replace("<", "\\u003c")  # no tag, and no comment, begins
-    return Template(TEMPLATE.read_text()).substitute(title=html.escape(title), plotly=get_plotlyjs(), content=text)
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=html.escape(title), plotly=get_plotlyjs(), content=text
+    )
 
 
 def _plain(content: Any) -> Any:

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 from ablation_sweeps import files, neurons, page, store
 from ablation_sweeps.activations import Histogram, kept
 from ablation_sweeps.comparison import shared
-from ablation_sweeps.console import encodable
+from ablation_sweeps.console import encodable, terminal
 from ablation_sweeps.curves import Study, read_curves, studies, summarise
 from ablation_sweeps.figures import draw, save
 from ablation_sweeps.lazy import pd
@@ -35,7 +35,6 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
         sweep_dir: where all of it goes.
         more: other sweeps that it shall cover as well.
     """
-    from rich.console import Console
     from rich.text import Text
 
     sweep_dir = Path(sweep_dir)
@@ -54,7 +53,7 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
             with files.replacing(written[-1]) as temporary:
                 save(figure, temporary, suffix)
     _remove_figures_of_before(sweep_dir / "figures", [file.name for file in written[2:]])
-    console = console or Console()
+    console = console or terminal()
     print_tables(curves, console, measured_)
     shown = [found for _, found in both]
     if not shown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import logging
@@ -172,6 +173,10 @@ def explained(dataset: Rows) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC) and error.filename:
+            raise  # the message names the folder in which `datasets` keeps what it reads
+        raise UserError(f"{dataset.option}: cannot be loaded: {why_not(error, not dataset.path)}") from error
     except Exception as error:  # of the hub, of file formats, of the network: each has its own
         raise UserError(f"{dataset.option}: cannot be loaded: {why_not(error, not dataset.path)}") from error
 

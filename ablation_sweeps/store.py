@@ -99,7 +99,7 @@ class _RunLog(logging.FileHandler):
 @contextmanager
 def run_log(folder: Path) -> Iterator[None]:
     """All that is logged meanwhile also goes to the folder's `log`."""
-    handler = _RunLog(folder / "log")
+    handler = _RunLog(folder / "log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
@@ -196,7 +196,7 @@ def config(folder: Path) -> dict:
     if not file.is_file():
         return {}
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         content = None
     if not isinstance(content, dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ablation_sweeps.console import encodable
+from ablation_sweeps.console import encodable, terminal
 from ablation_sweeps.curves import Study, first_metric, groups, seeds_said, studies, summarise
 from ablation_sweeps.figures import in_order
 from ablation_sweeps.intervals import of_calibration, thin_calibration
@@ -31,11 +31,10 @@ def print_tables(
     Args:
         found: of each study, whose areas are shown with their intervals (see `curves.summarise`).
     """
-    from rich.console import Console
     from rich.measure import Measurement
     from rich.text import Text
 
-    console = console or Console()
+    console = console or terminal()
     unlimited, screen = console.options.update(max_width=10_000), console.width
     for study in studies(curves):
         of_study = summarise(study.rows, found)

@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
 from ablation_sweeps.data import Document, Modality, Split, UserError, unit_hash
-from ablation_sweeps.files import fingerprint_of_file, read_json, signature, write_json
+from ablation_sweeps.files import fingerprint_of_file, read_json, sha256_at, signature, write_json
 
 MIN_CHARACTERS = 200  # shorter docstrings say too little to be scored
 SHARED_PARAGRAPH = 60  # characters from which a paragraph found in two documents is a copy, not a common phrase
@@ -76,7 +76,7 @@ def docs() -> tuple[Document, ...]:
         documents = parsed(topics, code())
         with suppress(OSError, UserError):  # read-only, or full
             pairs = [(document.name, document.text) for document in documents]
-            write_json(file, {"sha256": content_hash(documents), "documents": pairs})
+            write_json(file, {"sha256": sha256_at(file, content_hash(documents)), "documents": pairs})
     return tuple(documents)
 
 
@@ -91,7 +91,7 @@ def _kept(file: Path) -> list[Document] | None:
     """None where it is absent, or not what was written."""
     kept = read_json(file, Kept)
     documents = [Document(*pair) for pair in kept["documents"]] if kept else []
-    return documents if kept and content_hash(documents) == kept["sha256"] else None
+    return documents if kept and sha256_at(file, content_hash(documents)) == kept["sha256"] else None
 
 
 def parsed(topics: Iterable[Document], modules: Iterable[Document]) -> list[Document]:

@@ -106,7 +106,7 @@ class Timm(Pretrained):
 
         if self.path and self.name:
             config = Path(self.path) / "config.json"
-            own = json.loads(config.read_text()).get("pretrained_cfg") if config.is_file() else None
+            own = json.loads(config.read_text(encoding="utf-8")).get("pretrained_cfg") if config.is_file() else None
             module = timm.create_model(self.name, pretrained_cfg_overlay=own)
             module.load_state_dict(load_file(Path(self.path) / "model.safetensors"))
             return module

@@ -103,6 +103,9 @@ def test_the_docs_are_parsed_once_and_kept(tmp_path, monkeypatch):
     changed = (*python_docs.code(), Document("code/new", '"""' + "New to this Python. " * 20 + '"""'))
     monkeypatch.setattr(python_docs, "code", lambda: changed)
     assert len(once()) == len(first) + 1 and len(times) == 3
+    (other,) = set((tmp_path / "ablation_sweeps").iterdir()) - {file}
+    other.write_bytes(file.read_bytes())  # whole, but those of another Python
+    assert len(once()) == len(first) + 1 and len(times) == 4
 
 
 @pytest.mark.parametrize(
