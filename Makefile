@@ -33,8 +33,9 @@ test: setup ## the whole suite
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 
 SIGNALS ?= 12
-test-signals: setup ## sweeps killed at random moments must give the same bits (SIGNALS=200: hours where others are busy)
+test-signals: setup ## sweeps that are killed at random, or whose files are damaged, must give the same bits (SIGNALS=200)
 	$(RUN) tests/faults/random_signals.py $(SIGNALS)
+	$(RUN) tests/faults/damaged_files.py --ways 1
 
 browser: ## Chromium for the tests of report.html, which are skipped without (Debian and Ubuntu, as root)
 	@command -v chromium chromium-browser google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
