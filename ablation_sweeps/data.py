@@ -121,6 +121,8 @@ class Batch:
         index: the place of each row in the order of the dataset, whatever the batching.
         documents: the place of the document that each row is a piece of: rows of one are not independent. None: each
             row is a document.
+        apart: texts of different lengths are never passed together, since the model's scores depend on the length of
+            the longest one: a pass takes texts of one length, without padding.
     """
 
     inputs: Mapping[str, Tensor]
@@ -129,6 +131,7 @@ class Batch:
     names: tuple[str, ...]
     index: tuple[int, ...]
     documents: tuple[int, ...] | None = None
+    apart: bool = False
 
     @property
     def size(self) -> int:
@@ -144,7 +147,8 @@ class Batch:
         )
 
     def halves(self) -> tuple[Batch, Batch]:
-        """The first and the last examples, padded as before.
+        """The first and the last examples, padded as before. Of texts that are passed apart, those that are as long as
+        the first one and the others, without the padding that they do not need.
 
         Raises:
             UserError: it has but one example.
@@ -155,12 +159,17 @@ class Batch:
                 f"model.device: has too little memory for one example with {positions} positions; try "
                 "model.dtype=bfloat16, shorter documents (model.max_tokens), or model.device_map=auto"
             )
-        middle = (len(self.names) + 1) // 2
+        lengths = self._lengths() if self.apart else []
+        different = (row for row, n in enumerate(lengths) if n != lengths[0])
+        middle = next(different, (len(self.names) + 1) // 2)
         first, last = slice(None, middle), slice(middle, None)
         return self._part(first), self._part(last)
 
     def fits(self, positions: int) -> bool:
-        """Whether it has no more positions (images) than that, or one example, which is not taken apart."""
+        """Whether it may be passed at once: it has no more positions (images) than that, or one example, and no lengths
+        that must be passed apart."""
+        if self.apart and len(set(self._lengths())) > 1:
+            return False
         return self.size <= positions or len(self.names) == 1
 
     def parts(self, positions: int) -> Iterator[Batch]:
@@ -171,9 +180,12 @@ class Batch:
             for half in self.halves():
                 yield from half.parts(positions)
 
+    def _lengths(self) -> list[int]:
+        return self.inputs["attention_mask"].sum(1).tolist()
+
     def _part(self, rows: slice) -> Batch:
         whole = self.inputs
-        return Batch(
+        part = Batch(
             inputs=replace(whole, examples=whole.examples[rows])
             if isinstance(whole, LazyPixels)
             else {key: value[rows] for key, value in whole.items()},
@@ -182,6 +194,16 @@ class Batch:
             names=self.names[rows],
             index=self.index[rows],
             documents=self.documents and self.documents[rows],
+            apart=self.apart,
+        )
+        if not self.apart:
+            return part
+        width = max(part._lengths())
+        return replace(
+            part,
+            inputs={key: value[:, :width] for key, value in part.inputs.items()},
+            labels=part.labels[:, :width],
+            keep=None if part.keep is None else part.keep[:, :width],
         )
 
 

@@ -48,18 +48,23 @@ def commit(repo: str, revision: str | None, repo_type: RepoType) -> str:
     return ref.read_text().strip() if ref.is_file() else name
 
 
-def fetch_model(repo: str, commit: str, files: list[str]) -> None:
-    """All that loading it needs, without loading it."""
+def fetch_model(repo: str, commit: str, files: list[str], option: str = "") -> None:
+    """Gets all that loading it needs, without loading it.
+
+    Args:
+        option: as the user typed it; `model.name` by default.
+    """
     from huggingface_hub import snapshot_download
 
+    option = option or f"model.name={repo}"
     try:
         folder = snapshot_download(repo, revision=commit, allow_patterns=files, ignore_patterns=["*/*"])
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         remedy = "check the name, and log in if it is gated (hf auth login)"
-        raise UserError(f"model.name={repo}: cannot be fetched: {reason}; {remedy}") from error
+        raise UserError(f"{option}: cannot be fetched: {reason}; {remedy}") from error
     if not _has_weights(Path(folder)):
-        raise UserError(f"model.name={repo}: holds no safetensors; model.use_safetensors=null reads torch's format")
+        raise UserError(f"{option}: holds no safetensors; model.use_safetensors=null reads torch's format")
 
 
 def check_here(option: str, repo: str, commit: str) -> None:
@@ -68,7 +73,8 @@ def check_here(option: str, repo: str, commit: str) -> None:
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots" / commit
     if constants.HF_HUB_OFFLINE and not _has_weights(folder):
-        remedy = f"{REMEDY}, or give a folder that holds it: model.path=FOLDER"
+        path = option.partition("=")[0].replace("name", "path")
+        remedy = f"{REMEDY}, or give a folder that holds it: {path}=FOLDER"
         raise UserError(f"{option}: is not on this machine, which is offline; {remedy}")
 
 

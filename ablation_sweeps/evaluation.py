@@ -176,8 +176,8 @@ class Passes:
             values = self._values(batch.to(torch.device("cpu")), self._clean_activations(batch, part))
         n, (first, last) = len(batch.names), batch.halves()
         sums = [
-            self.sums(first, (*part, 0), _rows(values, slice(None, len(first.names)), n)),
-            self.sums(last, (*part, 1), _rows(values, slice(len(first.names), None), n)),
+            self.sums(first, (*part, 0), _rows(values, slice(None, len(first.names)), n, first)),
+            self.sums(last, (*part, 1), _rows(values, slice(len(first.names), None), n, last)),
         ]
         return {fraction: np.concatenate([of_half[fraction] for of_half in sums]) for fraction in sums[0]}
 
@@ -218,7 +218,7 @@ class Passes:
                 self._too_large(batch)
         halves = enumerate(batch.halves())
         first, last = (self._clean_activations(half, (*part, i)) for i, half in halves)
-        return [torch.cat(both) for both in zip(first, last, strict=True)]
+        return [_stacked(*both) for both in zip(first, last, strict=True)]
 
     def _too_large(self, batch: Batch) -> None:
         n = len(batch.names)
@@ -226,9 +226,19 @@ class Passes:
         self.at_once = (n + 1) // 2 * (batch.size // n)
 
 
-def _rows(values: list[torch.Tensor], rows: slice, n: int) -> list[torch.Tensor]:
-    """Of what is written to a batch of `n` examples, that of some; values may be the same for all of them."""
-    return [value[rows] if value.ndim == 3 and len(value) == n else value for value in values]
+def _rows(values: list[torch.Tensor], rows: slice, n: int, part: Batch) -> list[torch.Tensor]:
+    """The part of the values for some examples of a batch of `n`; values may be the same for all of them, and texts
+    that are passed apart have fewer positions."""
+    own = [value[rows] if value.ndim == 3 and len(value) == n else value for value in values]
+    width = part.labels.shape[-1]
+    return [value[:, :width] if value.ndim == 3 and part.apart else value for value in own]
+
+
+def _stacked(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Activations of all examples, `[batch, rows, neurons]`, padded where texts were passed apart."""
+    width = max(first.shape[1], last.shape[1])
+    padded = (torch.nn.functional.pad(x, (0, 0, 0, width - x.shape[1])) for x in (first, last))
+    return torch.cat([*padded])
 
 
 def _check_finite(sums: Sums, model: Transformer) -> None:

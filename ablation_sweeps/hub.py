@@ -7,20 +7,22 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import asdict
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, field_validator, model_validator
 from pydantic.dataclasses import dataclass as validated
 
+from ablation_sweeps.adapters import CONFIG, WEIGHTS, Adapter, no_adapters
 from ablation_sweeps.data import Modality, UserError
 from ablation_sweeps.download import check_here, commit, fetch_model, why_not
-from ablation_sweeps.files import fingerprint_of_file, names_in, signature
+from ablation_sweeps.files import fingerprint_of_file, names_in, read_json, signature
 from ablation_sweeps.lazy import torch
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class Pretrained:
         use_safetensors: True refuses anything else; None falls back on torch's format, read with `weights_only`.
         tokens: positions that enter the statistics: all, or all but BOS, CLS, SEP, registers and the like.
         site_paths: module paths or patterns, for a model whose projections are not found by themselves.
+        adapter: a folder, or a name on the hub, with an adapter of peft, which is merged into the weights.
     """
 
     label: str
@@ -67,6 +70,7 @@ class Pretrained:
     trust_remote_code: bool
     site_paths: tuple[str, ...] | None
     tokens: Literal["all", "no_special"]
+    adapter: str | None = field(default=None, kw_only=True)
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Pretrained:
@@ -83,6 +87,12 @@ class Pretrained:
     def _absolute(cls, path: str | None) -> str | None:
         return path and str(Path(path).expanduser().absolute())
 
+    @field_validator("adapter")
+    @classmethod
+    def _absolute_folder(cls, adapter: str | None) -> str | None:
+        path = Path(adapter or "").expanduser()
+        return str(path.absolute()) if adapter and path.is_dir() else adapter
+
     @property
     def option(self) -> str:
         """As the user typed it."""
@@ -95,6 +105,11 @@ class Pretrained:
                 f"model.path={self.path}: there is no such folder; give the folder that holds the model's files"
             )
         if self.path and not self.name and not self.gguf_file and not (Path(self.path) / "config.json").is_file():
+            if (Path(self.path) / CONFIG).is_file():
+                raise UserError(
+                    f"model.path={self.path}: holds an adapter alone; give the model that it was trained on as "
+                    f"model.path or model.name, and model.adapter={self.path}"
+                )
             raise UserError(
                 f"model.path={self.path}: there is no config.json in this folder; give the folder of a model as "
                 "transformers and timm save them"
@@ -110,15 +125,23 @@ class Pretrained:
             raise UserError(f"model.quantize={self.quantize}: needs bitsandbytes; install it: pip install bitsandbytes")
         if self.quantize and self.gguf_file:
             raise UserError(f"model.quantize={self.quantize}: a GGUF file is quantized already; leave one of them out")
+        if self.adapter and self.quantize:
+            raise UserError(
+                f"model.adapter={self.adapter}: is merged into whole weights, so it does not go with "
+                f"model.quantize={self.quantize}; leave one of them out"
+            )
+        if self.adapter:
+            Adapter(self.adapter).check()
         if not self.path:
             check_here(self.option, self.repository, str(self.commit))
 
     def identity(self) -> dict[str, Any]:
         """All that can change the numbers. A folder counts by what is in it, not by where it lies."""
-        elsewhere = ("label", "path", "device", "device_map")  # where it runs is no part of what is computed
+        elsewhere = ("label", "path", "device", "device_map", "adapter")  # where it runs is no part of what is computed
         named = ("revision", "use_safetensors")  # of the same commit, whatever it is called
         options = {key: value for key, value in asdict(self).items() if key not in (*elsewhere, *named)}
-        return {**options, "files": fingerprint(self.path) if self.path else self.commit}
+        adapter = {"adapter": Adapter(self.adapter).identity()} if self.adapter else {}
+        return {**options, **adapter, "files": fingerprint(self.path) if self.path else self.commit}
 
     @property
     def repository(self) -> str:
@@ -138,6 +161,8 @@ class Pretrained:
 
     def prefetch(self) -> None:
         """Gets all that loading it needs, without loading it."""
+        if self.adapter:
+            Adapter(self.adapter).prefetch()
         if self.path:
             return
         files = [*FILES]
@@ -149,8 +174,9 @@ class Pretrained:
             files.append("*.py")
         fetch_model(self.repository, str(self.commit), files)
 
-    def from_pretrained(self, auto_model: Any) -> torch.nn.Module:
-        """The unmodified model on its device, in eval mode; weights from safetensors or GGUF alone."""
+    def from_pretrained(self, auto_model: Any) -> tuple[torch.nn.Module, tuple[str, ...]]:
+        """The unmodified model on its device, in eval mode, with the adapter that was asked for; weights from
+        safetensors or GGUF alone. Also, in one line each, what its files hold but was left out."""
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         where = device(self.device)  # before the weights are read
         options: dict[str, Any] = {"dtype": dtype, "device_map": self.device_map}
@@ -160,14 +186,15 @@ class Pretrained:
         if self.quantize:
             options["quantization_config"] = _bits(self.quantize, dtype)
             options["device_map"] = self.device_map or {"": str(where)}
-        module, info = self.guarded(
-            lambda: auto_model.from_pretrained(
-                self.source,
-                output_loading_info=True,
-                **self.hub_options,
-                **{key: value for key, value in options.items() if value is not None},
+        with no_adapters():
+            module, info = self.guarded(
+                lambda: auto_model.from_pretrained(
+                    self.source,
+                    output_loading_info=True,
+                    **self.hub_options,
+                    **{key: value for key, value in options.items() if value is not None},
+                )
             )
-        )
         if info["missing_keys"]:
             raise UserError(
                 f"{self.option}: has no weights for {sorted(info['missing_keys'])[0]}, which would be random; "
@@ -184,11 +211,46 @@ class Pretrained:
                 "and layers are not told apart; set it to 0 in its config.json, which changes no result"
             )
         log.debug("attention implementation: %s", getattr(module.config, "_attn_implementation", None))
-        placed = options["device_map"] is not None
-        return (module if placed else module.to(where)).eval()
+        module = module if options["device_map"] is not None else module.to(where)
+        if self.adapter:
+            adapter = Adapter(self.adapter)
+            module = self.guarded(lambda: adapter.merge_into(module), adapter.option)
+        left_out = self._left_out(sorted(info["unexpected_keys"]), type(module).__name__)
+        for what in left_out:
+            log.warning("%s", what)
+        return module.eval(), left_out
 
-    def guarded(self, load: Callable[[], Any]) -> Any:
-        """Runs `load`; what goes wrong with the source becomes one line that names it."""
+    def _left_out(self, unused: list[str], kind: str) -> tuple[str, ...]:
+        """One line for each thing that lies in the model's files but is not in the model.
+
+        Args:
+            unused: names of weights.
+        """
+        said, folder = [], Path(self.path or "/nowhere")
+        if unused:
+            names = [*dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in unused)]
+            more = ", ..." if len(names) > 5 else ""
+            said.append(
+                f"{self.option}: {len(unused)} of its weights are left out, since {kind} has no such: "
+                f"{', '.join(names[:5])}{more}"
+            )
+        if (folder / CONFIG).is_file() and self.adapter != self.path:
+            said.append(
+                f"{self.option}: the adapter beside its weights is left out; model.adapter={self.path} applies it"
+            )
+        others = [] if self.gguf_file else _other_weights(folder)
+        if others:
+            said.append(
+                f"{self.option}: its weights are read from other files, so these are left out: {', '.join(others)}"
+            )
+        return tuple(said)
+
+    def guarded(self, load: Callable[[], Any], option: str | None = None) -> Any:
+        """Runs `load`; what goes wrong with the source becomes one line that names it.
+
+        Args:
+            option: which names the source, if it is not the model's own.
+        """
         with quiet():
             try:
                 return load()
@@ -196,6 +258,8 @@ class Pretrained:
                 raise
             except Exception as error:  # transformers, timm, safetensors: each has its own
                 remedy = "" if self.path else "; or give a folder that holds it: model.path=FOLDER"
+                if option:
+                    raise UserError(f"{option}: cannot be loaded: {why_not(error, False)}") from error
                 raise UserError(f"{self.option}: cannot be loaded: {why_not(error, not self.path)}{remedy}") from error
 
 
@@ -215,6 +279,19 @@ def _bits(quantize: str, dtype: Any) -> Any:
         return BitsAndBytesConfig(load_in_8bit=True)
     computes = torch.bfloat16 if dtype == "auto" else dtype
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computes)
+
+
+def _other_weights(folder: Path) -> list[str]:
+    """Files of weights that transformers does not read: it takes the first of these that is there."""
+    kinds = ("*.safetensors", "*.gguf", "pytorch_model*.bin")
+    weights = sorted(file.name for kind in kinds for file in folder.glob(kind))
+    names = ("model.safetensors", "pytorch_model.bin")
+    for first in (one for name in names for one in (name, f"{name}.index.json")):
+        if (folder / first).is_file():
+            index = (read_json(folder / first) or {}).get("weight_map", {}) if first.endswith(".json") else {}
+            read = {first, *index.values(), WEIGHTS}
+            return [name for name in weights if name not in read]
+    return []
 
 
 def fingerprint(path: str) -> str:
@@ -287,7 +364,7 @@ def context_length(model: Pretrained) -> int:
     """What both the model and its tokenizer can take; read from the configuration, without the weights."""
     config = load_config(model).get_text_config()
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    return min([load_tokenizer(model).model_max_length, *(limit for limit in limits if limit)])
+    return min([load_tokenizer(model).model_max_length, *(limit for limit in limits if limit and limit > 0)])
 
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask a bot of the hub to convert

@@ -269,7 +269,8 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     calibration = encode(job, model, "calibration")
     cache = job.results_dir / ".cache" / files.signature(job.data)[:16]
     note = functools.partial(store.note, folder)
-    store.remember(folder, statistics=cache.name, n_heads=model.n_heads, model_device=str(model.device))
+    store.remember(folder, statistics=cache.name, n_heads=model.n_heads, model_device=str(model.device),
+                   left_out=list(model.left_out))  # fmt: skip
     halved = False
 
     def statistics(*wanted: activations.Histogram | activations.Medians) -> activations.Statistics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import string
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,8 @@ from ablation_sweeps.transformer import Budget
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+log = logging.getLogger(__name__)
 
 Tokens = Literal["all", "no_special"]  # positions that enter the statistics
 Pack = Literal["documents", "concatenate"]
@@ -56,6 +59,9 @@ class TextEncoder:
     Attributes:
         tokens: positions of the calibration data that enter the statistics: all, or all but BOS, CLS, SEP and the like.
         pack: a sequence is a document, or a piece of all documents written one after the other.
+        n_tokens: token ids that the model knows; None: as many as the tokenizer.
+        option: where the model comes from, as the user typed it.
+        apart: texts of different lengths are never passed together: see `Batch.apart`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -63,6 +69,9 @@ class TextEncoder:
     masking: Masking | None  # None: a causal model, scored on the next token
     tokens: Tokens
     pack: Pack
+    n_tokens: int | None = None
+    option: str = "model"
+    apart: bool = False
 
     def __call__(
         self, examples: Iterable[Document | Picture], split: Split, budget: Budget, batch_tokens: int, seed: int
@@ -77,10 +86,12 @@ class TextEncoder:
         """
         if self.masking and self.tokenizer.mask_token_id is None:
             raise UserError("model: this tokenizer has no mask token; use a causal_lm model, or another tokenizer")
+        doubled: list[str] = []
         left_out = self._special_ids() if self.tokens == "no_special" and split == "calibration" else set()
         limit = budget.tokens if left_out else None
         whole = budget if limit is None else dataclasses.replace(budget, tokens=None)
-        pieces = (self._concatenated if self.pack == "concatenate" else self._documents)(_texts(examples), whole)
+        take = self._concatenated if self.pack == "concatenate" else self._documents
+        pieces = take(_texts(examples), whole, doubled)
         if limit is not None:
             pieces = self._until(pieces, limit, left_out)
         sequences = [self._label(name, document, np.array(ids), split, seed) for name, document, ids in pieces]
@@ -89,6 +100,12 @@ class TextEncoder:
                 f"dataset: nothing to score in the {split} split: it has no text, or all documents are shorter "
                 "than two tokens; give longer or other documents"
             )
+        self._check_tokens(sequences)
+        if doubled:
+            log.warning(
+                "%d of the %s texts begin or end with a token of their own that the tokenizer adds as well (%s): the "
+                "model is shown both; remove it from the texts", len(doubled), split, doubled[0],
+            )  # fmt: skip
         more = "; model.pack=concatenate takes what lies behind the cut, too" if self.pack == "documents" else ""
         positions = sum(token not in left_out for sequence in sequences for token in sequence.ids.tolist())
         budget.say_if_short(split, positions, more)
@@ -114,18 +131,44 @@ class TextEncoder:
             if is_cut or left == 0:
                 return
 
-    def _documents(self, documents: Iterable[Document], budget: Budget) -> Iterator[tuple[str, int, list[int]]]:
+    def _check_tokens(self, sequences: list[Sequence]) -> None:
+        """Raises:
+        UserError: the model has no embedding of a token.
+        """
+        largest = max(int(sequence.ids.max()) for sequence in sequences)
+        if self.n_tokens is not None and largest >= self.n_tokens:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise UserError(
+                f"{self.option}: its tokenizer gives token {largest} ({token}), but the model knows {self.n_tokens} "
+                "tokens; give a folder whose tokenizer belongs to the model: model.path=FOLDER"
+            )
+
+    def _note_doubled(self, name: str, ids: list[int], doubled: list[str]) -> None:
+        """Adds the name of a text that brings a token along which the tokenizer adds as well."""
+        t = self.tokenizer
+        first, last = (t.bos_token_id, t.cls_token_id), (t.eos_token_id, t.sep_token_id)
+        for pair, tokens in ((ids[:2], first), (ids[-2:], last)):
+            if len(ids) > 2 and pair[0] == pair[1] and pair[0] in tokens:
+                doubled.append(f"{name}: {t.convert_ids_to_tokens(pair[0])}")  # type: ignore[arg-type]
+                return
+
+    def _documents(
+        self, documents: Iterable[Document], budget: Budget, doubled: list[str]
+    ) -> Iterator[tuple[str, int, list[int]]]:
         used = count = 0
         for document in documents:
             room = self._room(budget, used)
             if room < 2 or count == budget.examples:
                 return
             ids = self.ids(document.text, room)
+            self._note_doubled(document.name, ids, doubled)
             if len(ids) >= 2:
                 yield document.name, count, ids
                 used, count = used + len(ids), count + 1
 
-    def _concatenated(self, documents: Iterable[Document], budget: Budget) -> Iterator[tuple[str, int, list[int]]]:
+    def _concatenated(
+        self, documents: Iterable[Document], budget: Budget, doubled: list[str]
+    ) -> Iterator[tuple[str, int, list[int]]]:
         """A piece belongs to the document that most of it is from, and is called after it; further ones of the same
         document have their place in the order behind its name."""
         end = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
@@ -135,7 +178,9 @@ class TextEncoder:
         used, pieces = 0, Counter[int]()
         for document in islice(documents, budget.examples):
             names.append(document.name)
-            ids += self.ids(document.text)
+            own = self.ids(document.text)
+            self._note_doubled(document.name, own, doubled)
+            ids += own
             if end is not None and ids and ids[-1] != end:
                 ids.append(int(end))  # type: ignore[arg-type]
             places += [len(names) - 1] * (len(ids) - len(places))
@@ -181,7 +226,8 @@ class TextEncoder:
         return rng.choice(self.ordinary_ids(), length).tolist()
 
     def ordinary_ids(self) -> np.ndarray:
-        return np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
+        ids = np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
+        return ids if self.n_tokens is None else ids[ids < self.n_tokens]
 
     def _special_ids(self) -> set[int]:
         """BOS, CLS, SEP, ...; not the token for what is unknown, which stands for a word."""
@@ -227,7 +273,9 @@ class TextEncoder:
 
     def _pad(self, sequences: list[Sequence], index: tuple[int, ...], tokens: Tokens) -> Batch:
         shape = len(sequences), max(len(s.ids) for s in sequences)
-        ids = torch.full(shape, int(self.tokenizer.pad_token_id or 0))  # type: ignore[arg-type]  # any id: never seen
+        pad = int(self.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
+        known = self.n_tokens is None or pad < self.n_tokens
+        ids = torch.full(shape, pad if known else 0)  # any token: it is never attended to
         labels = torch.full(shape, NOT_SCORED)
         keep = torch.zeros(shape, dtype=torch.bool)
         for row, sequence in enumerate(sequences):
@@ -239,7 +287,7 @@ class TextEncoder:
         if tokens == "no_special":
             keep = keep & ~torch.isin(ids, torch.tensor(sorted(self._special_ids())))
         documents = tuple(s.document for s in sequences)
-        return Batch(inputs, labels, keep, tuple(s.name for s in sequences), index, documents)
+        return Batch(inputs, labels, keep, tuple(s.name for s in sequences), index, documents, self.apart)
 
 
 def _piece(names: list[str], places: list[int], ids: list[int], pieces: Counter[int]) -> tuple[str, int, list[int]]:

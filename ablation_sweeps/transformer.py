@@ -74,6 +74,7 @@ class Transformer:
         head: the output embedding of a language model, if it gives the logits of the positions that it is shown: set
             by `with_head`. None where there is none, or it does not.
         class_names: of an image classifier, in the order of its logits, where it knows them.
+        left_out: one line for each thing that the model's files hold but the model does not.
     """
 
     label: str
@@ -88,6 +89,7 @@ class Transformer:
     special_ids: frozenset[int]
     head: torch.nn.Module | None = None
     class_names: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def modality(self) -> Modality:

@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass as validated
 from ablation_sweeps.data import Batch, Modality, UserError
 from ablation_sweeps.hub import Pretrained, auto_model, context_length, load_tokenizer
 from ablation_sweeps.lazy import torch
+from ablation_sweeps.probing import fit_vocabulary, isolate
 from ablation_sweeps.text import Pack, TextEncoder
 from ablation_sweeps.transformer import Transformer, input_device, query_heads, with_head
 
@@ -37,7 +38,8 @@ class CausalLM(Pretrained):
         tokenizer, encoder = load_tokenizer(self), self.encoder()
         # The second kind shows its language model nothing but text, if it is given nothing else.
         auto = auto_model(self, "causal_lm", "AutoModelForCausalLM", "AutoModelForImageTextToText")
-        module = self.from_pretrained(auto)
+        module, left_out = self.from_pretrained(auto)
+        encoder = fit_vocabulary(encoder, module, self.option)
 
         def other_input(source: str, length: int, seed: int) -> Batch:
             if source == "generated":
@@ -59,13 +61,14 @@ class CausalLM(Pretrained):
             other_input=other_input,
             n_heads=query_heads(module),
             special_ids=frozenset(tokenizer.all_special_ids),
+            left_out=left_out,
         )
         if not _is_causal(model, encoder):
             raise UserError(
                 f"{self.option}: its logits depend on later tokens, so that it would be scored on what it has seen; an "
                 "encoder is model=masked_lm"
             )
-        return with_head(model, module.get_output_embeddings())  # type: ignore[operator]
+        return isolate(with_head(model, module.get_output_embeddings()), encoder, self.option)  # type: ignore[operator]
 
 
 def _is_causal(model: Transformer, encoder: TextEncoder) -> bool:

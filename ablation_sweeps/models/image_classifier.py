@@ -29,7 +29,7 @@ class ImageClassifier(Pretrained):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         processor = self.guarded(lambda: AutoImageProcessor.from_pretrained(self.source, **self.hub_options))
-        module = self.from_pretrained(AutoModelForImageClassification)
+        module, unused = self.from_pretrained(AutoModelForImageClassification)
         config = module.config
         dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
 
@@ -60,6 +60,7 @@ class ImageClassifier(Pretrained):
             n_heads=heads if isinstance(heads, int) else None,  # Swin has a list, one for each stage
             special_ids=frozenset(),
             class_names=tuple(config.id2label.get(i, "") for i in range(config.num_labels)),  # type: ignore[union-attr,index,arg-type]
+            left_out=unused,
         )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field, model_validator
@@ -11,11 +9,9 @@ from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.data import Batch, Modality, UserError
 from ablation_sweeps.hub import Pretrained, auto_model, context_length, load_tokenizer
-from ablation_sweeps.lazy import torch
+from ablation_sweeps.probing import fit_vocabulary, isolate
 from ablation_sweeps.text import Masking, Pack, TextEncoder
 from ablation_sweeps.transformer import Transformer, query_heads, with_head
-
-log = logging.getLogger(__name__)
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -52,7 +48,8 @@ class MaskedLM(Pretrained):
 
     def load(self) -> Transformer:
         tokenizer, encoder = load_tokenizer(self), self.encoder()
-        module = self.from_pretrained(auto_model(self, "masked_lm", "AutoModelForMaskedLM"))
+        module, left_out = self.from_pretrained(auto_model(self, "masked_lm", "AutoModelForMaskedLM"))
+        encoder = fit_vocabulary(encoder, module, self.option)
 
         def other_input(source: str, length: int, seed: int) -> Batch:
             if source not in ("random_characters", "random_tokens", "probe"):
@@ -72,24 +69,6 @@ class MaskedLM(Pretrained):
             other_input=other_input,
             n_heads=query_heads(module),
             special_ids=frozenset(tokenizer.all_special_ids),
+            left_out=left_out,
         )
-        if _sees_padding(model, encoder):
-            log.warning(
-                "model=%s: what it says of a text depends a little on the padding beside it, and so on batch_tokens",
-                self.label,
-            )
-        return with_head(model, module.get_output_embeddings())  # type: ignore[operator]
-
-
-def _sees_padding(model: Transformer, encoder: TextEncoder) -> bool:
-    alone = encoder.other_input(encoder.random_ids("probe", 8, 0))
-    padding: int = encoder.tokenizer.pad_token_id or 0  # type: ignore[assignment]
-    widened = {
-        key: torch.nn.functional.pad(x, (0, 8), value=padding * (key == "input_ids")) for key, x in alone.inputs.items()
-    }
-    with torch.inference_mode():
-        a, b = (
-            model.logits(dataclasses.replace(alone, inputs=inputs).to(model.device))[:, :8].float()
-            for inputs in (alone.inputs, widened)
-        )
-    return bool((a - b).abs().max() > 0.05 * a.std())  # rounding is far below
+        return isolate(with_head(model, module.get_output_embeddings()), encoder, self.option)  # type: ignore[operator]

@@ -30,7 +30,7 @@ class Timm(Pretrained):
 
     def check(self, modality: Modality) -> None:
         super().check(modality)
-        for option in ("attn_implementation", "gguf_file", "device_map", "quantize"):
+        for option in ("attn_implementation", "gguf_file", "device_map", "quantize", "adapter"):
             if getattr(self, option) is not None:
                 raise UserError(
                     f"model.{option}={getattr(self, option)}: timm's models have no such option; leave it null"
@@ -111,5 +111,21 @@ class Timm(Pretrained):
             module.load_state_dict(load_file(Path(self.path) / "model.safetensors"))
             return module
         if self.path:
-            return timm.create_model(f"local-dir:{self.path}", pretrained=True)
+            module = timm.create_model(f"local-dir:{self.path}", pretrained=True)
+            self._check_head(module, load_file(Path(self.path) / "model.safetensors"))
+            return module
         return timm.create_model(f"hf-hub:{self.repository}@{self.commit}", pretrained=True)
+
+    def _check_head(self, module: Any, weights: dict[str, torch.Tensor]) -> None:
+        """Refuse a random classifier: timm makes one where the number of classes is not that of the weights."""
+        names = module.pretrained_cfg.get("classifier") or ()
+        own = module.state_dict()
+        for name in (names,) if isinstance(names, str) else names:
+            for key in (f"{name}.weight", f"{name}.bias"):
+                given = weights.get(key)
+                same = given is not None and key in own and given.shape == own[key].shape
+                if key in own and not (same and torch.equal(given.to(own[key].dtype), own[key])):  # type: ignore[union-attr]
+                    raise UserError(
+                        f"{self.option}: its classifier {key} would be random, since its weights are for another "
+                        "number of classes; correct num_classes in its config.json"
+                    )

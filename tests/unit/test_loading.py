@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from families import CONTEXT
 from PIL.Image import fromarray
+from safetensors.torch import load_file, save_file
 
 from ablation_sweeps import hub, job, sites
-from ablation_sweeps.ablation import ablated
+from ablation_sweeps.ablation import Constant, ablated, reading
 from ablation_sweeps.activations import Histogram, collect
 from ablation_sweeps.data import Document, UserError
+from ablation_sweeps.evaluation import evaluate
+from ablation_sweeps.methods.resample import AnotherExample
+from ablation_sweeps.models import causal_lm
 from ablation_sweeps.transformer import Budget, Transformer
 
 TEXTS = [Document("a", "The quick brown fox"), Document("b", "jumps over"), Document("c", "the lazy dog")]
@@ -275,11 +282,12 @@ def test_shares_of_what_is_replaced_fit(option):
         option("model=tiny_masked", "model.replaced_by_mask=0.8", "model.replaced_at_random=0.5")
 
 
-def test_an_encoder_that_sees_padding_is_said(option, saved, tmp_path, caplog):
+def test_an_encoder_that_sees_padding_is_shown_none(option, saved, tmp_path, caplog):
     from transformers import ConvBertConfig, ConvBertForMaskedLM
 
-    option("model=masked_lm", f"model.path={saved('bert')}").load()
-    assert "padding" not in caplog.text
+    caplog.set_level("INFO")
+    plain = option("model=masked_lm", f"model.path={saved('bert')}").load()
+    assert "passed apart" not in caplog.text and not plain.encode.apart
     shutil.copytree(saved("bert"), tmp_path, dirs_exist_ok=True)
     torch.manual_seed(0)
     config = ConvBertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -288,8 +296,8 @@ def test_an_encoder_that_sees_padding_is_said(option, saved, tmp_path, caplog):
     for parameter in module.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     module.save_pretrained(tmp_path)
-    option("model=masked_lm", f"model.path={tmp_path}").load()
-    assert "depends a little on the padding beside it" in caplog.text
+    model = option("model=masked_lm", f"model.path={tmp_path}").load()
+    assert "lengths are passed apart" in caplog.text and model.encode.apart
 
 
 def test_an_encoder_is_no_causal_model(option, saved):
@@ -374,3 +382,224 @@ def test_classes_in_another_order_than_the_models_are_refused(job_of, tiny):
     chance("Ant", "bee", "cat", "dogs", "eel")
     with pytest.raises(UserError, match=r"dataset=mine: its class 0 is bee, but the model's is ant.*dataset\.classes"):
         chance("bee", "Ant", "cat", "dog", "eel")
+
+
+# What is loaded, and what is left out
+
+
+@pytest.fixture
+def with_adapter(saved, tmp_path):
+    """A folder with an adapter on the queries and the output projection of the Llama, far from doing nothing."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    module = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(saved("llama")), config).eval()
+    module.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", module
+
+
+def test_an_adapter_is_merged_and_part_of_the_identity(option, saved, with_adapter, site, tiny):
+    folder, adapted = with_adapter
+    plain = option("model=causal_lm", f"model.path={saved('llama')}")
+    asked = option("model=causal_lm", f"model.path={saved('llama')}", f"model.adapter={folder}")
+    asked.check("text")
+    model = asked.load()
+    with torch.inference_mode():
+        expected = adapted(**batch_of(model).inputs).logits
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(model), logits(tiny("llama")), atol=1e-2)
+    assert sites.find(model, site("attn_pre_out"), None)[1].path == "model.layers.1.self_attn.o_proj"
+    assert "adapter" not in plain.identity()
+    assert {key: value for key, value in asked.identity().items() if key != "adapter"} == plain.identity()
+    before = asked.identity()["adapter"]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({key: 2 * x for key, x in tensors.items()}, folder / "adapter_model.safetensors")
+    assert asked.identity()["adapter"] != before
+
+
+def test_an_adapter_beside_the_weights_is_left_out_and_that_is_said(
+    option, saved, with_adapter, tmp_path, tiny, caplog
+):
+    folder, _ = with_adapter
+    shutil.copytree(saved("llama"), tmp_path / "both")
+    shutil.copytree(folder, tmp_path / "both", dirs_exist_ok=True)
+    model = option("model=causal_lm", f"model.path={tmp_path / 'both'}").load()
+    assert torch.equal(logits(model), logits(tiny("llama")))
+    assert model.left_out == (f"model.path={tmp_path / 'both'}: the adapter beside its weights is left out; "
+                              f"model.adapter={tmp_path / 'both'} applies it",)  # fmt: skip
+    assert model.left_out[0] in caplog.messages
+    same = option("model=causal_lm", f"model.path={tmp_path / 'both'}", f"model.adapter={tmp_path / 'both'}").load()
+    assert not same.left_out and not torch.allclose(logits(same), logits(model), atol=1e-2)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(option, saved, with_adapter, tmp_path, monkeypatch):
+    folder, _ = with_adapter
+    given = ["model=causal_lm", f"model.path={saved('gpt2')}", f"model.adapter={folder}"]
+    with pytest.raises(UserError, match=rf"^model\.adapter={folder}: cannot be loaded: .*") as error:
+        option(*given).load()
+    assert "\n" not in str(error.value)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(dict(sorted(tensors.items())[2:]), folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"^model\.adapter=.*has no weights for .*trained on this model"):
+        option("model=causal_lm", f"model.path={saved('llama')}", f"model.adapter={folder}").load()
+    with pytest.raises(UserError, match=r"model\.path=.*holds an adapter alone.*model\.adapter="):
+        option("model=causal_lm", f"model.path={folder}").check("text")
+    with pytest.raises(UserError, match=r"model\.adapter=\./nowhere: there is no such folder"):
+        option("model=causal_lm", f"model.path={saved('llama')}", "model.adapter=./nowhere").check("text")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs peft; install it: pip install peft"):
+        option("model=causal_lm", f"model.path={saved('llama')}", f"model.adapter={folder}").check("text")
+
+
+def test_weights_that_are_not_used_are_said(option, saved, tmp_path, caplog):
+    """Such as a layer that the configuration does not count."""
+    shutil.copytree(saved("llama"), tmp_path / "deeper")
+    tensors = load_file(tmp_path / "deeper" / "model.safetensors")
+    more = {key.replace("layers.2", "layers.3"): x.clone() for key, x in tensors.items() if "layers.2" in key}
+    save_file({**tensors, **more}, tmp_path / "deeper" / "model.safetensors", metadata={"format": "pt"})
+    save_file(more, tmp_path / "deeper" / "consolidated.safetensors")
+    model = option("model=causal_lm", f"model.path={tmp_path / 'deeper'}").load()
+    unused, file = model.left_out
+    assert f"{len(more)} of its weights are left out, since LlamaForCausalLM has no such: model.layers.*." in unused
+    assert file.endswith("so these are left out: consolidated.safetensors")
+    assert [unused, file] == [said for said in caplog.messages if "left out" in said]
+    caplog.clear()
+    assert not option("model=causal_lm", f"model.path={saved('llama')}").load().left_out
+
+
+def test_a_classifier_of_timm_that_would_be_random_is_refused(option, saved, tmp_path):
+    shutil.copytree(saved("timm_vit"), tmp_path / "vit")
+    config = json.loads((tmp_path / "vit" / "config.json").read_text())
+    config["model_args"] = {**config["model_args"], "num_classes": 7}
+    config["pretrained_cfg"]["classifier"] = "head"
+    (tmp_path / "vit" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"model\.path=.*its classifier head\.weight would be random"):
+        option("model=timm", f"model.path={tmp_path / 'vit'}").load()
+
+
+# What a text scores is what it scores alone
+
+
+ROPE = {
+    "longrope": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4,
+                 "factor": 4.0, "original_max_position_embeddings": 16},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+}  # fmt: skip
+
+
+@pytest.fixture
+def with_rope(saved, tmp_path):
+    """A Llama whose position scheme follows the longest text of a batch, and in one case remembers it."""
+
+    def make(kind: str) -> Path:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shutil.copytree(saved("llama"), tmp_path / kind)
+        sizes = LlamaConfig.from_pretrained(saved("llama")).to_dict()
+        sizes.pop("rope_parameters", None)
+        given = {"rope_parameters" if "rope_scaling" not in sizes else "rope_scaling": ROPE[kind]}
+        if kind == "dynamic":
+            sizes["max_position_embeddings"] = 16  # beyond which it stretches
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**{**sizes, **given, "initializer_range": 0.4})).save_pretrained(tmp_path / kind)
+        return tmp_path / kind
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ROPE)
+def test_a_text_scores_what_it_scores_alone(option, with_rope, site, tmp_path, monkeypatch, kind):
+    """Whatever is passed beside it or before, in evaluation as in calibration; for resampling, too."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(causal_lm, "context_length", lambda _: 64)
+    model = option("model=causal_lm", f"model.path={with_rope(kind)}").load()
+    texts = [Document(str(n), "abcdefgh"[n % 5 :] * 9) for n in range(4)]
+    texts = [Document(d.name, d.text[: 6 + 17 * i]) for i, d in enumerate(texts)]
+    (batch,) = model.encode(texts, "evaluation", Budget(None, None), 10_000, 0)
+    plain = AutoModelForCausalLM.from_pretrained(model.module.name_or_path).eval()  # type: ignore
+    projections = sites.find(model, site("attn_pre_out"), None)
+    everything = {1.0: [torch.ones(p.width, dtype=torch.bool) for p in projections]}
+    for method in (Constant([torch.zeros(p.width) for p in projections]), AnotherExample()):
+        for _ in range(2):  # a second time, after the longest
+            found = evaluate(model, projections, [batch], everything, method, torch.empty(0, dtype=torch.long), 5, [],
+                             lambda *_: None)  # fmt: skip
+            clean = found[found["fraction"] == 0].set_index("name")
+            for row, name in enumerate(batch.names):
+                n = int(batch.inputs["attention_mask"][row].sum())
+                ids = batch.inputs["input_ids"][row : row + 1, :n]
+                fresh = copy.deepcopy(plain)
+                with torch.inference_mode():
+                    z = fresh(input_ids=ids, use_cache=False).logits[0]
+                expected = torch.nn.functional.cross_entropy(z[:-1], ids[0, 1:], reduction="sum").item()
+                assert abs(clean.loc[name, "loss"] - expected) < 1e-3
+    seen = []
+    for row in range(len(batch.names)):
+        n = int(batch.inputs["attention_mask"][row].sum())
+        fresh = dataclasses.replace(model, module=copy.deepcopy(plain))
+        own = [dataclasses.replace(p, module=fresh.module.get_submodule(p.path)) for p in projections]
+        with torch.inference_mode(), reading(own, 1) as activations:
+            fresh.module.model(batch.inputs["input_ids"][row : row + 1, :n], use_cache=False)
+        seen.append([x[0] for x in activations])
+    (calibration,) = model.encode(texts, "calibration", Budget(None, None), 10_000, 0)
+    statistics = collect(model, projections, [calibration], tmp_path / "cache")
+    for layer, moments in enumerate(statistics.moments):
+        expected = torch.cat([layers[layer] for layers in seen]).double().mean(0)
+        torch.testing.assert_close(moments.mean, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_unaffected_models_are_passed_as_ever(tiny):
+    for family in ("llama", "gpt2", "opt", "bert", "roberta", "gemma2", "bloom"):
+        assert not tiny(family).encode.apart
+
+
+def test_a_model_that_gives_other_logits_each_time_is_refused(option, saved, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, *_, **__: x + 0.3 * torch.randn_like(x))
+    with pytest.raises(UserError, match=r"model\.path=.*gives other logits when the same text is passed again"):
+        option("model=masked_lm", f"model.path={saved('bert')}").load()
+
+
+# Sizes that do not fit
+
+
+@pytest.mark.parametrize(("family", "kind", "offset"), [("roberta", "masked_lm", 1), ("opt", "causal_lm", 0)])
+def test_a_table_of_fewer_positions_than_the_configuration_says_is_found(option, saved, tmp_path, caplog, family, kind,
+                                                                         offset):  # fmt: skip
+    shutil.copytree(saved(family), tmp_path / family)
+    tokenizer = json.loads((tmp_path / family / "tokenizer_config.json").read_text())
+    (tmp_path / family / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "model_max_length": 500}))
+    model = option(f"model={kind}", f"model.path={tmp_path / family}", "model.max_tokens=500").load()
+    (batch,) = model.encode([Document("a", "x" * 400), Document("b", "yz")], "evaluation", Budget(None, None), 10**4, 0)
+    assert batch.labels.shape[1] == CONTEXT + (0 if family == "opt" else offset - 1)
+    assert ("positions, not" in caplog.text) == (family == "roberta")
+    with torch.inference_mode():
+        assert torch.isfinite(model.logits(batch)).all()
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "causal_lm"), ("bert", "masked_lm")])
+def test_a_tokenizer_with_more_tokens_than_the_model(option, saved, tmp_path, family, kind):
+    """A padding token without an embedding changes nothing; text that has one is refused."""
+    from transformers import AutoTokenizer
+
+    plain = option(f"model={kind}", f"model.path={saved(family)}").load()
+    shutil.copytree(saved(family), tmp_path / "larger")
+    tokenizer = AutoTokenizer.from_pretrained(saved(family))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_tokens(["ab"])
+    tokenizer.save_pretrained(tmp_path / "larger")
+    model = option(f"model={kind}", f"model.path={tmp_path / 'larger'}").load()
+    assert torch.equal(logits(model), logits(plain))
+    with pytest.raises(UserError, match=rf"model\.path={tmp_path / 'larger'}: its tokenizer gives token .*\(ab\)"):
+        model.encode([Document("a", "crab"), Document("b", "xyz")], "evaluation", Budget(None, None), 100, 0)
+
+
+def test_two_tokens_for_the_beginning_are_said(tiny, caplog):
+    texts = [Document("a", "<s>The quick"), Document("b", "jumps over")]
+    tiny("llama").encode(texts[1:], "evaluation", Budget(None, None), 100, 0)
+    assert not caplog.messages
+    tiny("llama").encode(texts, "evaluation", Budget(None, None), 100, 0)
+    assert (
+        "1 of the evaluation texts begin or end with a token of their own" in caplog.text and "(a: <s>)" in caplog.text
+    )
