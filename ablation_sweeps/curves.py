@@ -41,7 +41,8 @@ class Study:
 
 
 def read_curves(*sweeps: Path) -> DataFrame:
-    """Rows of all finished runs below some folders, one for each study, method, seed, fraction and metric.
+    """Rows of all finished runs below some folders, one for each study, method, seed, fraction and metric. A run with a
+    damaged file is left out, and a warning names the file.
 
     Runs of one study are compared on the same documents: where a run has more of them at a fraction than another one
     (see eval.target_stderr), its rows are those of the documents that all have.

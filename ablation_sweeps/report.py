@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 KINDS = {".png": "figure", ".html": "page"}  # of what is written, those that are looked at
+FOUND_BY = ("status.json", "rows.parquet")  # a run has one of them, at least
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a formula begins in a spreadsheet
 DIFFER = "runs differ in"  # beside method and seed
 NOTES = "notes"  # that the runs have left
@@ -70,7 +71,7 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
     failures = [
         (run.name, found["state"], str(found.get("reason", "")))
         for sweep in (sweep_dir, *more)
-        for run in sorted(path.parent for path in Path(sweep).rglob("status.json"))  # as deep as curves are read
+        for run in sorted({path.parent for name in FOUND_BY for path in Path(sweep).rglob(name)})  # as deep as curves
         if (found := store.looked_at(run))["state"] != "finished"
     ]
     files.write_text(sweep_dir / "report.html", page.render(sweep_dir.absolute().name, shown, failures))

@@ -119,7 +119,7 @@ def _notes(rows: DataFrame, summary: DataFrame, step: int, console: Console) -> 
         notes.append("columns differ in their documents (eval.target_stderr): compare within a column; the clean value "
                      "of each is in curves.parquet, and the AUC is of that")  # fmt: skip
     if thin := thin_calibration(rows):
-        notes.append(f"statistics {of_calibration(thin)} (statistics.tokens): the data hold no more")
+        notes.append(f"statistics {of_calibration(thin)} (statistics.tokens)")
     if step > 1:
         notes.append(f"{math.ceil((n_fractions - 1) / step) + 1} of {n_fractions} fractions; all are in curves.parquet")
     if len(points) < len(methods) * n_seeds * n_fractions:

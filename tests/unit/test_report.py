@@ -125,7 +125,9 @@ def test_summary_of_seeds():
     assert (row["n_seeds"], row["clean"], row["at_50"]) == pytest.approx((3, 3.0, 3 + np.mean(slopes) / 4))
 
 
-def measured_sweep(folder: Path, seeds: Mapping[str, Sequence[int]], fractions: Sequence[float] = TENTHS) -> Path:
+def measured_sweep(
+    folder: Path, seeds: Mapping[str, Sequence[int]], fractions: Sequence[float] = TENTHS, **facts: object
+) -> Path:
     """Runs of a masked language model: what is scored, and so the clean value, differs from seed to seed."""
     for number, (method, of_method) in enumerate(seeds.items()):
         for seed in of_method:
@@ -137,17 +139,23 @@ def measured_sweep(folder: Path, seeds: Mapping[str, Sequence[int]], fractions: 
                 sums = {"loss": loss, "top1": n * 0.5 * (1 - f) ** (1 + number), "topk": n * 0.8, "kl": loss - 2 * n}
                 rows.append(pd.DataFrame({"fraction": f, "document": range(12), "name": "", "n": n, **sums}))
             documents = pd.concat(rows).assign(n_rare=0.0, loss_rare=0.0, top1_rare=0.0, topk_rare=0.0)
-            save_documents(folder / f"{method}-s{seed}", documents, method, seed)
+            save_documents(folder / f"{method}-s{seed}", documents, method, seed, facts if method == "mean" else {})
     return folder
 
 
-def save_documents(folder: Path, documents: pd.DataFrame, method: str, seed: int, **columns) -> None:
-    """A finished run with these sums of documents, and the rows that belong to them."""
-    run_id = files.signature([folder.name, str(columns)])[:16]
+def save_documents(folder: Path, documents: pd.DataFrame, method: str, seed: int, facts: Mapping[str, object]) -> None:
+    """A finished run with these sums of documents, and the rows that belong to them.
+
+    Args:
+        facts: that the run has recorded.
+    """
+    run_id = files.signature(folder.name)[:16]
     rows = metrics.curve(documents, 10, 0, {"loss": 8.0, "top1": 0.04})
-    labels = curve(method, seed, **{"kind": "masked_lm", **columns}).iloc[0].drop(list(rows)).to_dict()
+    labels = curve(method, seed, kind="masked_lm").iloc[0].drop(list(rows)).to_dict()
     folder = folder.with_name(f"{folder.name}-{run_id[:8]}")
     folder.mkdir(parents=True)
+    store.begin(folder, {"seed": seed, **{part: {"label": part} for part in ("model", "dataset", "method")}})
+    store.remember(folder, **facts)
     store.finish(folder, rows.assign(**{**labels, "run_id": run_id}), documents, 1.0)
 
 
@@ -230,11 +238,9 @@ def test_a_title_counts_the_seeds_of_each_point():
 
 
 def test_calibration_that_is_thinner_than_asked_is_said_where_it_is_read(tmp_path: Path):
-    sweep = measured_sweep(tmp_path / "sweep", {"zero": (0,), "mean": (0,)})
-    assert "where" not in everything(sweep)[0].splitlines()[0]
-    for run in store.runs(sweep):
-        if "mean" in run.name:  # zero needs no statistics
-            store.remember(run, calibration_positions=379, calibration_asked=5000)
+    both = {"zero": (0,), "mean": (0,)}  # zero needs no statistics
+    assert "asked for" not in everything(measured_sweep(tmp_path / "before", both))[0]
+    sweep = measured_sweep(tmp_path / "sweep", both, calibration_positions=379, calibration_asked=5000)
     said, *_, tex = everything(sweep)
     thin = "statistics of 379 positions, where 5,000 were asked for"
     title, notes = said.splitlines()[0], said.partition("AUC:")[2]
@@ -275,6 +281,46 @@ def test_a_metric_that_one_run_lacks_does_not_stop_the_report(tmp_path: Path):
         store.finish(run, rows[~rows["metric"].isin(gone)], documents.drop(columns=columns), 1.0)
     said, summary, *_ = everything(sweep)
     assert "none is called the best" in said and set(summary["metric"]) == {"loss", "perplexity", "top10"}
+
+
+DAMAGE = {
+    "config.yaml": {"a seed": (b"seed: 1", b"seed: 9"), "a key": (b"seed: 1", b"sead: 1")},
+    "environment.json": {"a version": (b'"python"', b'"pYthon"')},
+    "status.json": {"a state": (b"finished", b"finishes"), "a time": (b'"time": "2', b'"time": "1')},
+    "rows.parquet": {},
+    "documents.parquet": {},
+}
+CUTS = {"truncated": 0.5, "almost whole": 0.98, "empty": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [(name, how) for name, changes in DAMAGE.items() for how in (*changes, *CUTS)]
+)
+def test_a_report_is_made_without_a_damaged_run_and_names_the_file(tmp_path: Path, caplog, name: str, how: str):
+    sweep = measured_sweep(tmp_path / "sweep", {"zero": (0, 1), "mean": (0, 1)}, fractions=[0.0, 0.5, 1.0])
+    (run,) = (run for run in store.runs(sweep) if run.name.startswith("mean-s1"))
+    content = (run / name).read_bytes()
+    changed = content[: int(len(content) * CUTS[how])] if how in CUTS else content.replace(*DAMAGE[name][how])
+    assert changed != content
+    (run / name).write_bytes(changed)
+    curves = read_curves(sweep)
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert run.name in said and name in said and "\n" not in said
+    assert set(curves[["method", "seed"]].itertuples(index=False, name=None)) == {("zero", 0), ("zero", 1), ("mean", 0)}
+    printed_, summary, *_ = everything(sweep)
+    assert "1 seed, 12 documents" in printed_ and set(summary["auc_n_seeds"]) == {1}
+    (failure,) = json.loads(re.findall(r'id="content">(.*?)</script>', (sweep / "report.html").read_text())[0])[
+        "failures"
+    ]
+    assert failure[:2] == [run.name, "damaged"] and name in failure[2]
+
+
+def test_where_all_runs_are_damaged_that_is_said(tmp_path: Path):
+    sweep = measured_sweep(tmp_path / "sweep", {"zero": (0,)}, fractions=[0.0, 1.0])
+    (run,) = store.runs(sweep)
+    (run / "documents.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no finished run below .*: 1 damaged; python -m .* status"):
+        read_curves(sweep)
 
 
 def test_a_cell_of_text_is_no_formula(tmp_path: Path):
