@@ -57,7 +57,7 @@ def launch(options: Any, jobs: Sequence[Job]) -> None:
         except KeyboardInterrupt:
             log.warning("cancelling %s", counted(len(work.packs), "pack"))
             queue.cancel(list(work.packs))
-            store.give_up(folder for folders in work.packs.values() for folder in folders)
+            store.give_up(work.jobs, killed=queue.lasts)  # local packs have said themselves how they ended
             raise
     failures = Failures()
     for folder in work.jobs:

@@ -224,6 +224,20 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether some process holds the lock of a folder, as far as the file system tells."""
+    import fcntl
+
+    try:
+        with open(folder / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # and let go at once
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or locks are not to be had
+        return False
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """A safetensors file with a checksum of its content and its place, so that a reader knows it is whole and belongs
     there."""

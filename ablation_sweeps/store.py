@@ -47,6 +47,7 @@ class Status(TypedDict):
     Attributes:
         state: damaged and new are never written: there is no such file, or what it says cannot be true.
         host, pid: the process that runs it, or will; absent where a cluster decides that.
+        ran: it was begun before it was put into the queue, or stopped.
         batches: of the evaluation split.
         begun_at: batches that were done when the process began.
         sha256: of the files of a finished run; for status.json the signature of the rest of it.
@@ -61,6 +62,7 @@ class Status(TypedDict):
     started: NotRequired[Time]
     host: NotRequired[str]
     pid: NotRequired[int]
+    ran: NotRequired[bool]
     batches: NotRequired[int]
     begun_at: NotRequired[int]
     sha256: NotRequired[dict[str, str]]
@@ -205,20 +207,44 @@ def config(folder: Path) -> dict:
 
 
 def queue(folder: Path, config: dict, lasts: bool) -> None:
-    """Args:
-    lasts: it will be run even if this process ends.
+    """Write down that a job waits to be run.
+
+    Args:
+        lasts: it will be run even if this process ends.
     """
     _write_config(folder, config)
     by = {} if lasts else _process()
-    files.write_json(folder / "status.json", {"state": "queued", "time": _now(), **by})
+    files.write_json(folder / "status.json", {"state": "queued", "time": _now(), **_ran(folder), **by})
 
 
-def give_up(folders: Iterable[Path]) -> None:
-    """Those that wait will not be run; one that runs may be about to finish."""
+def give_up(folders: Iterable[Path], killed: bool = False) -> None:
+    """Mark queued runs as interrupted.
+
+    Args:
+        killed: those that run were cancelled as well. Otherwise they are left alone: they may be about to finish.
+    """
     with suppress(OSError, UserError):  # a full disk may be the reason for it
         for folder in folders:
-            if status(folder)["state"] == "queued":
-                write_status(folder, "interrupted", WAITED)
+            found = status(folder)
+            if found["state"] == "queued":
+                write_status(folder, "interrupted", _why_stopped(folder, found))
+            elif killed and found["state"] == "running":
+                write_status(folder, "interrupted", f"cancelled while it ran; {GOES_ON}")
+
+
+def _why_stopped(folder: Path, queued: Status) -> str:
+    """Why a queued run will not be run: it waited, but it may have run before."""
+    if not queued.get("ran"):
+        return WAITED
+    done = counted(batches_done(folder), "batch", "es")
+    return f"interrupted when it had run ({done} kept), then stopped while it waited to go on; {GOES_ON}"
+
+
+def _ran(folder: Path) -> dict[str, bool]:
+    """Whether the job was begun and not finished, for a new status."""
+    found = status(folder)
+    began = found["state"] in ("running", "died") or found.get("ran") or batches_done(folder) > 0
+    return {"ran": True} if began and found["state"] != "finished" else {}
 
 
 def _write_config(folder: Path, config: dict) -> None:
@@ -255,15 +281,16 @@ def fail(folder: Path, error: BaseException) -> None:
     """A signal to stop is no failure: the job can go on where it was."""
     log.debug("the job stopped", exc_info=error)
     with suppress(OSError, UserError):  # a full disk may be the reason; it is the first error that counts
-        if isinstance(error, KeyboardInterrupt):
-            write_status(folder, "interrupted", f"by a signal; {GOES_ON}")
+        if isinstance(error, Exception):
+            write_status(folder, "failed", plain(error))
         else:
-            write_status(folder, "failed" if isinstance(error, Exception) else "interrupted", plain(error))
+            write_status(folder, "interrupted", f"by a signal while it ran; {GOES_ON}")
 
 
 def write_status(folder: Path, state: str, reason: str | None = None) -> None:
     """The truth about a job: queued, running, interrupted, died (with its process), failed or finished."""
-    files.write_json(folder / "status.json", {"state": state, **({"reason": reason} if reason else {}), "time": _now()})
+    why = {"reason": reason} if reason else {}
+    files.write_json(folder / "status.json", {"state": state, **why, "time": _now(), **_ran(folder)})
 
 
 def expect(folder: Path, batches: int) -> None:
@@ -320,8 +347,10 @@ def looked_at(folder: Path) -> Status:
     pid, since = found.get("pid"), found.get("started") or found.get("time")
     if found.get("host") != gethostname() or pid is None or since is None or not _gone(pid, since):
         return found
+    if found["state"] == "running" and files.is_locked(folder):  # by a process that is not seen from this container
+        return found
     if found["state"] == "queued":
-        return {**found, "state": "interrupted", "reason": WAITED}
+        return {**found, "state": "interrupted", "reason": _why_stopped(folder, found)}
     return {**found, "state": "died", "reason": f"its process is gone; {GOES_ON}"}
 
 
@@ -332,11 +361,15 @@ def is_held(folder: Path) -> bool:
 
 
 def _gone(pid: int, wrote: str) -> bool:
-    """One that began after the status was written is another process: numbers are given again, soon in a container."""
+    """Whether a process has ended. One that began after the status was written is another process: numbers are given
+    again, soon in a container."""
     import psutil
 
     try:
-        return psutil.Process(pid).create_time() > datetime.fromisoformat(wrote).timestamp() + CLOCKS
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:  # killed, but its parent has not asked for its exit status
+            return True
+        return process.create_time() > datetime.fromisoformat(wrote).timestamp() + CLOCKS
     except psutil.NoSuchProcess:
         return True
 

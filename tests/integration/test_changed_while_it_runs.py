@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from command import Launch, same_bits, states
 
-from ablation_sweeps import files, job
+from ablation_sweeps import files, job, store
 from ablation_sweeps.methods.mean import Mean
 
 METHOD = """
@@ -81,7 +81,8 @@ def test_a_method_of_ones_own(launch: Launch, on_text, tmp_path, monkeypatch):
 def test_a_result_of_other_code_is_kept_and_said(launch: Launch, on_text, tmp_path):
     assert "another version" not in launch("-m", *on_text, "method=mean", "seed=0").err
     (run,) = tmp_path.glob("results/default/*-s0-*")
-    files.write_json(run / "environment.json", files.read_json(run / "environment.json") | {"code": "edited since"})
+    store.remember(run, code="edited since")
+    store.finish(run, *(pd.read_parquet(run / f"{name}.parquet") for name in ("rows", "documents")), seconds=1.0)
     again = launch("-m", *on_text, "method=mean", "seed=0,1").err
     assert "1 of 2 jobs finished by another version of this code, which is taken for equal" in again
     assert f": {run.name}; results_dir=FOLDER computes anew" in again

@@ -94,6 +94,49 @@ def test_what_waited_for_a_launcher_that_was_killed_waits_no_more(tmp_path, monk
     assert "1 interrupted, 1 queued" in said and "stopped while it waited; the same command runs it" in said
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_ran_before_it_waited_is_not_told_as_if_it_had_only_waited(tmp_path, monkeypatch, killed):
+    """Stopped by a signal, launched again, and stopped once more before it was its turn: by Ctrl-C, or killed."""
+    ran, waited = tmp_path / "ran", tmp_path / "waited"
+    store.begin(ran, {})
+    store.save_progress(ran, 0, pd.DataFrame({"n": [1.0]}))
+    store.fail(ran, KeyboardInterrupt())
+    assert "by a signal while it ran" in CliRunner().invoke(app, ["status", str(tmp_path)]).output
+    for run in (ran, waited):
+        store.queue(run, {}, lasts=False)
+    if killed:
+        monkeypatch.setattr(store, "_gone", lambda pid, wrote: True)
+    else:
+        store.give_up([ran, waited])
+    said = CliRunner().invoke(app, ["status", str(tmp_path)]).output
+    of_ran, of_waited = (
+        next(line for line in said.splitlines() if line.strip().startswith(run)) for run in ("ran", "wa")
+    )
+    assert "interrupted when it had run (1 batch kept)" in of_ran and "stopped while it waited; the same" in of_waited
+
+
+def test_what_is_cancelled_on_a_cluster_ran_or_waited(tmp_path):
+    store.begin(tmp_path / "ran", {})
+    store.queue(tmp_path / "waited", {}, lasts=True)
+    store.give_up([tmp_path / "ran", tmp_path / "waited"], killed=True)
+    said = CliRunner().invoke(app, ["status", str(tmp_path)]).output
+    assert "2 interrupted" in said and "cancelled while it ran" in said and "stopped while it waited" in said
+
+
+def test_a_zombie_has_ended_and_a_locked_run_has_not(tmp_path):
+    """A number stays until somebody asks for the exit status; that of another container is not seen here."""
+    ended = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    for name in ("zombie", "locked"):
+        status = {"state": "running", "host": gethostname(), "pid": ended.pid, "started": now}
+        files.write_json(tmp_path / name / "status.json", status)
+    with files.locked(tmp_path / "locked"):
+        assert "1 died, 1 running" in CliRunner().invoke(app, ["status", str(tmp_path)]).output
+    assert "2 died" in CliRunner().invoke(app, ["status", str(tmp_path)]).output
+    ended.wait()
+
+
 def test_retry_leaves_alone_what_another_process_will_come_to(tmp_path, monkeypatch, caplog):
     others = tmp_path / "in order"
     store.queue(others, {}, lasts=False)
