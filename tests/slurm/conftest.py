@@ -23,8 +23,11 @@ def cluster() -> Path:
 
 
 @pytest.fixture
-def slurm(cluster: Path, tmp_path: Path) -> tuple[str, ...]:
-    """Options of a launch; nothing of an earlier test is left on the cluster."""
+def slurm(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Options of a launch; nothing of an earlier test is left on the cluster. The user has settings for squeue of which
+    each hides all packs."""
+    for key, value in {"PARTITION": "none", "STATES": "SUSPENDED", "NAMES": "none", "FORMAT": "%i"}.items():
+        monkeypatch.setenv(f"SQUEUE_{key}", value)
     subprocess.run(["scancel", f"--user={os.environ.get('USER', 'root')}"], check=True)
     until(lambda: not control("squeue", "--noheader"), "the cluster is empty")
     options = (f"hydra.launcher.folder={tmp_path / 'private'}", "hydra.launcher.mem=1300MB")

@@ -164,8 +164,9 @@ def record_squeue(folder: Path, monkeypatch) -> Callable[[], list[float]]:
     return lambda: [float(line) for line in (folder / "asked").read_text().split()]
 
 
-def test_what_queues_runs_as_it_was_submitted(launch: Launch, slurm, on_text, cluster, tmp_path):
-    """A site's own yaml holds the jobs back; meanwhile its conf/ is edited."""
+def test_what_queues_runs_as_it_was_submitted(launch: Launch, slurm, on_text, cluster, tmp_path, monkeypatch):
+    """A site's own yaml holds the jobs back; meanwhile its conf/ is edited. The site allows arrays of four tasks, its
+    squeue shows nothing at all, and the user has a default partition for sbatch."""
     conf = tmp_path / "conf"
     for file, text in {
         "hydra/launcher/site.yaml": "defaults: [slurm, _self_]\nwait: false\nsbatch: {hold: true}\n",
@@ -174,14 +175,30 @@ def test_what_queues_runs_as_it_was_submitted(launch: Launch, slurm, on_text, cl
         (conf / file).parent.mkdir(parents=True)
         (conf / file).write_text(text)
     options = ["hydra/launcher=site" if option == "hydra/launcher=slurm" else option for option in slurm]
-    left = launch("--config-dir", str(conf), *options, *on_text, "method=mine")
-    assert left.code == 0 and "1 pack in the queue" in left.out
-    (conf / "method" / "mine.yaml").write_text("_target_: ablation_sweeps.methods.mean.Mean\nlabel: mine\n")
+    options += [*on_text, "hydra.launcher.max_jobs_per_pack=1", "method=mine", "seed=0,1,2,3,4"]
+    monkeypatch.setenv("SBATCH_PARTITION", "urgent")
+    left = launch("--config-dir", str(conf), *options)
+    assert left.code == 0 and "5 packs in the queue" in left.out
     sweep = tmp_path / "results" / "default"
+    assert [len(array["packs"]) for array in submissions(sweep)] == [4, 1]
+    assert control("squeue", "--noheader", "--array", "--format=%P").split() == ["urgent"] * 5
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        again = launch("--config-dir", str(conf), *options)
+    assert again.code == 0 and "5 packs of an earlier launch in the queue still" in again.err
+    assert len(submissions(sweep)) == 2
+
+    (conf / "method" / "mine.yaml").write_text("_target_: ablation_sweeps.methods.mean.Mean\nlabel: mine\n")
     assert set(states(sweep).values()) == {"queued"}
-    control("scontrol", "release", submissions(sweep)[0]["job"])
-    until(lambda: set(states(sweep).values()) == {"finished"}, "the job is finished")
+    control("scontrol", "release", f"{submissions(sweep)[0]['job']}_0")
+    until(lambda: sorted(states(sweep).values()) == ["finished", *["queued"] * 4], "the first job is finished")
 
     assert launch(*on_text, "method=zero", "results_dir=plain").code == 0
-    (mine,), (zero,) = (folder.glob("default/*/documents.parquet") for folder in (sweep.parent, tmp_path / "plain"))
+    (mine,), (zero,) = (
+        folder.glob("default/*-s0-*/documents.parquet") for folder in (sweep.parent, tmp_path / "plain")
+    )
     assert mine.read_bytes() == zero.read_bytes()

@@ -54,6 +54,7 @@ AccountingStorageType=accounting_storage/none
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
+MaxArraySize=4
 SlurmdParameters=config_overrides
 SlurmctldParameters=preempt_send_user_signal
 SelectType=select/cons_tres
