@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ablation_sweeps.config import CHOICES
 from ablation_sweeps.data import UserError
@@ -27,7 +27,7 @@ def check_choices(cfg: DictConfig, loader: Any) -> None:
         return
     from hydra.types import RunMode
 
-    overrides = [*OmegaConf.to_container(cfg.hydra.overrides.hydra), *OmegaConf.to_container(cfg.hydra.overrides.task)]
+    overrides = [str(option) for part in ("hydra", "task") for option in cfg.hydra.overrides[part]]
     chosen = loader.compute_defaults_list(cfg.hydra.job.config_name, overrides, RunMode.RUN).defaults
     for group in absent:
         together: dict[tuple, list[str]] = {}

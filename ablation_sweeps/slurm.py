@@ -77,11 +77,11 @@ def minutes(time: object) -> object:
     match = re.fullmatch(r"(?:(\d{1,6})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", time.strip())
     if not match:
         raise ValueError("must be minutes, hours:minutes:seconds or days-hours:minutes:seconds")
-    days, first, second, third = (int(part) if part else None for part in match.groups())
-    if days is None and third is None:  # minutes:seconds
-        seconds = first * 60 + (second or 0)
+    days, first, second, third = (int(part or 0) for part in match.groups())
+    if match[1] is None and match[4] is None:  # minutes:seconds
+        seconds = first * 60 + second
     else:
-        seconds = (days or 0) * 86400 + first * 3600 + (second or 0) * 60 + (third or 0)
+        seconds = days * 86400 + first * 3600 + second * 60 + third
     return -(-seconds // 60)
 
 
