@@ -27,6 +27,7 @@ from harness import OPTIONS, PACKS, SMALL, Expected
 
 WAYS = ("truncated", "emptied", "flipped", "replaced", "deleted", "another type")
 OTHER = ("seed=1", "statistics.tokens=500")  # another sweep, of the same shapes
+ON_MEDIANS = ("-m", "method=median", *OPTIONS[2:])
 ON_DOCS = ("-m", "method=zero", "dataset=python_docs", *SMALL)
 ROWS = ("dataset=hub_text", "dataset.column=text", "dataset.streaming=true", "dataset.evaluation_split=train")
 
@@ -64,6 +65,7 @@ KINDS = (
         (*OPTIONS, "statistics.passes=1"),
         RUNS,
     ),
+    Kind("medians", "medians", "results/.cache/*/medians-*.safetensors", "other_medians", ON_MEDIANS, RUNS),
     Kind("note of little memory", "halved", "results/.cache/*/halved.txt", "halved", without=RUNS),
     Kind("progress", "half", f"{PEAK}/progress-*.parquet", "other_half"),
     *(
@@ -146,6 +148,9 @@ class Workshop:
 
     def _other_pass(self) -> None:
         self._run(self.base / "other_pass", (*OPTIONS, "statistics.passes=1", *OTHER))
+
+    def _other_medians(self) -> None:
+        self._run(self.base / "other_medians", (*ON_MEDIANS, *OTHER))
 
     def _other_packs(self) -> None:
         self._run(self.base / "other_packs", (*OPTIONS, *PACKS, "hydra.launcher.max_parallel=2", *OTHER))

@@ -14,7 +14,7 @@ import pytest
 from command import Launch
 from rich.console import Console
 
-from ablation_sweeps import job, report, store
+from ablation_sweeps import files, job, report, store
 from ablation_sweeps.data import Document
 from ablation_sweeps.datasets import python_docs
 
@@ -92,6 +92,10 @@ def test_runs_of_other_code_or_another_torch_are_not_taken_for_equals_in_silence
     code, torch_ = found["code"], found["packages"]["torch"]
     packages = found["packages"] | {"torch": "0.1"}
     file.write_text(json.dumps(found | {"code": "0" * 16, "packages": packages, "threads": 9}))
+    sums = (status := json.loads(file.with_name("status.json").read_text()))["sha256"]
+    sums["environment.json"] = files.sha256_of(file)  # it was written there, and is not damaged
+    sums["status.json"] = store._own_sum(status)
+    file.with_name("status.json").write_text(json.dumps(status))
     command = [sys.executable, "-m", "ablation_sweeps", "report", "results/default"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     differ = f"code ({'0' * 16}, {code}), packages.torch (0.1, {torch_})"
