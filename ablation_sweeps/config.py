@@ -10,6 +10,7 @@ import inspect
 import math
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ablation_sweeps.console import FOLDERS, as_typed
 from ablation_sweeps.data import UserError, absolute
+from ablation_sweeps.documents import stem
 from ablation_sweeps.messages import explain, first_line, near, no_such_option
 
 if TYPE_CHECKING:
@@ -238,7 +240,12 @@ def _label_of(name: str | None, path: str | None) -> str:
         return (name or "unnamed").split("/")[-1]
     whole = Path(os.path.abspath(os.path.expanduser(path)))
     plain = whole if whole.exists() else Path(*(part for part in whole.parts if not glob.has_magic(part)))
-    return plain.stem if plain.suffix in (".txt", ".jsonl", ".parquet") else plain.name
+    return stem(plain)
+
+
+def _python_version() -> str:
+    """The Python whose documentation and source code are data: each version has other ones."""
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def _tagged(label: str, variant: str | int | None, default: str | None) -> str:
@@ -267,5 +274,6 @@ def _folder_of_sweep(results_dir: str, sweep: str) -> str:
 OmegaConf.register_new_resolver("folder_of_sweep", _folder_of_sweep, replace=True)
 OmegaConf.register_new_resolver("label_of", _label_of, replace=True)
 OmegaConf.register_new_resolver("tagged", _tagged, replace=True)
+OmegaConf.register_new_resolver("python_version", _python_version, replace=True)
 OmegaConf.register_new_resolver("embedded", _embedded, replace=True)
 OmegaConf.register_new_resolver("package_folder", _package_folder, replace=True)

@@ -13,7 +13,8 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from socket import gethostname
@@ -83,6 +84,46 @@ def names_in(folder: str | Path) -> list[Path]:
     names = [file.relative_to(folder) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
     names = [name for name in names if name.name != "multirun.yaml"]
     return [name for name in names if not any(part.startswith(".") for part in name.parts)]
+
+
+def files_below(folder: Path, option: str) -> list[Path]:
+    """All that is below a folder but folders, sorted.
+
+    Raises:
+        UserError: one of its folders cannot be read, so that some files would be missing.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{option}: the folder {error.filename} cannot be read ({error.strerror}); mend or remove it")
+
+    return sorted(Path(place, name) for place, _, names in os.walk(folder, onerror=refuse) for name in names)
+
+
+def check_regular(file: Path, option: str) -> None:
+    """Anything else must not be opened: a pipe waits for ever, and a device may have no end.
+
+    Raises:
+        UserError: it is no regular file, nor a link to one.
+    """
+    try:
+        mode = os.stat(file).st_mode
+    except OSError as error:  # a link to nothing, or to itself; or a folder that may not be looked into
+        raise UserError(f"{option}: {file} cannot be read ({error.strerror}); mend or remove it") from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{option}: {file} is no regular file, but a pipe, a device or a socket; remove it")
+
+
+def say_others(where: str, others: Iterable[Path]) -> None:
+    """Log, once, what kinds of files are passed over in a folder of data. Hidden files are not mentioned."""
+    kinds = Counter(file.suffix.lower() or file.name for file in others if not file.name.startswith("."))
+    if kinds:
+        named = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.most_common(5))
+        say_once(f"{where}: files of other kinds are passed over: {named}{', and more' if len(kinds) > 5 else ''}")
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    log.warning(message)
 
 
 @contextmanager

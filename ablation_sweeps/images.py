@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ablation_sweeps.data import NOT_SCORED, Batch, Document, LazyPixels, Picture, Split, UserError
+from ablation_sweeps.intake import threads, upright
 from ablation_sweeps.lazy import torch
 from ablation_sweeps.transformer import Budget
 
@@ -45,28 +46,29 @@ class ImageEncoder:
         counted = self.tokens - (self.left_out if split == "calibration" else 0)  # positions of an image that do
         limits = [budget.examples, None if budget.tokens is None else -(-budget.tokens // counted)]
         limit = min((n for n in limits if n is not None), default=None)
-        pictures = [self._checked(example) for example in islice(examples, limit)]
+        pictures: list[Picture] = []
+        made: list[Future[torch.Tensor]] = []  # of the first pictures, whose pixels stay in memory
+        n_kept = 1
+        for example in islice(examples, limit):
+            pictures.append(self._checked(example))
+            if len(made) < n_kept:
+                made.append(threads().submit(self._pixels, pictures[-1]))
+            if len(pictures) == 1:
+                n_kept = ROOM // made[0].result().nbytes
         if not pictures:
             raise UserError(f"dataset: the {split} split has no images; check dataset.path")
         budget.say_if_short(split, len(pictures) * counted)
         size = max(2, batch_tokens // self.tokens)
         starts = range(0, max(1, len(pictures) - 1), size)  # never one alone: resampling needs another example
-        n_kept = ROOM // self.pixels(pictures[:1]).nbytes
-        return [self._batch(pictures, range(*ends), split, n_kept) for ends in pairwise([*starts, len(pictures)])]
+        rest = deque(made[:n_kept])
+        del made
+        return [self._batch(pictures, range(*ends), split, rest) for ends in pairwise([*starts, len(pictures)])]
 
     def pixels(self, pictures: Sequence[Picture]) -> Float[torch.Tensor, "batch channels height width"]:
-        return torch.stack(list(_threads().map(self._pixels, pictures)))
+        return _stacked([threads().submit(self._pixels, picture) for picture in pictures])
 
     def _pixels(self, picture: Picture) -> torch.Tensor:
-        from PIL.ImageOps import exif_transpose
-
-        image = picture.read()
-        if image.mode[0] in "IF":  # PIL would cut off what is above 255
-            raise UserError(
-                f"dataset: the image {picture.name} has more than 8 bits a pixel (PIL's mode {image.mode}), so that it "
-                "is not known which value is white; save it with 8 bits"
-            )
-        return self.transform(exif_transpose(image).convert(self.mode))  # upright, as `datasets` gives them
+        return self.transform(upright(picture).convert(self.mode))  # upright, as `datasets` gives them
 
     def other_input(self, source: str, length: int, seed: int) -> Batch:
         """Random pixels; `length` is of no use, since an image always has the same number of positions."""
@@ -89,12 +91,16 @@ class ImageEncoder:
             )
         return example
 
-    def _batch(self, pictures: list[Picture], places: range, split: Split, n_kept: int) -> Batch:
+    def _batch(self, pictures: list[Picture], places: range, split: Split, made: deque[Future[torch.Tensor]]) -> Batch:
         """Args:
-        n_kept: of so many pictures, the first ones, the pixels stay in memory.
+        made: pixels of the pictures from here on, as far as they fit into memory; others are made when they are needed.
+            The ones of this batch are taken out.
         """
         some = pictures[places.start : places.stop]
-        inputs = {self.key: self.pixels(some)} if places.stop <= n_kept else LazyPixels(self.key, self.pixels, some)
+        if len(made) < len(some):
+            made.clear()
+        pixels = _stacked([made.popleft() for _ in some]) if made else None
+        inputs = LazyPixels(self.key, self.pixels, some) if pixels is None else {self.key: pixels}
         keep = None
         if self.left_out and split == "calibration":
             keep = (torch.arange(self.tokens) >= self.left_out).expand(len(some), -1)
@@ -102,7 +108,5 @@ class ImageEncoder:
         return Batch(inputs, labels, keep, tuple(picture.name for picture in some), tuple(places))
 
 
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    """They decode and resize without Python's lock. No more of them, since torch gives each as many of its own."""
-    return ThreadPoolExecutor(min(8, torch.get_num_threads()))
+def _stacked(made: Sequence[Future[torch.Tensor]]) -> Float[torch.Tensor, "batch channels height width"]:
+    return torch.stack([pixels.result() for pixels in made])

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.console import counted
 from ablation_sweeps.data import NOT_SCORED, Batch, Split, UserError
 from ablation_sweeps.environment import SHIPPED
+from ablation_sweeps.intake import Intake
 from ablation_sweeps.lazy import pd, torch
 from ablation_sweeps.metrics import MAIN
 from ablation_sweeps.recording import Recording
@@ -31,6 +33,7 @@ from ablation_sweeps.transformer import Budget, Transformer
 
 log = logging.getLogger(__name__)
 
+SPLITS: tuple[Split, ...] = ("calibration", "evaluation")
 NUMBERS = 2  # raise it when the code changes numbers beyond rounding: earlier results are then not taken for new
 NO_SPECIAL = 2  # likewise, for model.tokens=no_special alone
 
@@ -140,8 +143,11 @@ class Job:
         if hasattr(self.model, "prefetch"):
             self.model.prefetch()
         encode = self.model.encoder() if hasattr(self.model, "encoder") else load(self.model).encode
-        for split in ("calibration", "evaluation"):
-            encode(self.dataset.examples(split), split, self.budget(split), self.batch_tokens, 0)
+        calibrated: Collection[bytes] = frozenset()
+        for split in SPLITS:
+            intake = Intake(self.dataset.label, split, self.dataset.examples(split), calibrated)
+            encode(iter(intake), split, self.budget(split), self.batch_tokens, 0)
+            calibrated = intake.contents
 
     @functools.cached_property
     def data(self) -> dict[str, Any]:
@@ -267,7 +273,9 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     # Calibration: what does each neuron do on data that is not evaluated?
     calibration = encode(job, model, "calibration")
-    cache = job.results_dir / ".cache" / files.signature(job.data)[:16]
+    # Copies in the calibration data once counted: those statistics are not taken for these.
+    key = {**job.data, "copies": "left out"} if "calibration" in left_out(job, model) else job.data
+    cache = job.results_dir / ".cache" / files.signature(key)[:16]
     note = functools.partial(store.note, folder)
     store.remember(folder, statistics=cache.name, n_heads=model.n_heads, model_device=str(model.device),
                    left_out=list(model.left_out))  # fmt: skip
@@ -291,6 +299,9 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     images = model.modality == "image"
     batches = encode(job, model, "evaluation")
     job.check_unchanged()
+    missing = left_out(job, model)
+    if missing:
+        store.remember(folder, left_out=missing)
     store.expect(folder, len(batches))
     log.debug("%d documents or images in %d batches", sum(len(b.names) for b in batches), len(batches))
     orders = job.selection.orders([p.width for p in projections], job.seed)
@@ -323,7 +334,8 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     rows = evaluation.metrics(documents, guess, labels, top_k)
     n_ablated = {f: sum(int(m.sum()) for m in masks(orders, f)) for f in (0.0, *job.fraction.values)}
     unit = granularity(orders, job.fraction.values, model.n_heads if job.site.by_head else None)
-    return documents, describe(rows, job, model, n_ablated, sum(p.width for p in projections), unit, halved)
+    n_neurons = sum(p.width for p in projections)
+    return documents, describe(rows, job, model, n_ablated, n_neurons, unit, halved, bool(missing))
 
 
 def positions_asked(job: Job, calibration: list[Batch], positions: int) -> int:
@@ -370,6 +382,7 @@ def describe(
     n_neurons: int,
     unit: str,
     halved: bool,
+    some_left_out: bool,
 ) -> pd.DataFrame:
     """The columns that tell the runs apart, in front of the measurements.
 
@@ -378,12 +391,13 @@ def describe(
         halved: rounding may have changed the replacement by more than the last digit, since the statistics come from
             passes over halved batches: part of the method's parameters, so that such runs are not drawn together with
             others.
+        some_left_out: the data hold copies, or broken pictures. Runs from before those were left out are another study.
     """
     kind = "@".join([type(job.method).__name__, *(content[:6] for content in _edited(type(job.method)))])
     parameters = {**_options(job.method), "class": kind, **({"statistics": "halved"} if halved else {})}
     own = {
         "run_id": job.signature[:16],
-        "study": files.signature([job.study, job.model.label, job.dataset.label])[:8],
+        "study": files.signature([job.study, job.model.label, job.dataset.label, *["left out"] * some_left_out])[:8],
         "kind": model.kind,
         "model": job.model.label,
         "revision": model.revision,
@@ -420,7 +434,13 @@ def load(model: Any) -> Transformer:
 
 
 def encode(job: Job, model: Transformer, split: Split) -> list[Batch]:
-    return _encode(*_of(job, model, split))
+    return _encode(*_of(job, model, split))[0]
+
+
+def left_out(job: Job, model: Transformer) -> dict[str, list[str]]:
+    """What was left out of the data, and why, by split."""
+    found = {split: _encode(*_of(job, model, split))[1].left_out for split in SPLITS}
+    return {split: sentences for split, sentences in found.items() if sentences}
 
 
 def clean_passes(job: Job, model: Transformer) -> CleanPasses:
@@ -436,15 +456,25 @@ def recording(job: Job, model: Transformer) -> Recording | None:
     return _recording(job.results_dir / ".cache", job.site, *_of(job, model, "calibration"))
 
 
-def _of(job: Job, model: Transformer, split: Split) -> tuple[Any, Any, Split, Budget, int, int]:
-    """What batches depend on."""
+def _of(job: Job, model: Transformer, split: Split) -> tuple[Any, Any, Split, Budget, int, int, Budget]:
+    """What batches depend on. Of those of the evaluation split, copies of the calibration data are left out."""
     seed = job.seed if model.kind == "masked_lm" and split == "evaluation" else 0  # only masking is random
-    return job.model, job.dataset, split, job.budget(split), job.batch_tokens, seed
+    return job.model, job.dataset, split, job.budget(split), job.batch_tokens, seed, job.budget("calibration")
 
 
 @functools.lru_cache(maxsize=8)
-def _encode(model: Any, dataset: Any, split: Split, budget: Budget, batch_tokens: int, seed: int) -> list[Batch]:
-    return load(model).encode(dataset.examples(split), split, budget, batch_tokens, seed)
+def _encode(
+    model: Any, dataset: Any, split: Split, budget: Budget, batch_tokens: int, seed: int, calibration: Budget
+) -> tuple[list[Batch], Intake]:
+    calibrated: Collection[bytes] = frozenset()
+    if split == "evaluation":
+        calibrated = _encode(model, dataset, "calibration", calibration, batch_tokens, 0, calibration)[1].contents
+    intake = Intake(dataset.label, split, dataset.examples(split), calibrated)
+    batches = load(model).encode(iter(intake), split, budget, batch_tokens, seed)
+    intake.examples = ()  # a dataset may hold its files
+    for sentence in intake.left_out:
+        log.warning("dataset=%s: of its %s split, %s", dataset.label, split, sentence)
+    return batches, intake
 
 
 @functools.lru_cache(maxsize=1)
@@ -460,10 +490,12 @@ def _recording(folder: Path, *_data: Any) -> Recording:
 @functools.lru_cache(maxsize=64)
 def _check_examples(dataset: Any) -> None:
     """There is something to calibrate on and something to evaluate, as far as that is seen without a tokenizer."""
-    counts = lambda example: example.read() if dataset.modality == "image" else len(example.text) > 1  # noqa: E731
-    for split in ("calibration", "evaluation"):
-        if not any(map(counts, dataset.examples(split))):
+    calibrated: Collection[bytes] = frozenset()
+    for split in SPLITS:
+        intake = Intake(dataset.label, split, dataset.examples(split), calibrated, threaded=False)
+        if not any(len(getattr(example, "text", "of a picture")) > 1 for example in intake):
             raise UserError(
                 f"dataset={dataset.label}: nothing to score in its {split} split: no example, or all documents are "
                 "shorter than two tokens; give longer or more documents"
             )
+        calibrated = intake.contents  # its first example is calibrated on, whatever the budget

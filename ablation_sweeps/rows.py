@@ -19,6 +19,8 @@ from pydantic.dataclasses import dataclass as validated
 from ablation_sweeps.data import Modality, Pairs, Split, UserError, unit_hash
 from ablation_sweeps.download import REMEDY, commit, why_not
 from ablation_sweeps.files import (
+    check_regular,
+    files_below,
     fingerprint_of_file,
     fingerprint_of_samples,
     names_in,
@@ -80,6 +82,9 @@ class Rows:
     def check(self, modality: Modality) -> None:
         if self.path and not Path(self.path).is_dir():
             raise UserError(f"dataset.path={self.path}: there is no such folder; give a folder that holds a dataset")
+        if self.path:
+            for file in files_below(Path(self.path), "dataset.path"):  # `datasets` would wait for a pipe
+                check_regular(file, "dataset.path")
         if self.data_files and not self.streaming and not self.path:
             raise UserError("dataset.streaming=false: what `datasets` keeps of dataset.data_files is not found again "
                             "offline; leave dataset.streaming=true")  # fmt: skip

@@ -157,14 +157,13 @@ class TextEncoder:
     ) -> Iterator[tuple[str, int, list[int]]]:
         used = count = 0
         for document in documents:
-            room = self._room(budget, used)
-            if room < 2 or count == budget.examples:
-                return
-            ids = self.ids(document.text, room)
+            ids = self.ids(document.text, self._room(budget, used))
             self._note_doubled(document.name, ids, doubled)
             if len(ids) >= 2:
                 yield document.name, count, ids
                 used, count = used + len(ids), count + 1
+            if self._room(budget, used) < 2 or count == budget.examples:  # before one too many is read
+                return
 
     def _concatenated(
         self, documents: Iterable[Document], budget: Budget, doubled: list[str]

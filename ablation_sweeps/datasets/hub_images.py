@@ -68,7 +68,7 @@ class HubImages(Rows):
         rows = self._stream(part, taken) if self.streaming else self.by_hash(part, self.label_column, self.image_column)
         for name, label, image in rows:
             if (taken is None or label in taken) and self.belongs(name, split):
-                yield Picture(name, partial(self._decoded, image, name), int(label))
+                yield Picture(name, partial(self._opened, image), int(label))
 
     def _stream(self, part: str, taken: frozenset[int] | None) -> Iterator[tuple[str, Any, Callable[[], Any]]]:
         """As `by_hash` gives them; of a stream, the files of the images stay in memory."""
@@ -76,21 +76,18 @@ class HubImages(Rows):
         for name, row in self.in_order(part, (self.image_column, self.label_column), wanted):
             yield name, row[self.label_column], partial(row.__getitem__, self.image_column)
 
-    def _decoded(self, image: Callable[[], Any], name: str) -> Image:
+    def _opened(self, image: Callable[[], Any]) -> Image:
         import PIL.Image
 
         value = image()
+        if value is None:
+            raise ValueError("the row holds none")
         if not isinstance(value, dict):
             raise UserError(
                 f"dataset.image_column={self.image_column}: holds {type(value).__name__}s, no images; choose a column "
                 "of images"
             )
-        try:
-            picture = PIL.Image.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"])
-            picture.load()
-        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises of damaged files
-            raise UserError(f"dataset: the image {name} is not whole ({error}); mend or remove it") from error
-        return picture
+        return PIL.Image.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"])
 
 
 def _numbers(ranges: str) -> frozenset[int]:

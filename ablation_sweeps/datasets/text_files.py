@@ -1,13 +1,12 @@
-"""A folder, file or glob of text: plain, one json a line, or parquet."""
+"""A folder, file or glob of text: plain, or rows of jsonl, json, csv, tsv or parquet."""
 
 from __future__ import annotations
 
+import functools
 import glob
-import json
-import logging
+import os
 import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -15,23 +14,22 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.data import Document, LocalPath, Modality, Pattern, Split, UserError, unit_hash
-from ablation_sweeps.files import fingerprint_of_file, signature
+from ablation_sweeps.documents import KINDS, PLAIN, SUPPORTED, NoColumn, kind_of, texts
+from ablation_sweeps.files import check_regular, files_below, fingerprint_of_file, say_once, say_others, signature
+from ablation_sweeps.intake import content_of_text
 
-log = logging.getLogger(__name__)
-
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-REPLACEMENT = "\ufffd"  # what stands for bytes that are no letter
+Texts = list[tuple[str, str]]  # names and texts
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class TextFiles:
     """Attributes:
-    path: a file, a folder (its *.txt, *.jsonl and *.parquet, at any depth), or a glob.
+    path: a file, a folder (its files of KINDS, at any depth), or a glob.
     calibration_path: the same for the calibration documents; None takes a share of those at `path`.
     calibration_share: that share, chosen by a hash of the document's name.
-    document_start: of *.txt: regular expression; each line that it matches whole begins a new document. None: a file
-        is one.
-    column: of *.jsonl and *.parquet: the field that holds the text; a row is a document.
+    document_start: of plain text: regular expression; each line that it matches whole begins a new document. None: a
+        file is one.
+    column: of the other kinds: the field that holds the text; a row is a document.
     """
 
     modality: ClassVar[Modality] = "text"
@@ -44,20 +42,27 @@ class TextFiles:
     column: str
 
     def check(self, modality: Modality) -> None:
-        for option, path in (("path", self.path), ("calibration_path", self.calibration_path)):
-            if path is None:
-                continue
-            if not any(text.strip() for _, text in self._documents(option, path)):
-                raise UserError(f"dataset.{option}={path}: holds no text; give files with text in them")
-        if self.path is None:
+        read = {option: self._documents(option) for option in self._paths()}
+        for option, documents in read.items():
+            if not any(text.strip() for _, text in documents):
+                raise UserError(
+                    f"dataset.{option}={self._paths()[option]}: holds no text; give files with text in them"
+                )
+        if "path" not in read:
             raise UserError("dataset.path: is not given; set dataset.path=FOLDER (or a file, or a glob)")
-        both = self._resolved("path", self.path) & self._resolved("calibration_path", self.calibration_path)
+        both = self._resolved("path") & self._resolved("calibration_path")
         if both:
             raise UserError(
                 f"dataset.calibration_path={self.calibration_path}: {sorted(both)[0]} would be evaluated as well; give "
                 "other files, or none to take a share of those at dataset.path"
             )
-        if not (any(True for _ in self.examples("calibration")) and any(True for _ in self.examples("evaluation"))):
+        texts = [text for _, text in read["path"] if text.strip()]
+        if len(texts) > 1 and not self.calibration_path and len(set(map(content_of_text, texts))) == 1:
+            raise UserError(
+                f"dataset.path={self.path}: its {len(texts)} documents are one and the same text, which counts once; "
+                "give other documents"
+            )
+        if not all(any(self._of_split(read.get("calibration_path", read["path"]), split)) for split in SPLITS):
             raise UserError(
                 f"dataset.path={self.path}: holds too few documents to split them; give dataset.calibration_path, or "
                 "dataset.document_start if a file holds several documents"
@@ -65,96 +70,127 @@ class TextFiles:
 
     def examples(self, split: Split) -> Iterator[Document]:
         """In the order of a hash of their names, so that a budget takes a random sample, the same everywhere."""
-        calibrates = split == "calibration"
-        if self.calibration_path and calibrates:
-            documents = self._documents("calibration_path", self.calibration_path)
-        else:
-            documents = self._documents("path", self.path)
-            if not self.calibration_path:
-                documents = [
-                    d for d in documents if (unit_hash(f"split/{d[0]}") < self.calibration_share) == calibrates
-                ]
-        for name, text in sorted(documents, key=lambda document: unit_hash(document[0])):
-            if text.strip():
-                yield Document(name, text)
+        separate = self.calibration_path and split == "calibration"
+        documents = self._of_split(self._documents("calibration_path" if separate else "path"), split)
+        return iter(sorted(documents, key=lambda document: unit_hash(document.name)))
 
     def fingerprint(self) -> str:
-        """Of the names and the content of all files, and of how they are cut into documents."""
+        """Signature of the names and the content of all files, and of how they are cut into documents."""
+        listed = {option: _files(option, path) for option, path in self._paths().items()}
+        states = tuple((option, n, str(f), *_state(f)) for option, files in listed.items() for n, f in files)
+        return _fingerprint(self, states)
+
+    def _paths(self) -> dict[str, str]:
         paths = {"path": self.path, "calibration_path": self.calibration_path}
-        content = {
-            option: [(name, fingerprint_of_file(file)) for name, file in _files(option, path)]
-            for option, path in paths.items()
-            if path
-        }
-        return signature([content, self.calibration_share, self.document_start, self.column])
+        return {option: path for option, path in paths.items() if path}
 
-    @staticmethod
-    def _resolved(option: str, path: str | None) -> set[str]:
-        return {str(file.resolve()) for _, file in _files(option, path)} if path else set()
+    def _resolved(self, option: str) -> set[str]:
+        path = self._paths().get(option)
+        return {os.path.realpath(file) for _, file in _files(option, path)} if path else set()
 
-    def _documents(self, option: str, path: str | None) -> list[tuple[str, str]]:
-        """Names and texts."""
+    def _of_split(self, documents: Texts, split: Split) -> Iterator[Document]:
+        calibrates = split == "calibration"
+        for name, text in documents:
+            taken = self.calibration_path or (unit_hash(f"split/{name}") < self.calibration_share) == calibrates
+            if taken and text.strip():
+                yield Document(name, text)
+
+    def _documents(self, option: str) -> Texts:
+        path = self._paths().get(option)
         if path is None:
             raise UserError("dataset.path: is not given; set dataset.path=FOLDER (or a file, or a glob)")
-        documents = []
+        return [document for _, _, documents in self._by_file(option, path) for document in documents]
+
+    def _by_file(self, option: str, path: str) -> Iterator[tuple[str, Path, Texts]]:
+        """The name of a file, the file, and its documents.
+
+        A folder may hold a .json or .csv for other purposes: without the column it is passed over, and named.
+        """
+        passed_over: NoColumn | None = None
+        some = False
         for name, file in _files(option, path):
-            if file.suffix in (".jsonl", ".parquet"):
-                documents += [(f"{name}#{number}", text) for number, text in enumerate(_column(file, self.column))]
+            try:
+                found = texts(file, f"dataset.{option}", self.column)
+            except NoColumn as error:
+                if kind_of(file) not in (".json", ".csv", ".tsv") or not _is_folder(path):
+                    raise
+                say_once(f"passed over: {error}")
+                passed_over = error
                 continue
-            text = _text(file)
-            if self.document_start is None:
-                documents.append((name, text))
-                continue
-            starts = [match.start() for match in re.finditer(f"^(?:{self.document_start})$", text, re.MULTILINE)]
-            pieces = zip([0, *starts], [*starts, len(text)], strict=True)
-            documents += [(f"{name}#{number}", text[start:end]) for number, (start, end) in enumerate(pieces)]
-        return documents
+            some = True
+            yield name, file, self._named(name, file, found)
+        if passed_over and not some:
+            raise passed_over
+
+    def _named(self, name: str, file: Path, found: list[str]) -> Texts:
+        if kind_of(file) not in (None, PLAIN):
+            return [(f"{name}#{number}", text) for number, text in enumerate(found)]
+        (text,) = found
+        if self.document_start is None:
+            return [(name, text)]
+        starts = [match.start() for match in re.finditer(f"^(?:{self.document_start})$", text, re.MULTILINE)]
+        pieces = zip([0, *starts], [*starts, len(text)], strict=True)
+        return [(f"{name}#{number}", text[start:end]) for number, (start, end) in enumerate(pieces)]
 
 
-def _text(file: Path) -> str:
-    """A damaged letter here and there is let pass, and said; another encoding is refused."""
-    text = file.read_text(encoding="utf-8-sig", errors="replace")
-    damaged = text.count(REPLACEMENT) + text.count("\0")  # of which UTF-16 is full
-    if damaged > len(text) / 100:
-        raise UserError(f"dataset.path: {file} is no UTF-8; convert it (iconv -f latin1 -t utf-8), or remove it")
-    if damaged:
-        _say_once(f"{file}: {damaged} of {len(text):,} letters are no text in UTF-8")
-    return text
+SPLITS: tuple[Split, ...] = ("calibration", "evaluation")
 
 
-@cache
-def _say_once(message: str) -> None:
-    log.warning(message)
+@functools.cache
+def _fingerprint(dataset: TextFiles, states: tuple) -> str:
+    """Args:
+    states: size and time of every file, for which this is kept.
+    """
+    content: dict[str, list] = {}
+    seen: set[bytes] = set()
+    copies = False
+    for option, path in dataset._paths().items():
+        content[option] = []
+        for name, file, documents in dataset._by_file(option, path):
+            content[option].append([name, fingerprint_of_file(file), *_read_anew(file)])
+            for found in (content_of_text(text) for _, text in documents if text.strip()):
+                copies = copies or found in seen
+                seen.add(found)
+    # Copies counted as documents of their own once: results from then are not taken for these.
+    later = ["copies count once"] if copies else []
+    return signature([content, dataset.calibration_share, dataset.document_start, dataset.column, *later])
 
 
-def _column(file: Path, column: str) -> list[str]:
-    import pyarrow.parquet
+def _read_anew(file: Path) -> list[str]:
+    """The kind of a file that was once read as another one, as plain text, say."""
+    once = file.suffix if file.suffix in (".jsonl", ".parquet") else PLAIN
+    kind = kind_of(file) or PLAIN
+    return [kind] if kind != once else []
 
-    try:
-        if file.suffix == ".parquet":
-            texts = pyarrow.parquet.read_table(file, columns=[column])[column].to_pylist()
-        else:
-            with open(file, encoding="utf-8") as lines:
-                texts = [json.loads(line)[column] for line in lines if line.strip()]
-        if not all(isinstance(text, str | None) for text in texts):
-            raise ValueError("it holds other things than text")
-        return [text or "" for text in texts]
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"dataset.column={column}: {file} has no such column of text ({reason})") from error
+
+def _state(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _is_folder(path: str) -> bool:
+    return os.path.isdir(os.path.expanduser(path))
 
 
 def _files(option: str, path: str) -> list[tuple[str, Path]]:
-    """Names relative to the folder, and paths."""
-    given = Path(path).expanduser()
+    """Names relative to the folder, and paths. Each can be opened."""
+    given = Path(os.path.expanduser(path))
+    asked = f"dataset.{option}"
     if given.is_dir():
-        files = [(str(file.relative_to(given)), file) for file in sorted(given.rglob("*")) if file.suffix in SUFFIXES]
-    elif given.is_file():
+        every = files_below(given, asked)
+        files = [(str(file.relative_to(given)), file) for file in every if kind_of(file)]
+        say_others(f"{asked}={path}", (file for file in every if not kind_of(file)))
+    elif os.path.lexists(given):
         files = [(given.name, given)]
     else:
-        files = [(Path(found).name, Path(found)) for found in sorted(glob.glob(str(given), recursive=True))]
+        found = [file for file in map(Path, sorted(glob.glob(str(given), recursive=True))) if not file.is_dir()]
+        files = [(file.name, file) for file in found]
     if not files and given.is_dir():
-        raise UserError(f"dataset.{option}={path}: there are no {', '.join(SUFFIXES)} files in this folder")
+        raise UserError(
+            f"{asked}={path}: there are no {', '.join(KINDS)} files in this folder; what is read is {SUPPORTED}"
+        )
     if not files:
-        raise UserError(f"dataset.{option}={path}: there is no such file or folder; check the path")
+        raise UserError(f"{asked}={path}: there is no such file or folder; check the path")
+    for _, file in files:
+        check_regular(file, asked)
     return files

@@ -40,7 +40,8 @@ class Alphabet:
 
     def examples(self, split):
         for i in range(5):
-            yield Document(f"{split}/{i}", "abcdefghijklmnopqrstuvwxyz"[: self.letters])
+            start = i + 5 * (split == "evaluation")  # the same text would count once
+            yield Document(f"{split}/{i}", (2 * "abcdefghijklmnopqrstuvwxyz")[start : start + self.letters])
 
     def fingerprint(self):
         return f"alphabet {self.letters}"

@@ -5,17 +5,21 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from command import FAULTS, LAUNCH, Launch, states, write_images, write_texts
+from PIL import Image
 
+from ablation_sweeps.datasets.image_folder import ImageFolder
 from ablation_sweeps.methods.zero import Zero
 from ablation_sweeps.models.causal_lm import CausalLM
 from ablation_sweeps.transformer import Transformer
@@ -153,7 +157,7 @@ def test_documents_shorter_than_two_tokens(launch: Launch, on_text, saved, no_we
     tokenizer = tmp_path / "model" / "tokenizer.json"
     tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "post_processor": None}))  # no <s> in front
     for file in write_texts(tmp_path / "short").iterdir():
-        file.write_text("a")
+        file.write_text(chr(ord("a") + int(file.stem)))
     error = launch(*on_text, f"model.path={tmp_path / 'model'}", f"dataset.path={tmp_path / 'short'}").error
     assert "dataset=short" in error and "shorter than two tokens" in error and "give longer" in error
 
@@ -205,18 +209,57 @@ def test_a_source_for_text_on_images(launch: Launch, on_images, no_weights):
 
 @pytest.mark.parametrize("content", [b"", b"no image"], ids=["empty", "text"])
 def test_a_file_that_is_no_image(launch: Launch, on_images, no_weights, tmp_path, content):
-    damaged = write_images(tmp_path / "images") / "cat" / "3.png"
-    damaged.write_bytes(content)
+    for file in write_images(tmp_path / "images").rglob("*.png"):
+        file.write_bytes(content)
     error = launch(*on_images, f"dataset.path={tmp_path / 'images'}").error
-    assert "dataset.path" in error and str(damaged) in error and "remove it" in error
+    assert "dataset=images" in error and "pictures that cannot be used" in error and "not a picture" in error
+    assert re.search(r"(cat|dog)/\d\.png", error)
 
 
-def test_an_image_that_breaks_off(launch: Launch, on_images, tmp_path):
-    """Its header is whole, so that it is found when it is read."""
-    for file in write_images(tmp_path / "images").glob("cat/*.png"):
-        file.write_bytes(file.read_bytes()[:200])
-    error = launch(*on_images, f"dataset.path={tmp_path / 'images'}", "eval.images=null").error
-    assert "dataset.path" in error and "remove it" in error
+def test_broken_pictures_are_left_out_of_all_curves(launch: Launch, on_images, tmp_path, monkeypatch):
+    """Headers of some are whole, so that only decoding them tells. A sweep without their files gives the same."""
+    folder = write_images(tmp_path / "images", classes=tuple("abcde"), n=6)
+    before = launch("-m", *on_images, f"dataset.path={folder}", "method=zero,mean", "sweep=whole")
+    assert before.code == 0, before.err
+    order = pictures_of(tmp_path / "results" / "whole")
+    broken = order[:4]
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1000)
+    Image.new("RGB", (90, 90)).save(folder / broken[0])  # more than PIL decodes
+    (folder / broken[1]).write_bytes((folder / broken[1]).read_bytes()[:200])  # breaks off
+    (folder / broken[2]).write_text("no picture")
+    Image.fromarray(np.arange(256, dtype="uint16").reshape(16, 16) * 257).save(folder / broken[3])  # white is unknown
+    done = launch("-m", *on_images, f"dataset.path={folder}", "method=zero,mean", "sweep=broken")
+    assert done.code == 0, done.err
+    (said,) = [line for line in done.err.splitlines() if "cannot be used" in line]
+    assert "4 pictures" in said and all(name in said for name in broken)
+    found = pictures_of(tmp_path / "results" / "broken")
+    assert found[: len(order) - 4] == order[4:]
+    for run in (tmp_path / "results" / "broken").glob("*/environment.json"):
+        (record,) = json.loads(run.read_text())["left_out"]["evaluation"]
+        assert record in said
+
+
+def pictures_of(sweep: Path) -> list[str]:
+    """Names of what was evaluated, in order: the same for all runs of a sweep."""
+    tables = [pd.read_parquet(path) for path in sweep.glob("*/documents.parquet")]
+    first, *others = [list(dict.fromkeys(table.sort_values("document")["name"])) for table in tables]
+    assert others and all(other == first for other in others)
+    return first
+
+
+def test_pictures_of_all_kinds_are_read(launch: Launch, on_images, tmp_path):
+    """The model's classes would not be complete without them."""
+    folder = write_images(tmp_path / "images", classes=("cat", "dog", "fox", "hen"), n=6)
+    suffixes = {"dog": "TIF", "fox": "jfif", "hen": "Gif"}
+    for name, suffix in suffixes.items():
+        for file in (folder / name).iterdir():
+            with Image.open(file) as image:
+                image.save(file.with_suffix(f".{suffix}"), format={"jfif": "jpeg", "TIF": "tiff"}.get(suffix, suffix))
+            file.unlink()
+    (folder / "cat" / "raw.HEIC").write_text("")
+    done = launch(*on_images, f"dataset.path={folder}", "dry_run=true")
+    assert done.code == 0 and ".heic (1)" in done.err
+    assert ImageFolder("images", str(folder), "folder", None, 0.2).class_names() == ["cat", "dog", "fox", "hen"]
 
 
 @pytest.mark.parametrize("multirun", [[], ["-m"]], ids=["one job", "sweep"])
