@@ -129,6 +129,9 @@ def test_labels_tell_variants_apart():
     assert composed("method=peak", "method.estimator=kde").method.label == "peak-kde"
     assert composed("method=resample", "method.source=random_tokens").method.label == "resample-random_tokens"
     assert composed("model=causal_lm", "model.name=who/what-1b").model.label == "what-1b"
+    version = ".".join(map(str, sys.version_info[:2]))
+    for dataset in ("python_docs", "python_code"):
+        assert composed(f"dataset={dataset}").dataset.label == f"{dataset}-{version}"
 
 
 @pytest.mark.parametrize(

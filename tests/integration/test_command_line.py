@@ -21,6 +21,7 @@ COLUMNS = [
     *("method", "method_params", "seed", "fraction", "n_ablated", "n_neurons"),
     *("metric", "value", "stderr", "n", "clean", "chance"),
 ]
+DOCS = f"python_docs-{sys.version_info.major}.{sys.version_info.minor}"  # the text is another one in other versions
 PROGRESS = re.compile(r"[\x1b\r]|\d+%\||it/s")
 
 
@@ -43,9 +44,9 @@ def test_the_command_alone_runs_the_embedded_default(launch: Launch, tmp_path):
         pytest.skip("the embedded models are not trained yet: scripts/train_tiny.py")
     outcome = launch("statistics.tokens=1000", "eval.tokens=1000", "fraction=half")
     assert outcome.code == 0, outcome.err
-    assert "tiny_causal on python_docs" in outcome.out and "loss (nats/token)" in outcome.out
+    assert f"tiny_causal on {DOCS} ·" in outcome.out and "loss (nats/token)" in outcome.out
     (run,) = runs_of(tmp_path / "results" / "default")
-    assert re.fullmatch(r"tiny_causal-python_docs-peak-s0-[0-9a-f]{8}", run.name)
+    assert re.fullmatch(rf"tiny_causal-{re.escape(DOCS)}-peak-s0-[0-9a-f]{{8}}", run.name)
 
 
 def test_a_sweep_leaves_the_folders_that_were_promised(launch: Launch, on_text, tmp_path):
