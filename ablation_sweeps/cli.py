@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ablation_sweeps import store
-from ablation_sweeps.console import terminal
+from ablation_sweeps.console import FOLDERS, terminal
 from ablation_sweeps.data import UserError
 from ablation_sweeps.watching import overview
 
@@ -81,6 +81,7 @@ def export(
     """Write a sweep's points as csv and parquet, and its areas as a table in LaTeX."""
     from ablation_sweeps import export as exporting
 
+    FOLDERS[str(to.expanduser().absolute())] = "--to"
     for file in exporting.export(sweep, to):
         print(file)
 

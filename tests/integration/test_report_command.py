@@ -109,6 +109,8 @@ def test_export_for_other_programs_and_for_a_paper(launch: Launch, on_text, tmp_
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["out/curves.csv", "out/curves.parquet", "out/areas.tex"]
+    refused = subprocess.run([*command[:-1], "out/areas.tex"], cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 1 and "set --to=FOLDER to another one" in refused.stderr
     curves = pd.read_parquet(tmp_path / "results" / "default" / "curves.parquet")
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / "curves.parquet"), curves)
     text = pd.read_csv(tmp_path / "out" / "curves.csv", dtype={"run_id": str})
