@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -31,6 +32,7 @@ SIGNALS = ("ctrl-c", "ctrl-c twice", "hang-up", "SIGTERM", "SIGKILL", "SIGINT")
 TO_A_PACK = ("SIGUSR2", "SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 AGAIN = 0.35  # of the commands that go on are killed, too
 RETRY = 0.15  # of the commands that go on are `retry`
+WAITED = "stopped while it waited"  # what is said of a run that was never begun
 DIES = 60.0  # seconds within which a process must end after a signal, with its packs
 
 
@@ -184,7 +186,7 @@ def check_after(trial: Trial, cwd: Path, known: Undisturbed, what: str) -> None:
         run = cwd / "results" / "s" / name
         if state not in ("finished", "died", "interrupted"):
             trial.faults.append(f"status after {what}: {name} is {state} ({why})")
-        if state == "interrupted" and "while it waited" in why and list(run.glob("progress-*")):
+        if state == "interrupted" and why.startswith(WAITED) and list(run.glob("progress-*")):
             trial.faults.append(f"status after {what}: {name} has begun, but {why}")
         for table in harness.TABLES if state == "finished" else ():
             key = f"results/s/{name}/{table}"
@@ -275,12 +277,19 @@ def one_trial(number: int, seed: int, base: Path, known: dict[str, Undisturbed],
 
 
 def work(
-    numbers: list[int], count: int, seed: int, base: Path, known: dict[str, Undisturbed], phases: list[str], to: Path
+    numbers: list[int],
+    count: int,
+    seed: int,
+    base: Path,
+    known: dict[str, Undisturbed],
+    phases: list[str],
+    to: Path,
+    until: float,
 ) -> None:
     """Trials until so many signals were sent; each is written down as soon as it is over."""
     sent = 0
     for number in numbers:
-        if sent >= count:
+        if sent >= count or time.monotonic() > until:
             return
         phase, kind = phases[number % len(phases)], number % len(phases) + number // len(phases)
         try:
@@ -313,6 +322,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--phases", default=",".join(PHASES), help=f"of {', '.join(PHASES)}")
     parser.add_argument("--workers", type=int, default=1, help="sweeps at a time")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no sweep is begun later, if fewer were sent")
     parser.add_argument("--keep", type=Path, help="a folder for the sweeps; those with a fault stay there")
     options = parser.parse_args()
     base = (options.keep or Path(tempfile.mkdtemp(prefix="signals-"))).absolute()
@@ -346,7 +356,7 @@ def main() -> int:
             code = 1
             try:
                 numbers = list(range(worker, 10 * options.count, options.workers))
-                work(numbers, share, options.seed, base, known, phases, files[-1])
+                work(numbers, share, options.seed, base, known, phases, files[-1], began + 60 * options.minutes)
                 code = 0
             finally:
                 sys.stdout.flush()
