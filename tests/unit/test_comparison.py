@@ -191,15 +191,22 @@ def table(losses: np.ndarray, top1: np.ndarray | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def noisy(n_seeds: int = 3, n_documents: int = 40, noise: float = 3.0) -> dict[tuple[str, int], pd.DataFrame]:
-    """As `runs`, but `same` is now above and now below the others: it differs from none, and zero from mean."""
+def noisy(
+    n_seeds: int = 3, n_documents: int = 40, noise: float = 3.0, above: float = 0.25
+) -> dict[tuple[str, int], pd.DataFrame]:
+    """As `runs`, but `same` is now above and now below the others: it differs from none, and zero from mean.
+
+    Args:
+        above: mean by which its loss lies above that of `mean`.
+    """
     rng = np.random.default_rng(5)
     found = runs(n_seeds, n_documents)
     luck = np.array([0, noise, noise])[:, None] * rng.normal(0, 1, n_documents)
     for method, seed in list(found):
         if method == "same":
             other = found["mean", seed].pivot(index="fraction", columns="document", values="loss").to_numpy() / 10
-            found[method, seed] = table(other + np.array([0, 0.25, 0.25])[:, None] + luck - luck.mean(1, keepdims=True))
+            apart = np.array([0, above, above])[:, None] + luck - luck.mean(1, keepdims=True)
+            found[method, seed] = table(other + apart)
     return found
 
 
