@@ -52,7 +52,8 @@ class Medians(NamedTuple):
 
 @dataclass
 class Moments:
-    """Of one layer, each `[neurons]`. Sums are float64; minimum and maximum are the activations' own, as float32."""
+    """Moments of one layer, each `[neurons]`. Sums are float64; minimum and maximum are the activations' own, as
+    float32."""
 
     n: int
     total: Float[torch.Tensor, " neurons"]
@@ -66,7 +67,7 @@ class Moments:
 
     @property
     def variance(self) -> Float[torch.Tensor, " neurons"]:
-        """Of the population (divided by n)."""
+        """Variance of the population (divided by n)."""
         return (self.squares / self.n - self.mean**2).clamp(min=0)
 
     @classmethod
@@ -87,7 +88,7 @@ class Moments:
 
 @dataclass
 class Statistics:
-    """Of one site, one entry a layer, over all positions of the calibration data that are not padding.
+    """Statistics of one site, one entry a layer, over all positions of the calibration data that are not padding.
 
     Attributes:
         counts: for each histogram asked for, `[neurons, bins]` a layer: int32; after one pass, float64.
@@ -178,7 +179,7 @@ def _too_large_before(cache: Path) -> int | None:
 
 
 def kept(cache: Path, histogram: Histogram) -> Statistics | None:
-    """What jobs have left under `cache`, if the histogram is among it."""
+    """The statistics that jobs have left under `cache`, if the histogram is among it."""
     both = files.load_tensors(cache / BOTH)
     if both is not None:
         moments, fine = _from_tensors(both)

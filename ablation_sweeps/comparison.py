@@ -1,4 +1,5 @@
-"""Which method is better, by how much, and is it luck? Paired differences with intervals over documents and seeds."""
+"""Comparison of methods: which is better, by how much, and is it luck? Paired differences with intervals over documents
+and seeds."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ Weights = Float[np.ndarray, "draws _units"]  # how often each seed, or each docu
 
 @dataclass(frozen=True)
 class Curve:
-    """Of one method and metric, for every seed: the sums over each document, from fraction 0 on. A document that was
-    not evaluated at a fraction has a count of 0 there."""
+    """The curve of one method and metric, for every seed: the sums over each document, from fraction 0 on. A document
+    that was not evaluated at a fraction has a count of 0 there."""
 
     fractions: tuple[float, ...]
     totals: Sums
@@ -38,7 +39,7 @@ class Curve:
 
     @property
     def n_documents(self) -> Int[np.ndarray, " fractions"]:
-        """That count."""
+        """Number of documents evaluated at each fraction."""
         return (self.counts > 0).any(0).sum(1)
 
     def values(
@@ -106,7 +107,7 @@ def levels(curve: Curve, metric: str, seed: int = 0) -> tuple[list[Estimate], Es
 
 
 def differences(a: Curve, b: Curve, metric: str, seed: int = 0) -> tuple[list[Estimate], Estimate]:
-    """Of two methods, `a - b`, on the same neurons and documents; otherwise as `levels`."""
+    """Differences of two methods, `a - b`, on the same neurons and documents; otherwise as `levels`."""
     return _estimates(
         lambda *weights: _points_and_area(a, metric, *weights) - _points_and_area(b, metric, *weights), a, seed
     )
@@ -280,8 +281,8 @@ def are_too_few(fractions: Collection[float], tables: Sequence[DataFrame]) -> bo
 
 
 def shared(tables: Sequence[DataFrame]) -> list[DataFrame]:
-    """Without the documents that one of them lacks, at each fraction. At fraction 0, each also keeps those that it has
-    at another one: their clean values are what its points are shares of."""
+    """The tables without the documents that one of them lacks, at each fraction. At fraction 0, each also keeps those
+    that it has at another one: their clean values are what its points are shares of."""
     common: dict[float, set[int]] = {}
     for table in tables:
         for fraction, documents in table.groupby("fraction")["document"]:

@@ -169,7 +169,7 @@ def build(part: str, options: Any) -> Any:
 
 
 def _check_size(part: str, key: str, given: object, value: object) -> None:
-    """Of a number, or of each one in a list."""
+    """Check the size of a number, or of each one in a list."""
     for number in value if isinstance(value, list | tuple) else [value]:
         if isinstance(number, float) and not isinstance(value, list | tuple) and not math.isfinite(number):
             raise UserError(f"{part}.{key}={as_typed(given)}: must be a finite number")

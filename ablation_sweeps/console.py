@@ -38,7 +38,7 @@ def terminal() -> Console:
 
 
 def lose_output() -> None:
-    """From now on, what is printed to stdout is lost, without an error."""
+    """Let whatever is printed to stdout from now on be lost, without an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -47,7 +47,7 @@ def counted(number: int, what: str, ending: str = "s") -> str:
 
 
 def as_typed(value: Any) -> str:
-    """As on the command line: null, true, [a,b]."""
+    """The value as it is written on the command line: null, true, [a,b]."""
     if isinstance(value, list):
         return f"[{','.join(as_typed(item) for item in value)}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -59,7 +59,7 @@ def encodable(text: str, console: Console) -> str:
 
 
 def plain(error: BaseException) -> str:
-    """What went wrong in one line; of what nobody foresaw, also where."""
+    """One line that says what went wrong; for an unforeseen error, also where."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text

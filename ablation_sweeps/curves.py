@@ -75,7 +75,8 @@ def _nothing_below(sweeps: Sequence[Path]) -> str:
 
 
 def _filled(rows: DataFrame, environment: Mapping[str, Any]) -> DataFrame:
-    """With the number of positions that statistics were taken from, and that were asked for, if they are recorded.
+    """The rows with the number of positions that statistics were taken from, and that were asked for, if they are
+    recorded.
 
     Earlier versions did not keep the clean value on the documents of each point: that of all documents.
     """
@@ -114,7 +115,7 @@ def _distinguish(rows: DataFrame) -> DataFrame:
 
 
 def _differing(runs: dict[str, list[Path]], rows: DataFrame) -> dict[str, str]:
-    """Of each study, the options in which it differs from others of the same labels, as typed; where those are the same
+    """The options in which each study differs from others of the same labels, as typed; where those are the same
     (it is the model's or the data's files that differ), when it was finished; "" if it is the only one.
 
     Args:
@@ -138,7 +139,7 @@ def _finished(runs: list[Path]) -> str:
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:
-    """Those that tell studies apart."""
+    """The options that tell studies apart."""
     return {
         key: value
         for key, value in flatten(config).items()
@@ -192,7 +193,7 @@ def summarise(curves: DataFrame, found: Mapping[str, Measured] | None = None) ->
 
 
 def _area(curve: DataFrame, metric: str) -> dict[str, float]:
-    """From the values alone."""
+    """The area, from the values alone."""
     fractions, values, clean = (curve[name].tolist() for name in ("fraction", "value", "clean"))
     shares = over(curve["value"].to_numpy(), curve["clean"].to_numpy())
     half_gone = half_gone_at(fractions, shares.tolist()) if metric.startswith("top") else math.nan

@@ -109,7 +109,7 @@ class LazyPixels(Mapping[str, "Tensor"]):
 
 @dataclass(frozen=True)
 class Batch:
-    """What a forward pass takes, all at once or in parts, and what it is scored against.
+    """The inputs of a forward pass, taken at once or in parts, and the labels that it is scored against.
 
     Attributes:
         inputs: keyword arguments of the model's forward, whose first axis are the examples; token ids are called
@@ -225,7 +225,7 @@ def together(*batches: Batch) -> Batch:
 
 
 def made_ahead(batches: Sequence[Batch]) -> Iterator[Batch]:
-    """With inputs that are there: while one batch is computed with, a thread makes those of the next.
+    """Batches whose inputs are ready: while one batch is computed with, a thread makes the inputs of the next.
 
     In main memory, and not on the model's device, whose memory is for the computing.
     """

@@ -1,4 +1,4 @@
-"""What a run depended on beside its configuration."""
+"""The environment of a run: code, versions, device and memory."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def describe() -> dict[str, Any]:
 
 @functools.cache
 def code() -> str:
-    """Of this package's own sources, in a checkout or not."""
+    """Hash of this package's own sources, in a checkout or not."""
     digest, folder = hashlib.sha256(), Path(__file__).parent
     for file in sorted(folder.rglob("*.py")):
         module = ".".join(file.relative_to(folder.parent).with_suffix("").parts)
@@ -68,7 +68,7 @@ def code() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """Of the folder that holds this package; None where it is no checkout."""
+    """Output of a git command in the folder that holds this package; None where it is no checkout."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -84,7 +84,7 @@ def _version(package: str) -> str | None:
 
 
 def peak_memory() -> dict[str, int | None]:
-    """Of this process until now, in MB, on the host and on all of its GPUs."""
+    """Peak memory of this process until now, in MB, on the host and on all of its GPUs."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     gpu = round(sum(torch.cuda.max_memory_allocated(number) for number in gpus) / 2**20) if gpus else None

@@ -125,7 +125,7 @@ def _numbers(axes: Axes) -> float:
 
 
 def save(figure: Figure, path: Path, suffix: str) -> None:
-    """Without a date: the same rows give the same file."""
+    """Save the figure without a date: the same rows give the same file."""
     import matplotlib
 
     logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of every table of a font that it embeds
@@ -135,7 +135,7 @@ def save(figure: Figure, path: Path, suffix: str) -> None:
 
 
 def _spread(rows: DataFrame) -> str:
-    """What shows how far seeds differ: see `_line`."""
+    """Caption that says how the figure shows the spread over seeds: see `_line`."""
     n_seeds = {str(method): of_method["seed"].nunique() for method, of_method in rows.groupby("method")}
     many = rows[rows["method"].map(n_seeds) > MANY_SEEDS].groupby(["method", "fraction"])["seed"].nunique().tolist()
     over = " to ".join(str(n) for n in dict.fromkeys((min(many), max(many)))) if many else ""

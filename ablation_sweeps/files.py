@@ -48,7 +48,7 @@ def signature(content: object) -> str:
 
 
 def fingerprint_of_file(path: Path) -> str:
-    """Of the whole content: a model that differs in one layer, or a text in one letter, is another one."""
+    """Hash of the whole content: a model that differs in one layer, or a text in one letter, is another one."""
     status = path.stat()
     return _hash_of_content(path, status.st_size, status.st_mtime_ns)
 
@@ -63,8 +63,8 @@ def _hash_of_content(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def fingerprint_of_samples(path: Path, blocks: int, size: int) -> str:
-    """Of the length of a file, and of `blocks` of `size` bytes that are spread over it, its ends among them: for files
-    that are too large, or too many, to be read whole."""
+    """Hash of the length of a file, and of `blocks` of `size` bytes that are spread over it, its ends among them: for
+    files that are too large, or too many, to be read whole."""
     status = path.stat()
     return _hash_of_samples(path, status.st_size, status.st_mtime_ns, blocks, size)
 
@@ -80,7 +80,7 @@ def _hash_of_samples(path: Path, length: int, mtime_ns: int, blocks: int, size: 
 
 
 def names_in(folder: str | Path) -> list[Path]:
-    """Of the files below it, in order, but for those that Hydra, git or the hub's client leave there."""
+    """Names of the files below a folder, in order, but for those that Hydra, git or the hub's client leave there."""
     names = [file.relative_to(folder) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
     names = [name for name in names if name.name != "multirun.yaml"]
     return [name for name in names if not any(part.startswith(".") for part in name.parts)]

@@ -72,7 +72,7 @@ class GrowingCounts:
     def in_bins(
         self, low: Float[torch.Tensor, " neurons"], high: Float[torch.Tensor, " neurons"], n_bins: int
     ) -> Float[torch.Tensor, "neurons n_bins"]:
-        """What lies in each of `n_bins` equal bins between `low` and `high`, the smallest and the largest value: the
+        """Counts in each of `n_bins` equal bins between `low` and `high`, the smallest and the largest value: the
         values of a fine bin are taken to be spread evenly over it."""
         up_to = torch.nn.functional.pad(self.counts, (1, 0)).cumsum(1, dtype=torch.int32)
         shares = torch.arange(1, n_bins, device=self.low.device) / n_bins
@@ -87,8 +87,8 @@ class GrowingCounts:
 
 
 def by_neuron(places: Float[torch.Tensor, "tokens neurons"]) -> Int[torch.Tensor, "neurons tokens"]:
-    """Without their fractions, and transposed: the scattered writes of a neuron then stay in a few cache lines. Both at
-    once takes a quarter less than one after the other."""
+    """Values without their fractions, and transposed: the scattered writes of a neuron then stay in a few cache lines.
+    Both at once takes a quarter less than one after the other."""
     return places.T.to(torch.int64, memory_format=torch.contiguous_format)
 
 

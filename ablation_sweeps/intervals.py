@@ -68,7 +68,7 @@ class Measured:
 
     @property
     def basis(self) -> str:
-        """What the areas of the loss, or of the first metric, are taken over."""
+        """The seeds and documents that the areas of the loss, or of the first metric, are taken over."""
         metric = "loss" if "loss" in self.levels else next(iter(self.levels))
         documents = "images" if self.unit == "image" else "documents"
         return f"{counted(self.n_seeds[metric], 'seed')} and {self.n_documents[metric]:,} {documents}"
@@ -200,8 +200,8 @@ def _by_method(documents: Documents) -> dict[str, list[DataFrame]]:
 
 
 def _common(documents: Documents) -> Documents:
-    """What all methods have: areas over other seeds or fractions are not comparable. Where that is nothing, those with
-    the fewest points are left out, one after the other; it is empty where no two methods remain."""
+    """The results that all methods have: areas over other seeds or fractions are not comparable. Where that is nothing,
+    those with the fewest points are left out, one after the other; it is empty where no two methods remain."""
     points = Counter[str]()
     for (method, _), table in documents.items():
         points[method] += table["fraction"].nunique()

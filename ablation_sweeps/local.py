@@ -46,7 +46,7 @@ class Local:
         return min(n, self.max_parallel or n) if n else self.max_parallel or 1
 
     def _names(self) -> list[str]:
-        """Of the GPUs, as CUDA_VISIBLE_DEVICES has them; where it is set, it is these that are counted."""
+        """Names of the GPUs, as CUDA_VISIBLE_DEVICES has them; where it is set, it is these that are counted."""
         n = torch.cuda.device_count()
         names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = names[:n] if names[0] else [str(gpu) for gpu in range(n)]

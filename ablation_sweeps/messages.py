@@ -15,7 +15,7 @@ from ablation_sweeps.data import UserError
 
 
 def one_line(error: BaseException, conf: Path, *more: Path) -> str:
-    """What went wrong and what to do, for a person at a terminal.
+    """One line that says what went wrong and what to do, for a person at a terminal.
 
     Args:
         more: folders of configs beside `conf`.

@@ -1,4 +1,4 @@
-"""What the calibration data say of each neuron, for the page of a sweep."""
+"""Summary of each neuron on the calibration data, for the page of a sweep."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4)  # of calibration data, for which
 
 
 def of(statistics: Statistics, n_heads: int | None) -> dict[str, Any]:
-    """What the calibration data say of each neuron: moments, median, peak and histogram, for the page to draw."""
+    """Summary of each neuron on the calibration data: moments, median, peak and histogram, for the page to draw."""
     histogram = Histogram(N_BINS)
     counts = [layer.double().numpy() for layer in statistics.counts[histogram]]
     moments = statistics.moments

@@ -36,7 +36,7 @@ POISONED = 70  # exit status of a process whose device is of no more use
 
 @dataclass(frozen=True)
 class Pack:
-    """What is shipped to the process that runs it: plain values, frozen when they were submitted.
+    """Jobs that are shipped to the process that runs them: plain values, frozen when they were submitted.
 
     Attributes:
         configs: of each job, composed and resolved, under the folder that its results go to.
@@ -68,7 +68,7 @@ class Pack:
             _run(Path(folder), config)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit puts into the queue again after a signal. Progress is on disk already."""
+        """The pack that submitit puts into the queue again after a signal. Progress is on disk already."""
         from submitit.helpers import DelayedSubmission
 
         _leaving.set()
@@ -125,7 +125,7 @@ def poisons(error: BaseException) -> bool:
 
 
 def _log_to_stderr() -> None:
-    """As on a terminal, with the time; details go to the log of each job."""
+    """Log to stderr as on a terminal, with the time; details go to the log of each job."""
     handler = logging.StreamHandler()
     handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))

@@ -23,7 +23,7 @@ PROJECT = "ablation-sweeps"  # of runs that were tracked nowhere, and the defaul
 
 
 class Sent(NamedTuple):
-    """What W&B did not have yet."""
+    """Number of runs, and whether tables, that W&B did not have yet."""
 
     runs: int
     tables: bool
@@ -127,7 +127,7 @@ def _finished(sweep: Path) -> list[Path]:
 
 
 def _statistics(runs: list[Path]) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Those of the runs that are still in the cache."""
+    """Statistics of the runs that are still in the cache."""
     found = {}
     for run in runs:
         if (folder := store.statistics_of(run)) is not None and folder.name not in found:

@@ -1,4 +1,4 @@
-"""What a place that runs packs can be asked, be it a cluster or this machine."""
+"""The interface of schedulers that run packs, on a cluster or on this machine."""
 
 from __future__ import annotations
 
@@ -47,5 +47,5 @@ class Queue(Protocol):
     def cancel(self, packs: list[str]) -> None: ...
 
     def log_of(self, pack: str) -> Path:
-        """What its process printed."""
+        """File with the output of the pack's process."""
         ...

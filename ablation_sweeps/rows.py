@@ -90,7 +90,8 @@ class Rows:
                             "offline; leave dataset.streaming=true")  # fmt: skip
 
     def fingerprint(self) -> str:
-        """Of the commit, or of a folder's files; and of every option that says which rows are taken, in which order."""
+        """Hash of the commit, or of a folder's files; and of every option that says which rows are taken, in which
+        order."""
         options = {key: value for key, value in asdict(self).items() if key not in ("label", "path")}
         return signature([options, self._source()])
 
@@ -140,7 +141,7 @@ class Rows:
         return names
 
     def load(self, part: str) -> Any:
-        """As `datasets` loads it: random access, or a stream."""
+        """The dataset as `datasets` loads it: random access, or a stream."""
         with explained(self):
             source = self.path or str(self.name)
             data = _load(source, self.config, self.data_files, part, self._commit(), self.streaming, self._saved())
@@ -226,7 +227,7 @@ def undecoded(dataset: Any) -> Any:
 
 
 def _whole(row: Row) -> Row:
-    """With the bytes of its images, where the dataset has only said where they lie."""
+    """The row with the bytes of its images, where the dataset has only said where they lie."""
     import fsspec
 
     for column, value in row.items():
@@ -310,12 +311,12 @@ def _read_names(file: Path) -> list[str] | None:
 
 
 def _size(rows: list[tuple[int, Row]]) -> int:
-    """Of the images; texts are small."""
+    """Bytes of the images; texts are small."""
     return sum(len(value.get("bytes") or b"") for _, row in rows for value in row.values() if isinstance(value, dict))
 
 
 def content(path: str) -> str:
-    """Of a folder's files; of those above 64 MiB, 64 KiB out of each of 64 parts."""
+    """Hash of a folder's files; of those above 64 MiB, 64 KiB out of each of 64 parts."""
     return signature([(str(name), _of_file(Path(path) / name)) for name in names_in(path)])
 
 

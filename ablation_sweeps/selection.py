@@ -1,4 +1,4 @@
-"""Which neurons are ablated: one fixed order for each layer, of which a fraction takes a prefix."""
+"""Selection of the neurons that are ablated: one fixed order for each layer, of which a fraction takes a prefix."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def _called(
 
 
 def _remedy(model: Transformer, site: Site, patterns: list[str]) -> str:
-    """What to type: the paths of this model that pass the checks, as options that can be pasted."""
+    """Options that can be typed: the paths of this model that pass the checks, as options that can be pasted."""
     options = [f"'model.site_paths=[{pattern}]'" for pattern in patterns[:8] if _fits(model, site, pattern)]
     if not options:
         return "print the model, and give the paths of its projections: model.site_paths=[PATH,...]"

@@ -197,8 +197,9 @@ class TextEncoder:
         return self.max_tokens if budget.tokens is None else min(self.max_tokens, budget.tokens - used)
 
     def ids(self, text: str, limit: int | None = None) -> list[int]:
-        """Of an encoder, cut by the tokenizer, which keeps the token that ends a text. A causal model must not be asked
-        to foresee where a text is cut: there, the token that some tokenizers end a text by falls away as well."""
+        """Token ids of a text. For an encoder, it is cut by the tokenizer, which keeps the token that ends a text. A
+        causal model must not be asked to foresee where a text is cut: there, the token that some tokenizers end a text
+        by falls away as well."""
         if self.masking is None:
             return self.tokenizer(text, verbose=False)["input_ids"][:limit]  # type: ignore[return-value]
         return self.tokenizer(text, truncation=limit is not None, max_length=limit, verbose=False)["input_ids"]  # type: ignore[return-value]
@@ -300,7 +301,7 @@ def _piece(names: list[str], places: list[int], ids: list[int], pieces: Counter[
 
 
 def _windows(items: list[T], size: int | None) -> Iterator[list[T]]:
-    """Of so many that follow each other; the last one may hold one more, for the reason above."""
+    """Windows of so many texts that follow each other; the last one may hold one more, for the reason above."""
     start = 0
     while start < len(items):
         end = len(items) if size is None or len(items) - start <= size + 1 else start + size

@@ -56,7 +56,7 @@ class RunRecord:
 
     @classmethod
     def of(cls, run: Path) -> RunRecord:
-        """From the folder of a finished run."""
+        """Read the record from the folder of a finished run."""
         rows, config = store.result(run, "rows.parquet"), store.config(run)
         assert rows is not None
         job = rows["run_id"].iloc[0]
@@ -71,7 +71,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """What W&B shall show of a sweep beside its curves."""
+    """The record of a sweep that W&B shows beside its curves."""
 
     run_id: str
     name: str
@@ -147,7 +147,7 @@ class Wandb:
         _forget(run)  # or `wandb sync` would send its points a second time
 
     def send_tables(self, sweep: SweepRecord) -> None:
-        """As `send`, a run of the type `report`, with the statistics as artifacts."""
+        """Send, as `send` does, a run of the type `report`, with the statistics as artifacts."""
         import wandb
 
         with online(), self._start(
@@ -234,7 +234,7 @@ class Wandb:
 
 @contextlib.contextmanager
 def online() -> Iterator[None]:
-    """What goes wrong inside is a UserError, as is to have no key."""
+    """Make errors inside a UserError, and refuse to start without a key."""
     import wandb
 
     _quiet()
@@ -334,7 +334,7 @@ def _forget(run: RunRecord) -> None:
 
 
 def points(rows: Rows) -> list[dict[str, float]]:
-    """What is logged at each fraction, in increasing order of the fractions; NaN is left out."""
+    """Values that are logged at each fraction, in increasing order of the fractions; NaN is left out."""
     by_fraction: dict[float, dict[str, float]] = {}
     for row in _records(rows):
         point = by_fraction.setdefault(float(row["fraction"]), {"fraction": float(row["fraction"])})

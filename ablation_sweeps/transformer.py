@@ -1,4 +1,4 @@
-"""What every kind of model looks like to the experiment, once it is loaded."""
+"""A loaded model, as the experiment sees every kind of it."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ class Transformer:
         return 1024 if self.on_cpu else sys.maxsize
 
     def logits_at(self, batch: Batch, rows: Int[torch.Tensor, " rows"]) -> Float[torch.Tensor, "rows classes"]:
-        """Of some positions, or images. The head is not given the other positions, where there is one that is known: of
-        a masked language model these are five of six, and the head may be most of the work.
+        """Logits of some positions, or images. The head is not given the other positions, where there is one that is
+        known: of a masked language model these are five of six, and the head may be most of the work.
 
         Args:
             rows: places in the batch, example after example.

@@ -38,7 +38,8 @@ class HubText(Rows):
             raise UserError("dataset.only and dataset.without: need dataset.group, the column they are about")
 
     def examples(self, split: Split) -> Iterator[Document]:
-        """Of a stream in its own order; else in the order of a hash of their names. A budget takes the first ones."""
+        """Documents of a stream in its own order; else in the order of a hash of their names. A budget takes the first
+        ones."""
         part = self.part(split)
         kind = self.group.split(".")[0] if self.group else self.column
         columns = (self.column,) if kind == self.column else (self.column, kind)

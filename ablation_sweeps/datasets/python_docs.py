@@ -81,7 +81,7 @@ def docs() -> tuple[Document, ...]:
 
 
 class Kept(TypedDict):
-    """What the file of parsed documents holds: their hash, their names and texts."""
+    """Content of the file of parsed documents: their hash, their names and texts."""
 
     sha256: str
     documents: list[tuple[str, str]]
@@ -155,7 +155,8 @@ def docstrings(text: str) -> list[str]:
 
 
 def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Those inside of it, however deep. Expressions, of which there are many more, hold none that have docstrings."""
+    """All statements inside of a node, however deep. Expressions, of which there are many more, hold none that have
+    docstrings."""
     for field in ("body", "handlers", "orelse", "finalbody", "cases"):
         for inside in getattr(node, field, ()):
             yield inside

@@ -106,7 +106,7 @@ class PositionByPosition:
 
 @dataclass(frozen=True)
 class OneForEachText:
-    """As the paper's published runs: one position of the other input for a whole text."""
+    """Resampling of the paper's published runs: one position of the other input for a whole text."""
 
     other: list[Float[torch.Tensor, "_rows _neurons"]]
     reads_clean = False

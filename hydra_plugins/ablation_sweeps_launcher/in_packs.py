@@ -45,7 +45,7 @@ class InPacksLauncher(Launcher):
 
 
 def _returned(job: Job, options: Any) -> JobReturn:
-    """What a sweeper that optimises expects of a job that ran in another process."""
+    """The return value that a sweeper that optimises expects of a job that ran in another process."""
     from ablation_sweeps import store
     from ablation_sweeps.data import UserError
     from ablation_sweeps.job import objective

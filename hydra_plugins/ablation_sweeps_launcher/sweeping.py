@@ -46,7 +46,8 @@ class ComposedByTheLauncher(BasicSweeper):
 
 
 def _replaced(given: Override, typed: Sequence[Override]) -> bool:
-    """What is typed takes the place of what an experiment says; `fraction` may stand under two names."""
+    """Overrides in which what is typed takes the place of what an experiment says; `fraction` may stand under two
+    names."""
     alike = {"fraction": "fraction.values"}
     key = alike.get(given.key_or_group, given.key_or_group)
     return any(alike.get(override.key_or_group, override.key_or_group) == key for override in typed)
