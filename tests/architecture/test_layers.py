@@ -14,7 +14,7 @@ from families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = re.compile(
-    r"(?<![A-Za-z])((?i:llama|opt|gpt|gptj|mistral|mixtral|qwen|gemma|phi|pythia|neox|falcon|bloom|mpt|smollm|olmo|cohere|"
+    r"(?<![A-Za-z])((?i:llama|llava|opt|gpt|gptj|mistral|mixtral|qwen|gemma|phi|pythia|neox|falcon|bloom|mpt|smollm|olmo|cohere|"
     r"granite|stablelm|starcoder|bigcode|bert|albert|roberta|electra|deberta|distilbert|modernbert|t5|vit|deit|beit|swin|"
     r"dinov|siglip|eva|naflexvit)|CLIP)(?![a-z])(?![A-Z]+\b)"  # OPTConfig, but neither options nor OPTIONS
 )

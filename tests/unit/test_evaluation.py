@@ -545,8 +545,9 @@ def test_only_values_with_a_row_for_each_example_are_taken_apart():
     shapes = [(4,), (4, 4), (1, 4, 4), (4, 1, 4), (4, 4, 4)]
     values = [torch.randn(shape) for shape in shapes]
     same, rows = values[:3], [value[1:3] for value in values[3:]]
-    for part, expected in zip(evaluation._rows(values, slice(1, 3), 4), [*same, *rows], strict=True):
-        assert torch.equal(part, expected)
+    part = Batch({}, torch.zeros(2, 4), None, ("b", "c"), (1, 2))
+    for found, expected in zip(evaluation._rows(values, slice(1, 3), 4, part), [*same, *rows], strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_one_example_that_does_not_fit_is_the_users_to_mend(study):
