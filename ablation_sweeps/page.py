@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import html
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_suffix(".html")
 SYMBOLS = dict(zip("os^DvPX*", ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star"),
                    strict=True))  # fmt: skip
+SHOWN_GROUPS = 5  # of methods that cannot be told apart, in the verdict
+COUNTED_GROUPS = 200  # at most: there may be millions
 LAYOUT = {
     "template": "none",
     "margin": {"l": 60, "r": 12, "t": 12, "b": 48},
@@ -70,7 +74,7 @@ def _best(study: Measured, compared: Sequence[str]) -> str:
     loss = "the loss" if study.reach == 1 else f"the loss up to {100 * study.reach:.4g}%"
     basis = f"{counted(n_seeds, 'seed')}, {n_documents} {'images' if study.unit == 'image' else 'documents'}"
     alone = "" if n_seeds > 1 else " One seed: nothing is said about other neurons."
-    together = groups_of_tied(ranked, undecided)
+    together = [*islice(groups_of_tied(ranked, undecided), COUNTED_GROUPS)]
     if tied:
         return (
             f"{_cannot_be_told_apart(together)}: the area under {loss} of {best} differs from that of {tied[0]} by "
@@ -86,26 +90,46 @@ def _best(study: Measured, compared: Sequence[str]) -> str:
 
 
 def _cannot_be_told_apart(groups: Sequence[Sequence[str]]) -> str:
-    first, *more = map(_listed, groups)
-    return f"{first} cannot be told apart" + "".join(f", nor can {group}" for group in more)
+    first, *more = map(_listed, groups[:SHOWN_GROUPS])
+    said = f"{first} cannot be told apart" + "".join(f", nor can {group}" for group in more)
+    if not (unsaid := len(groups) - SHOWN_GROUPS) > 0:
+        return said
+    number = f"{unsaid}" if len(groups) < COUNTED_GROUPS else f"{unsaid} or more"
+    return f"{said}, nor can the methods of {number} other groups (comparisons.csv has all pairs)"
 
 
-def groups_of_tied(ranked: Sequence[str], undecided: Collection[frozenset[str]]) -> list[list[str]]:
+def groups_of_tied(ranked: Sequence[str], undecided: Collection[frozenset[str]]) -> Iterator[list[str]]:
     """All largest groups of methods of which no two differ, those of the best methods first. That two methods do not
-    differ from a third one does not mean that they do not differ from each other, so a method may be in several."""
-    groups: list[list[str]] = []
+    differ from a third one does not mean that they do not differ from each other, so a method may be in several.
 
-    def extend(group: list[str], candidates: list[str], excluded: list[str]) -> None:
-        """Bron and Kerbosch's algorithm: each largest group once."""
-        if not candidates and not excluded and len(group) > 1:
-            groups.append(group)
-        for place, method in enumerate(candidates):
-            rest, before = candidates[place + 1 :], [*excluded, *candidates[:place]]
-            near = [[other for other in of if {method, other} in undecided] for of in (rest, before)]
-            extend([*group, method], *near)
+    There may be very many, but each takes about as long as the one before it (Johnson, Yannakakis and Papadimitriou's
+    algorithm): whoever needs no more than some of them asks for no more.
+    """
+    places = range(len(ranked))
+    tied = [{o for o in places if frozenset((ranked[place], ranked[o])) in undecided} - {place} for place in places]
 
-    extend([], list(ranked), [])
-    return groups
+    def largest(group: list[int]) -> tuple[int, ...]:
+        """The group, and the best methods that can be added to it."""
+        candidates = set(places).intersection(*(tied[place] for place in group))
+        while candidates:
+            group = [*group, min(candidates)]
+            candidates &= tied[group[-1]]
+        return tuple(sorted(group))
+
+    waiting = [largest([])]
+    known = set(waiting)
+    while waiting:
+        group = heapq.heappop(waiting)
+        if len(group) > 1:
+            yield [ranked[place] for place in group]
+        for place in set(places).difference(group):
+            better = [other for other in group if other < place]
+            kept = [other for other in better if other in tied[place]]
+            found = largest([*kept, place])
+            # One with a better method more in it comes out of another group.
+            if kept != better and [*kept, place] == [o for o in found if o <= place] and found not in known:
+                known.add(found)
+                heapq.heappush(waiting, found)
 
 
 def _who_beats_whom(ranked: Sequence[str], pairs: Mapping[frozenset[str], Any], together: list[list[str]]) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import math
+import multiprocessing
 import re
+from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -57,10 +60,40 @@ def test_not_different_is_not_transitive():
 
 def test_all_largest_groups_without_a_decided_pair():
     pairs = lambda *texts: {frozenset(text) for text in texts}  # noqa: E731
-    assert page.groups_of_tied("abcd", pairs("ab", "bc", "ac", "cd")) == [["a", "b", "c"], ["c", "d"]]
-    assert page.groups_of_tied("abcd", pairs("ac", "bd")) == [["a", "c"], ["b", "d"]]
-    assert page.groups_of_tied("abc", pairs()) == []
-    assert page.groups_of_tied("abc", pairs("ab", "bc", "ac")) == [["a", "b", "c"]]
+    groups = lambda ranked, undecided: [*page.groups_of_tied(ranked, undecided)]  # noqa: E731
+    assert groups("abcd", pairs("ab", "bc", "ac", "cd")) == [["a", "b", "c"], ["c", "d"]]
+    assert groups("abcd", pairs("ac", "bd")) == [["a", "c"], ["b", "d"]]
+    assert groups("abc", pairs()) == []
+    assert groups("abc", pairs("ab", "bc", "ac")) == [["a", "b", "c"]]
+    random = np.random.default_rng(0)
+    for density in np.linspace(0.1, 0.9, 30):
+        undecided = {frozenset(pair) for pair in combinations("abcdefgh", 2) if random.random() < density}
+        sets = [set(some) for n in range(2, 9) for some in combinations("abcdefgh", n)
+                if all(frozenset(pair) in undecided for pair in combinations(some, 2))]  # fmt: skip
+        expected = sorted(sorted(group) for group in sets if not any(group < other for other in sets))
+        assert groups("abcdefgh", undecided) == expected
+
+
+@pytest.mark.parametrize("decided", ["none", "in threes"])
+def test_a_verdict_on_many_tied_methods_does_not_hang(decided):
+    """Of 36 tied methods, 2^36 groups are no largest ones; with each third decided, 3^12 are."""
+    found, names = study(runs(n_seeds=1)), [f"m{number:02}" for number in range(36)]
+    row, area = found.ranking.iloc[0].to_dict(), found.areas["loss"]["zero"]
+    pairs = [(names[i], names[j]) for i in range(36) for j in range(i + 1, 36)]
+    decides = lambda one, other: decided != "none" and names.index(one) // 3 == names.index(other) // 3  # noqa: E731
+    ranking = [row | {"method": one, "other": other, "better": one if decides(one, other) else ""}
+               for one, other in pairs]  # fmt: skip
+    areas = {"loss": {name: replace(area, value=1 + i / 100) for i, name in enumerate(names)}}
+    many = replace(found, methods=names, areas=areas, comparisons=pd.DataFrame(ranking))
+    with multiprocessing.get_context("fork").Pool(1) as process:  # which ends with it
+        said = process.apply_async(page.verdict, (many,)).get(timeout=60)
+    if decided == "none":
+        assert said.startswith(", ".join(names[:-1]) + f" and {names[-1]} cannot be told apart: the area")
+    else:
+        first = [name for i, name in enumerate(names) if i % 3 == 0]
+        assert said.startswith(", ".join(first[:-1]) + f" and {first[-1]} cannot be told apart, nor can ")
+        assert "nor can the methods of 195 or more other groups (comparisons.csv has all pairs): " in said
+        assert said.count("nor can") == 5 and len(groups_in(said)) == 5
 
 
 def test_the_interval_that_the_verdict_prints_leaves_out_0_where_it_decides():
