@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Split = Literal["train", "calibration", "evaluation"]
+SPLITS: tuple[Split, ...] = ("calibration", "evaluation")  # that every data set has
 Modality = Literal["text", "image"]
 
 TOO_LARGE = "the device has too little memory for {} examples at once, so they are halved: the last digit may differ"

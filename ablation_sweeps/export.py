@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ablation_sweeps import files, page
 from ablation_sweeps.curves import read_curves
+from ablation_sweeps.intervals import Measured
 from ablation_sweeps.lazy import pd
 from ablation_sweeps.report import all_measured, write_csv
 
@@ -22,7 +23,7 @@ def export(sweep: Path, to: Path) -> list[Path]:
     return paths
 
 
-def _table(study: page.Measured) -> str:
+def _table(study: Measured) -> str:
     """The area of each metric and method, above its interval; needs the package booktabs."""
     lines, rarer = [], ""
     for metric in study.levels:

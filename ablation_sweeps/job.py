@@ -21,7 +21,7 @@ from ablation_sweeps import activations, evaluation, files, growing, sites, stor
 from ablation_sweeps.ablation import Fitting, Method, Replacement
 from ablation_sweeps.clean import CleanPasses
 from ablation_sweeps.console import counted
-from ablation_sweeps.data import NOT_SCORED, Batch, Split, UserError
+from ablation_sweeps.data import NOT_SCORED, SPLITS, Batch, Split, UserError
 from ablation_sweeps.environment import SHIPPED
 from ablation_sweeps.intake import Intake
 from ablation_sweeps.lazy import pd, torch
@@ -33,7 +33,6 @@ from ablation_sweeps.transformer import Budget, Transformer
 
 log = logging.getLogger(__name__)
 
-SPLITS: tuple[Split, ...] = ("calibration", "evaluation")
 NUMBERS = 2  # raise it when the code changes numbers beyond rounding: earlier results are then not taken for new
 NO_SPECIAL = 2  # likewise, for model.tokens=no_special alone
 
@@ -278,7 +277,7 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     cache = job.results_dir / ".cache" / files.signature(key)[:16]
     note = functools.partial(store.note, folder)
     store.remember(folder, statistics=cache.name, n_heads=model.n_heads, model_device=str(model.device),
-                   left_out=list(model.left_out))  # fmt: skip
+                   model_left_out=list(model.left_out))  # fmt: skip
     halved = False
 
     def statistics(*wanted: activations.Histogram | activations.Medians) -> activations.Statistics:
@@ -301,7 +300,8 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     job.check_unchanged()
     missing = left_out(job, model)
     if missing:
-        store.remember(folder, left_out=missing)
+        store.remember(folder, data_left_out=missing)
+    done = store.progress(folder, [batch.names for batch in batches])
     store.expect(folder, len(batches))
     log.debug("%d documents or images in %d batches", sum(len(b.names) for b in batches), len(batches))
     orders = job.selection.orders([p.width for p in projections], job.seed)
@@ -323,7 +323,7 @@ def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         replacement,
         guess.common,
         top_k,
-        done=store.progress(folder),
+        done=done,
         save=functools.partial(store.save_progress, folder),
         note=note,
         target_stderr=job.eval.target_stderr,

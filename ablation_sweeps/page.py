@@ -17,9 +17,7 @@ import numpy as np
 from ablation_sweeps.comparison import Estimate
 from ablation_sweeps.console import counted
 from ablation_sweeps.figures import GREY, in_order, looks
-from ablation_sweeps.intervals import Line, of_calibration
-from ablation_sweeps.intervals import Measured as Measured
-from ablation_sweeps.intervals import measured as measured
+from ablation_sweeps.intervals import Line, Measured, of_calibration
 
 if TYPE_CHECKING:
     from pandas import DataFrame

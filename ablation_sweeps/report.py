@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
-from ablation_sweeps import files, neurons, page, store
+from ablation_sweeps import files, intervals, neurons, page, store
 from ablation_sweeps.activations import Histogram, kept
 from ablation_sweeps.comparison import shared
 from ablation_sweeps.console import encodable, terminal
@@ -92,7 +92,7 @@ def _remove_figures_of_before(folder: Path, names: list[str]) -> None:
     files.write_json(ours, {"names": names})
 
 
-def comparisons(found: list[tuple[Study, page.Measured]]) -> DataFrame:
+def comparisons(found: list[tuple[Study, intervals.Measured]]) -> DataFrame:
     """Of all studies: their hash, as in the rows, their name, the options in which they differ, and the columns of
     `comparison.compare`."""
     tables = []
@@ -112,7 +112,7 @@ def write_csv(table: DataFrame, path: Path) -> None:
         table.assign(**{name: table[name].map(safe) for name in texts}).to_csv(temporary, index=False)
 
 
-def measured(study: Study, folders: dict[str, Path]) -> page.Measured | None:
+def measured(study: Study, folders: dict[str, Path]) -> intervals.Measured | None:
     """With all intervals; None where a run has left no sums of documents, as earlier versions did."""
     parts: dict[tuple[str, int], list[DataFrame]] = {}
     for run in study.rows.drop_duplicates(["method", "seed", "run_id"]).to_dict("records"):
@@ -124,10 +124,10 @@ def measured(study: Study, folders: dict[str, Path]) -> page.Measured | None:
     # A curve may be that of several runs, one for each fraction; each of them has a clean pass.
     whole = [pd.concat(tables).drop_duplicates(["fraction", "document"]) for tables in parts.values()]
     documents = dict(zip(parts, shared(whole), strict=True))
-    return page.measured(study.name, study.title, study.unit, study.rows, documents)
+    return intervals.measured(study.name, study.title, study.unit, study.rows, documents)
 
 
-def all_measured(curves: DataFrame, sweep: Path) -> list[tuple[Study, page.Measured]]:
+def all_measured(curves: DataFrame, sweep: Path) -> list[tuple[Study, intervals.Measured]]:
     """The studies of a sweep, of those that can be measured."""
     folders = folders_by_id(sweep)
     return [(study, found) for study in studies(curves) if (found := measured(study, folders))]
@@ -145,10 +145,12 @@ def _shown(study: Study, folders: dict[str, Path]) -> page.Shown | None:
 
 
 def _notes(study: Study, folders: dict[str, Path]) -> list[str]:
-    """Notes in the records of the runs (see `store.note`), each behind the methods that it is about."""
+    """Notes in the records of the runs (see `store.note`), and what they left out of the model's files and of the data,
+    each behind the methods that it is about."""
     methods: dict[str, list[str]] = {}
     for run in study.rows.drop_duplicates(["method", "run_id"]).to_dict("records"):
-        for note in store.environment(folders[run["run_id"][:8]]).get("notes", []):
+        folder = folders[run["run_id"][:8]]
+        for note in [*store.environment(folder).get("notes", []), *store.left_out(folder)]:
             methods.setdefault(note, []).append(run["method"])
     return [f"{', '.join(dict.fromkeys(noted))}: {note}" for note, noted in methods.items()]
 

@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -70,7 +70,13 @@ class Status(TypedDict):
 
 
 class Environment(TypedDict, total=False):
-    """What environment.json holds, as far as the program reads it."""
+    """What environment.json holds, as far as the program reads it.
+
+    Attributes:
+        model_left_out: one line for each thing that the model's files hold but the model does not.
+        data_left_out: for each split, one sentence for each reason.
+        left_out: one of these two, in runs of earlier versions.
+    """
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -79,6 +85,9 @@ class Environment(TypedDict, total=False):
     device: str | None
     threads: int | None
     notes: list[str]
+    model_left_out: list[str]
+    data_left_out: dict[str, list[str]]
+    left_out: list[str] | dict[str, list[str]]
     statistics: str | None
     n_heads: int | None
     model_device: str | None
@@ -272,6 +281,15 @@ def note(folder: Path, text: str, level: int = logging.WARNING) -> None:
         remember(folder, notes=[*notes, text])
 
 
+def left_out(folder: Path) -> list[str]:
+    """Sentences on what a run has not used of the files of its model and of its data."""
+    found = environment(folder)
+    earlier = found.get("left_out", [])
+    of_model = [*found.get("model_left_out", []), *(earlier if isinstance(earlier, list) else [])]
+    of_data = {**(earlier if isinstance(earlier, dict) else {}), **found.get("data_left_out", {})}
+    return of_model + [f"of the {split} split, {said}" for split, sentences in of_data.items() for said in sentences]
+
+
 def remember(folder: Path, **facts: object) -> None:
     """What was found out while it ran, for who reads the results."""
     files.write_json(folder / "environment.json", {**environment(folder), **facts})
@@ -404,12 +422,20 @@ def remove_progress(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def progress(folder: Path) -> list[pd.DataFrame]:
-    """What the batches of an interrupted run gave, as far as they follow each other without a gap."""
+def progress(folder: Path, names: Sequence[Sequence[str]] | None = None) -> list[pd.DataFrame]:
+    """What the batches of an interrupted run gave, as far as they follow each other without a gap.
+
+    Args:
+        names: of the documents of each batch as it is now. From the first batch that was of other documents, as with
+            the data of an earlier version, all is discarded. None: not compared.
+    """
     tables = []
     parts = _progress_files(folder)
     for number, file in enumerate(parts):
         table = _read_progress(file, number)
+        if table is not None and names is not None and not _is_of(table, names[number : number + 1]):
+            note(folder, f"batches from the {number + 1}. on were of other documents before; they are computed again")
+            table = None
         if table is None:
             for useless in parts[number:]:
                 useless.unlink()
@@ -418,6 +444,12 @@ def progress(folder: Path) -> list[pd.DataFrame]:
     if tables:
         log.info("%s: continues after %s", folder.name, counted(len(tables), "batch", "es"))
     return tables
+
+
+def _is_of(table: pd.DataFrame, batch: Sequence[Sequence[str]]) -> bool:
+    """Whether the sums are those of the documents of a batch, which is none or one."""
+    clean = table.loc[table["fraction"] == 0, "name"]
+    return [clean.tolist()] == [list(names) for names in batch]
 
 
 def save_progress(folder: Path, number: int, table: pd.DataFrame) -> None:

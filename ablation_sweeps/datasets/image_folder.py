@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -122,7 +123,13 @@ class ImageFolder:
             raise UserError(
                 f"dataset.classes={self.classes}: cannot be read ({error}); give a text file in UTF-8, one class a line"
             ) from error
-        return {line.split()[0]: number for number, line in enumerate(lines)}
+        names = [line.split()[0] for line in lines]
+        if twice := [name for name, n in Counter(names).items() if n > 1]:
+            raise UserError(
+                f"dataset.classes={self.classes}: {twice[0]} begins several of its lines, so that labels would be "
+                "wrong; each line must begin with the name of another class"
+            )
+        return {name: number for number, name in enumerate(names)}
 
 
 def _read(file: Path) -> Image:

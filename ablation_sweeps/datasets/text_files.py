@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import Document, LocalPath, Modality, Pattern, Split, UserError, unit_hash
+from ablation_sweeps.data import SPLITS, Document, LocalPath, Modality, Pattern, Split, UserError, unit_hash
 from ablation_sweeps.documents import KINDS, PLAIN, SUPPORTED, NoColumn, kind_of, texts
 from ablation_sweeps.files import check_regular, files_below, fingerprint_of_file, say_once, say_others, signature
 from ablation_sweeps.intake import content_of_text
@@ -131,9 +131,6 @@ class TextFiles:
         starts = [match.start() for match in re.finditer(f"^(?:{self.document_start})$", text, re.MULTILINE)]
         pieces = zip([0, *starts], [*starts, len(text)], strict=True)
         return [(f"{name}#{number}", text[start:end]) for number, (start, end) in enumerate(pieces)]
-
-
-SPLITS: tuple[Split, ...] = ("calibration", "evaluation")
 
 
 @functools.cache

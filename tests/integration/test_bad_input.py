@@ -200,6 +200,9 @@ def test_classes_that_the_images_do_not_have(launch: Launch, on_images, no_weigh
     (tmp_path / "classes.txt").write_text("cat\nhorse\n")
     error = launch(*on_images, f"dataset.classes={tmp_path / 'classes.txt'}").error
     assert f"dataset.classes={tmp_path / 'classes.txt'}" in error and "'dog'" in error
+    (tmp_path / "classes.txt").write_text("cat\ndog\ndog of another kind\n")  # of which the last would be that of all
+    error = launch(*on_images, f"dataset.classes={tmp_path / 'classes.txt'}").error
+    assert "dog begins several of its lines" in error
 
 
 def test_a_source_for_text_on_images(launch: Launch, on_images, no_weights):
@@ -235,7 +238,7 @@ def test_broken_pictures_are_left_out_of_all_curves(launch: Launch, on_images, t
     found = pictures_of(tmp_path / "results" / "broken")
     assert found[: len(order) - 4] == order[4:]
     for run in (tmp_path / "results" / "broken").glob("*/environment.json"):
-        (record,) = json.loads(run.read_text())["left_out"]["evaluation"]
+        (record,) = json.loads(run.read_text())["data_left_out"]["evaluation"]
         assert record in said
 
 

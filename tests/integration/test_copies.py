@@ -178,7 +178,7 @@ def test_a_run_says_what_was_left_out(launch: Launch, on_text, tmp_path):
     done = launch(*text_files_of, f"dataset.path={tmp_path / 'copies'}", "method=mean", "statistics.tokens=5000")
     assert done.code == 0, done.err
     (run,) = (tmp_path / "results" / "default").glob("*/rows.parquet")
-    record = json.loads((run.parent / "environment.json").read_text())["left_out"]
+    record = json.loads((run.parent / "environment.json").read_text())["data_left_out"]
     (said,) = record["evaluation"]
     assert f"of its evaluation split, {said}" in done.err and said in (run.parent / "log").read_text()
     evaluated = pd.read_parquet(run.parent / "documents.parquet")["name"].unique()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import math
-import multiprocessing
 import re
+import signal
 from dataclasses import replace
 from itertools import combinations
 
@@ -17,13 +17,13 @@ import torch
 from scipy import stats
 from test_comparison import noisy, runs, table
 
-from ablation_sweeps import neurons, page
+from ablation_sweeps import intervals, neurons, page
 from ablation_sweeps.activations import Histogram, Moments, Statistics, bins
 
 
-def study(documents: dict[tuple[str, int], pd.DataFrame], metrics=("loss", "top1")) -> page.Measured:
+def study(documents: dict[tuple[str, int], pd.DataFrame], metrics=("loss", "top1")) -> intervals.Measured:
     rows = pd.DataFrame({"metric": [*metrics, "perplexity"], "chance": 0.1})
-    return page.measured("a-name", "A title", "token", rows, documents)
+    return intervals.measured("a-name", "A title", "token", rows, documents)
 
 
 def test_the_verdict_names_the_best_and_what_cannot_be_told_from_it():
@@ -85,8 +85,12 @@ def test_a_verdict_on_many_tied_methods_does_not_hang(decided):
                for one, other in pairs]  # fmt: skip
     areas = {"loss": {name: replace(area, value=1 + i / 100) for i, name in enumerate(names)}}
     many = replace(found, methods=names, areas=areas, comparisons=pd.DataFrame(ranking))
-    with multiprocessing.get_context("fork").Pool(1) as process:  # which ends with it
-        said = process.apply_async(page.verdict, (many,)).get(timeout=60)
+    signal.signal(signal.SIGVTALRM, lambda *_: pytest.fail("it takes more than 20 seconds of a processor"))
+    signal.setitimer(signal.ITIMER_VIRTUAL, 20)
+    try:
+        said = page.verdict(many)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     if decided == "none":
         assert said.startswith(", ".join(names[:-1]) + f" and {names[-1]} cannot be told apart: the area")
     else:
@@ -184,10 +188,10 @@ def test_thin_calibration_is_part_of_the_verdict():
     rows = pd.DataFrame(
         {"metric": ["loss"], "chance": 0.1, "calibration_positions": 379.0, "calibration_asked": 5000.0}
     )
-    found = page.measured("a-name", "A title", "token", rows, runs())
+    found = intervals.measured("a-name", "A title", "token", rows, runs())
     assert page.verdict(found).endswith(" Statistics are of 379 positions, where 5,000 were asked for.")
     enough = rows.assign(calibration_positions=4998.0)
-    assert "positions" not in page.verdict(page.measured("a-name", "A title", "token", enough, runs()))
+    assert "positions" not in page.verdict(intervals.measured("a-name", "A title", "token", enough, runs()))
 
 
 def test_a_line_from_end_to_end_is_not_taken_for_a_curve():

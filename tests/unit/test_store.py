@@ -19,7 +19,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ablation_sweeps import files, store
+from ablation_sweeps import files, report, store
 from ablation_sweeps import job as job_module
 from ablation_sweeps.activations import CalibrationData
 from ablation_sweeps.cli import app
@@ -303,6 +303,19 @@ def test_progress_of_another_batch_or_run_is_not_taken(tmp_path):
     assert [int(t["i"][0]) for t in store.progress(other)] == [10]
 
 
+def test_progress_of_other_documents_is_not_taken(tmp_path):
+    """As that of an earlier version, which read the same data in other batches."""
+    store.begin(tmp_path, {})
+    batches = [["a", "b"], ["c", "d"], ["e"]]
+    for i, names in enumerate(batches):
+        rows = [{"fraction": fraction, "name": name} for fraction in (0.0, 0.5) for name in names]
+        store.save_progress(tmp_path, i, pd.DataFrame(rows))
+    assert len(store.progress(tmp_path, [*batches, ["f"]])) == 3 and "notes" not in store.environment(tmp_path)
+    assert len(store.progress(tmp_path, batches[:2])) == 2  # there are fewer now
+    assert len(store.progress(tmp_path, [["a", "b"], ["d", "c"], ["e"]])) == store.batches_done(tmp_path) == 1
+    assert "batches from the 2. on were of other documents" in store.environment(tmp_path)["notes"][-1]
+
+
 def test_progress_with_a_gap_stops_at_the_gap(tmp_path):
     for i in range(4):
         store.save_progress(tmp_path, i, table(i))
@@ -473,6 +486,24 @@ def test_what_was_continued_in_another_environment_says_so(tmp_path, monkeypatch
     store.begin(tmp_path, {})
     (said,) = json.loads((tmp_path / "environment.json").read_text())["notes"]
     assert said.startswith("begun elsewhere (1 batch): ") and real["device"] in said
+
+
+def test_what_is_left_out_of_the_model_and_of_the_data_is_kept_and_shown(make, texts, monkeypatch, tmp_path, capsys):
+    shutil.copytree(texts, tmp_path / "copies")
+    shutil.copy(texts / "3.txt", tmp_path / "copies" / "again.txt")
+    weights, real = "model.path=llama: 2 of its weights are left out", job_module.load
+    monkeypatch.setattr(job_module, "load", lambda model: dataclasses.replace(real(model), left_out=(weights,)))
+    folder = run_job(make("method=zero", f"dataset.path={tmp_path / 'copies'}"))
+    found = json.loads((folder / "environment.json").read_text())
+    (copies,) = found["data_left_out"].items()
+    assert found["model_left_out"] == [weights] and "1 copies of" in copies[1][0]
+    report.write(folder.parent)
+    printed, page = capsys.readouterr().out, (folder.parent / "report.html").read_text()
+    for said in (weights, f"of the {copies[0]} split, {copies[1][0]}"):
+        assert f"zero: {said}" in printed and said in store.left_out(folder) and said in page
+    for earlier, said in (["weights"], "weights"), ({"evaluation": ["copies"]}, "of the evaluation split, copies"):
+        files.write_json(folder / "environment.json", {"left_out": earlier})
+        assert store.left_out(folder) == [said]
 
 
 def test_statistics_are_computed_once_for_all_jobs_that_share_them(make, monkeypatch):
