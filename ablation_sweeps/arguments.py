@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, RangeSweep, ValueType
 from hydra.errors import HydraException
 
-from ablation_sweeps.config import CHOICES, SCALARS, number_fractions
+from ablation_sweeps.config import CHOICES, OPTIONS, SCALARS, number_fractions
 from ablation_sweeps.data import UserError
 
 BARE_FLAGS = (
@@ -62,7 +62,9 @@ def config_folders(arguments: Sequence[str]) -> list[Path]:
 
 
 def _is_flag(name: str) -> bool:
-    """True for a flag of Hydra or the beginning of one, which its parser takes as well."""
+    """True for a flag of Hydra or the beginning of one, which its parser takes as well; an option is none."""
+    if name.removeprefix("--") in (*CHOICES, *OPTIONS):
+        return False
     if name.startswith("--"):
         return any(flag.startswith(name) for flag in (*BARE_FLAGS, *FLAGS) if len(name) > 2)
     return name in (*BARE_FLAGS, *FLAGS)

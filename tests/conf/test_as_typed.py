@@ -10,6 +10,8 @@ import pytest
 from command import ROOT, Launch
 
 from ablation_sweeps.arguments import for_hydra
+from ablation_sweeps.config import CHOICES, SCALARS
+from ablation_sweeps.data import UserError
 
 CONF = ROOT / "conf"
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "hydra")
@@ -133,6 +135,14 @@ def test_what_does_not_sweep_is_refused(launch: Launch, tmp_path, typed):
 
 def test_numbers_of_a_range_are_those_that_were_typed():
     assert for_hydra(["fraction=range(0,1.1,0.1)"]) == [f"fraction.values={','.join(f'[{i / 10}]' for i in range(11))}"]
+
+
+@pytest.mark.parametrize("name", [*CHOICES, *SCALARS])
+def test_an_option_with_two_dashes_is_never_taken_for_a_flag(name):
+    """W&B's agent types them so; `--experiment` is how `--experimental-rerun` begins."""
+    assert for_hydra([f"--{name}=0.5"]) == for_hydra([f"{name}=0.5"]) != [f"--{name}=0.5"]
+    with pytest.raises(UserError, match=rf"--{name}: there is no such flag; an option is written {name}=VALUE"):
+        for_hydra([f"--{name}", "0.5"])
 
 
 def test_the_last_of_two_fractions_counts():
