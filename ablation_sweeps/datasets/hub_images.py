@@ -50,14 +50,28 @@ class HubImages(Rows):
             return None
         sets = dict(self.class_sets)
         if self.classes in sets:
-            return _numbers(sets[self.classes])
+            return self._known(sets[self.classes])
         if self.classes.removeprefix("not_") in sets:
-            known = frozenset(range(len(self.class_names())))
-            return known - _numbers(sets[self.classes.removeprefix("not_")])
+            every = frozenset(range(len(self.class_names())))
+            return every - self._known(sets[self.classes.removeprefix("not_")])
         if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", self.classes):
             names = "".join(f"{name}, not_{name}, " for name in sets)
             raise UserError(f"dataset.classes={self.classes}: must be {names}or numbers such as '0-9,42'; null is all")
-        return _numbers(self.classes)
+        return self._known(self.classes)
+
+    def _known(self, ranges: str) -> frozenset[int]:
+        """The numbers of some classes, all of which there are."""
+        option = f"dataset.classes={self.classes}"
+        for part in ranges.split(","):
+            first, _, last = part.partition("-")
+            if int(last or first) < int(first):
+                raise UserError(
+                    f"{option}: {part} is empty, since its end is before its beginning; give {last}-{first}"
+                )
+        numbers, n = _numbers(ranges), len(self.class_names())
+        if max(numbers) >= n:
+            raise UserError(f"{option}: there is no class {max(numbers)}; give numbers from 0 to {n - 1}")
+        return numbers
 
     def class_names(self) -> list[str]:  # type: ignore[override]
         return super().class_names(self.label_column)

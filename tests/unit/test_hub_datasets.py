@@ -235,6 +235,11 @@ def test_there_are_59_kinds_of_birds_in_imagenet(dataset, assets):
 def test_classes_that_do_not_exist_are_refused(dataset):
     with pytest.raises(UserError, match=r"dataset\.classes=fish: must be birds, not_birds"):
         dataset("imagenet_1k", "classes=fish").check("image")
+    for classes, said in {"0-2,1000": "there is no class 1000; give numbers from 0 to 999", "998-1001": "no class 1001",
+                          "7,5-3": "5-3 is empty, .* give 3-5"}.items():  # fmt: skip
+        with pytest.raises(UserError, match=rf"^dataset\.classes={classes}: .*{said}") as error:
+            dataset("imagenet_1k", f"classes='{classes}'").check("image")
+        assert "\n" not in str(error.value)
 
 
 def test_one_split_is_divided_by_a_hash(dataset):
