@@ -67,6 +67,9 @@ def report(
     """Write tables, figures and report.html into the sweep's folder, and print the tables."""
     from ablation_sweeps.report import KINDS, write
 
+    for folder in (sweep, *(more or ())):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: there is no such folder; name the folder of a sweep: results/<sweep>")
     for file in write(sweep, *(more or ())):
         if file.suffix in KINDS:
             print(f"{KINDS[file.suffix]}: {file}")

@@ -17,8 +17,10 @@ from matplotlib import rc_context
 from matplotlib.image import imread
 from rich.console import Console
 from scipy import integrate, stats
+from typer.testing import CliRunner
 
 from ablation_sweeps import figures, files, metrics, page, report, store, tables
+from ablation_sweeps.cli import app
 from ablation_sweeps.curves import areas, read_curves, studies, summarise
 from ablation_sweeps.data import UserError
 from ablation_sweeps.export import export
@@ -61,6 +63,16 @@ def printed(curves: pd.DataFrame, width: int = 80, terminal: bool = False) -> st
 
 
 # What is read
+
+
+def test_a_sweep_that_is_not_there_is_named(tmp_path: Path):
+    save_run(tmp_path / "sweep" / "a", curve("zero"))
+    for order in ([tmp_path / "sweep", tmp_path / "nowhere"], [tmp_path / "nowhere", tmp_path / "sweep"]):
+        error = CliRunner().invoke(app, ["report", *map(str, order)]).exception
+        assert isinstance(error, UserError) and str(error).startswith(
+            f"{tmp_path / 'nowhere'}: there is no such folder"
+        )
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["a"]
 
 
 def test_only_finished_runs_are_read_and_the_clean_pass_once(tmp_path: Path):
