@@ -33,6 +33,7 @@ TRIES = 6  # of squeue, and scontrol, before a launch gives up: it would submit 
 OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
         "PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT")  # fmt: skip
 GONE = Place("GONE", "", True, "it left the queue, and SLURM does not know it any more")
+UNKNOWN = Place("UNKNOWN", "", False, "")
 USUAL_ARRAY = 1000  # tasks, where scontrol does not say how many the site allows
 TOO_MANY = re.compile(r"Submit(Job|Limit)|job submit limit|array|MaxJob|temporarily unable", re.IGNORECASE)
 
@@ -285,12 +286,16 @@ class SlurmQueue:
         if answer.returncode != 0 and "Invalid job id" not in answer.stderr + answer.stdout:
             log.warning("scontrol does not answer (%s); it is asked again", answer.stderr.strip())
             return None
-        found = {}
+        found, cut_off = {}, False
         for line in answer.stdout.splitlines():
             told = dict(re.findall(r"(?<!\S)(JobName|JobState|ArrayTaskId|NodeList)=(\S+)", line))
             state, node = told.get("JobState", ""), told.get("NodeList", "").replace("(null)", "")
-            for index in _indices(told.get("ArrayTaskId", "0")) if told.get("JobName") == name else ():
+            tasks = told.get("ArrayTaskId", "0") if told.get("JobName") == name else ""
+            cut_off |= _is_cut_off(tasks)
+            for index in _indices(tasks):
                 found[f"{name}.{index}"] = Place(state, node, state in OVER, "")
+        if cut_off:  # what is not in it may be in the rest
+            found = {f"{name}.{i}": UNKNOWN for i in range(len(array["packs"]))} | found
         return found
 
     def cancel(self, packs: list[str]) -> None:
@@ -320,16 +325,25 @@ def _command(*command: str) -> subprocess.CompletedProcess[str]:
     """Runs a command of SLURM without the user's variables for such commands, which filter and format answers."""
     environment = {key: value for key, value in os.environ.items()
                    if key in FINDS_CLUSTER or not key.startswith(COMMANDS)}  # fmt: skip
+    environment["SLURM_BITSTR_LEN"] = "0"  # or scontrol cuts lists of tasks off at 64 characters
     try:
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, 1, "", str(error))
 
 
+def _is_cut_off(tasks: str) -> bool:
+    """Whether scontrol has not written all of a list of tasks."""
+    return tasks.partition("%")[0].endswith("...")
+
+
 def _indices(tasks: str) -> list[int]:
     """Numbers of the tasks that scontrol writes as 3, 0-4%2 or 1,3-7:2."""
     found: list[int] = []
-    for part in tasks.partition("%")[0].split(","):
+    listed = tasks.partition("%")[0]
+    if _is_cut_off(tasks):  # perhaps within a number
+        listed = listed.removesuffix("...").rpartition(",")[0]
+    for part in listed.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?(?::(\d+))?", part)
         if match:
             first, last, step = match.groups()

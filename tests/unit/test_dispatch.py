@@ -393,6 +393,9 @@ def test_what_was_cancelled_is_not_waited_for(asked, tmp_path):
         ("ArrayTaskId=1 JobName=NAME JobState=RUNNING", "NAME", "1"),
         ("ArrayTaskId=0,1 JobName=another JobState=RUNNING", "NAME", ""),  # SLURM began to count anew
         (None, "NAME", ""),
+        ("ArrayTaskId=0,...%256 JobName=NAME JobState=PENDING", "NAME", "01"),  # the list is cut off
+        ("ArrayTaskId=0-1...%4 JobName=NAME JobState=PENDING", "NAME", "01"),
+        ("ArrayTaskId=0... JobName=NAME JobState=PENDING\nArrayTaskId=1 JobName=NAME JobState=FAILED", "NAME", "0"),
     ],
 )
 def test_a_pack_that_squeue_leaves_out_is_asked_for_by_its_number(asked, tmp_path, monkeypatch, tasks, name, live):
@@ -406,7 +409,7 @@ def test_a_pack_that_squeue_leaves_out_is_asked_for_by_its_number(asked, tmp_pat
         (tmp_path / "scontrol.out").write_text(tasks.replace("NAME", name) + "\n")
     queue = make_queue()
     assert "".join(pack[-1] for pack in queue.earlier()) == live
-    assert (tmp_path / "env").read_text() == "SLURM_CONF=/here\n"
+    assert sorted((tmp_path / "env").read_text().split()) == ["SLURM_BITSTR_LEN=0", "SLURM_CONF=/here"]
     assert (tmp_path / "scontrol.asked").read_text() == "--all --oneliner show job 17\n"
     places = queue.places()
     assert places is not None and all(places[f"{name}.{i}"].over == (str(i) not in live) for i in (0, 1))
