@@ -18,7 +18,9 @@ from ablation_sweeps.transformer import Transformer
 
 log = logging.getLogger(__name__)
 
-SHORT = 8  # tokens of the text whose scores are watched
+SHORT = 8  # tokens of the longer one of two short texts
+FLOORS = 2  # times what rounding does: more than that is no rounding
+WATCHED = 64  # positions of a text whose scores are compared, its last ones
 SMALL = 1 << 20  # elements of a tensor that may be state: weights and masks are larger
 
 
@@ -49,19 +51,19 @@ def fit_vocabulary(encoder: TextEncoder, module: torch.nn.Module, option: str) -
 def isolate(model: Transformer, encoder: TextEncoder, option: str) -> Transformer:
     """The model, made such that a text scores what it scores alone, whatever is passed before it or beside it.
 
-    A short text is passed alone, beside a longer one, beside the longest there may be, and alone again. If its scores
+    A short text is passed alone, beside a longer one, beside the longest there may be, and alone again. Longer texts
+    are looked at as well, see `_length_matters`: few tokens show little of a scheme of positions. If scores
     depend on the length of the others, texts of different lengths are passed apart. If the model changes its own state
     from pass to pass, each pass begins with the state that it was loaded with. If it has fewer positions than its
     configuration says, texts are cut to those.
 
     Raises:
-        UserError: its scores depend on something else, or only very short texts pass.
+        UserError: its scores depend on something else, or texts do not pass.
     """
+    n = min(SHORT, encoder.max_tokens)
     short, longer, longest = (
-        model.other_input("probe", n, seed) for seed, n in enumerate((SHORT // 2, SHORT, encoder.max_tokens))
+        model.other_input("probe", n, seed) for seed, n in enumerate((max(2, n // 2), n, encoder.max_tokens))
     )
-    if encoder.max_tokens < SHORT:
-        return model
     exact = all(p.dtype in (torch.float32, torch.float64) for p in model.module.parameters())
     differ = functools.partial(_differ, exact=exact)
     state = State(model.module)
@@ -70,18 +72,20 @@ def isolate(model: Transformer, encoder: TextEncoder, option: str) -> Transforme
         return model
     try:
         beside = [_scores(model, short, longer), _scores(model, short, longest)]
+        changes = state.changes()
+        depends = any(differ(scores, alone) for scores in beside)
+        depends = depends or _length_matters(_restored(model, changes), longest, encoder.max_tokens)
+        changes = state.changes()
     except torch.OutOfMemoryError:
         log.warning("%s: has too little memory to see whether texts in a batch affect each other", option)
         return model
-    except Exception:  # whatever a model says when it has no such position
+    except Exception as error:
+        if not _is_of_length(error) or not _passes(model, n):
+            raise _failed(encoder.max_tokens, option, error) from error
         encoder = dataclasses.replace(encoder, max_tokens=_context(model, encoder.max_tokens, option))
         return isolate(dataclasses.replace(model, encode=encoder), encoder, option)
-    depends = any(differ(scores, alone) for scores in beside)
-    changes = state.changes()
-    if changes and (depends or differ(again, alone) or _remembers(model, encoder.max_tokens, changes, differ)):
-        model = dataclasses.replace(
-            model, logits=_from_the_start(model.logits, changes), body=_from_the_start(model.body, changes)
-        )
+    if changes and (depends or differ(again, alone) or _remembers(model, encoder.max_tokens, changes)):
+        model = _restored(model, changes)
     if differ(_scores(model, short), alone):
         raise UserError(
             f"{option}: gives other logits when the same text is passed again, so that no damage can be told from "
@@ -89,7 +93,7 @@ def isolate(model: Transformer, encoder: TextEncoder, option: str) -> Transforme
         )
     if not depends:
         return model
-    if differ(_scores(model, short, model.other_input("probe", SHORT // 2, 2)), alone):
+    if differ(_scores(model, short, model.other_input("probe", max(2, n // 2), 2)), alone):
         if exact:
             raise UserError(
                 f"{option}: what it says of a text depends on the other texts of its batch, even of the same length; "
@@ -100,6 +104,78 @@ def isolate(model: Transformer, encoder: TextEncoder, option: str) -> Transforme
     return dataclasses.replace(model, encode=dataclasses.replace(encoder, apart=True))
 
 
+def _length_matters(model: Transformer, longest: Batch, n: int) -> bool:
+    """Whether a text scores something else beside the longest one, by more than rounding does.
+
+    Texts half as long as the longest one, a quarter as long and so on are looked at, so that one of them is near the
+    length at which a scheme of positions changes. In a causal model they are the beginnings of the longest text, which
+    is then passed once.
+
+    Args:
+        n: tokens of the longest text.
+    """
+    causal = model.kind == "causal_lm"
+    lengths = [length for k in range(1, n.bit_length()) if (length := n >> k) > SHORT][:: 1 if causal else 2]
+    if not lengths:
+        return False
+    texts = [_beginning(longest, length) for length in lengths]
+    alone = [_scores(model, text) for text in texts]
+    if causal:
+        beside = _scores_of_beginnings(model, longest, lengths)
+    else:
+        beside = [_scores(model, text, longest) for text in texts]
+    limit = max(_least(model), FLOORS * _floor(model, texts[0], alone[0]))
+    return any(_error(found, expected) > limit for found, expected in zip(beside, alone, strict=True))
+
+
+def _beginning(text: Batch, length: int) -> Batch:
+    inputs = {key: x[:, :length] for key, x in text.inputs.items()}
+    return dataclasses.replace(text, inputs=inputs, labels=text.labels[:, :length], keep=None)
+
+
+def _floor(model: Transformer, text: Batch, scores: torch.Tensor) -> float:
+    """What rounding alone does to the scores of a text: all that the parts of the model give is changed by chance, by
+    as much as the last digit. Passes of another shape may round alike, so that they would show too little.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def perturb(_: torch.nn.Module, __: Any, given: Any) -> Any:
+        if not isinstance(given, torch.Tensor) or not given.is_floating_point():
+            return given
+        where = given.device
+        generator = generators.setdefault(where, torch.Generator(where).manual_seed(0))
+        chance = torch.rand(given.shape, generator=generator, device=where) * 2 - 1
+        return (given.float() * (1 + chance * torch.finfo(given.dtype).eps)).to(given.dtype)
+
+    parts = [part for part in model.module.modules() if next(part.children(), None) is None]
+    handles = [part.register_forward_hook(perturb) for part in parts]
+    try:
+        return _error(_scores(model, text), scores)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _least(model: Transformer) -> float:
+    """The least error of most positions that is not taken for rounding, for the coarsest type of the weights."""
+    types = {p.dtype for p in model.module.parameters() if p.dtype.is_floating_point}
+    return max([1e-3, *(2 * torch.finfo(dtype).eps for dtype in types)])
+
+
+def _failed(n: int, option: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:300]
+    return UserError(f"{option}: fails on a text of {n} tokens: {type(error).__name__}: {reason}")
+
+
+def _is_of_length(error: Exception) -> bool:
+    """Whether a model may say this where it has no such position."""
+    words = ("size", "shape", "length", "position", "index", "dimension", "expand", "broadcast")
+    said = str(error).lower()
+    return isinstance(error, IndexError) or (
+        isinstance(error, RuntimeError | ValueError | AssertionError) and any(word in said for word in words)
+    )
+
+
 def _context(model: Transformer, fails: int, option: str) -> int:
     """The longest text that passes."""
     works, said = SHORT, fails
@@ -107,39 +183,54 @@ def _context(model: Transformer, fails: int, option: str) -> int:
         middle = (works + fails) // 2
         works, fails = (middle, fails) if _passes(model, middle) else (works, middle)
     if works <= SHORT:
-        raise UserError(f"{option}: fails on texts of more than {SHORT} tokens; give model.max_tokens={SHORT - 1}")
+        raise UserError(f"{option}: fails on texts of more than {SHORT} tokens; give model.max_tokens={SHORT}")
     log.warning("%s: has %d positions, not %d as its configuration says: texts are cut to them", option, works, said)
     return works
 
 
-def _remembers(model: Transformer, longest: int, changes: Changes, differ: Callable[..., bool]) -> bool:
+def _remembers(model: Transformer, longest: int, changes: Changes) -> bool:
     """Whether a long text scores something else after a longer one."""
     text, longer = (model.other_input("probe", n, seed) for seed, n in enumerate((longest * 3 // 4, longest)))
     restore(changes)
     first = _scores(model, text)
     restore(changes)
     _scores(model, longer)
-    return differ(_scores(model, text), first)
+    return _error(_scores(model, text), first) > _least(model)
 
 
 def _scores(model: Transformer, text: Batch, *others: Batch) -> torch.Tensor:
-    """Log probabilities at all positions of the first text, `[pos, d_vocab]`."""
-    n = text.labels.shape[-1]
+    """Log probabilities at the last positions of the first text, `[pos, d_vocab]`."""
+    return _scores_of_beginnings(model, text, [text.labels.shape[-1]], *others)[0]
+
+
+def _scores_of_beginnings(model: Transformer, text: Batch, lengths: list[int], *others: Batch) -> list[torch.Tensor]:
+    """Log probabilities at the last positions of each beginning of the first text, passed as a whole."""
+    places = [torch.arange(max(0, length - WATCHED), length) for length in lengths]
     with torch.inference_mode(), _checked_lookups():
-        logits = model.logits_at(together(text, *others).to(model.device), torch.arange(n, device=model.device))
-        return logits.cpu().double().log_softmax(-1)
+        logits = model.logits_at(together(text, *others).to(model.device), torch.cat(places).to(model.device))
+        return [of_one.cpu().double().log_softmax(-1) for of_one in logits.split([len(own) for own in places])]
 
 
 def _differ(found: torch.Tensor, expected: torch.Tensor, exact: bool) -> bool:
     """Whether two predictions differ by more than rounding. In half precision, rounding may send single positions to
     another expert: most of them must differ."""
+    errors = _errors(found, expected)
+    return bool(errors.max() > 1e-3 if exact else errors.median() > 0.05)
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """By how much two predictions differ at most positions."""
+    return float(_errors(found, expected).median())
+
+
+def _errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """By how much two predictions differ at each position, where the difference between positions is 1."""
     finite = expected.isfinite()  # some models rule classes out
     if not torch.equal(found.isfinite(), finite):
-        return True
+        return torch.full(expected.shape[:1], torch.inf)
     a, b = found.where(finite, 0), expected.where(finite, 0)
-    spread = (b - b.mean(0)).square().sum(-1).mean().sqrt()  # between positions
-    error = (a - b).norm(dim=-1) / spread
-    return bool(error.max() > 1e-3 if exact else error.median() > 0.05)
+    spread = (b - b.mean(0)).square().sum(-1).mean().sqrt()
+    return (a - b).norm(dim=-1) / spread
 
 
 def _passes(model: Transformer, n: int) -> bool:
@@ -149,7 +240,9 @@ def _passes(model: Transformer, n: int) -> bool:
             model.body(model.other_input("probe", n, 0).to(model.device))
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # as above
+    except Exception as error:
+        if not _is_of_length(error):
+            raise
         return False
     return True
 
@@ -237,6 +330,15 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
         return False
     return one is other or one == other
+
+
+def _restored(model: Transformer, changes: Changes) -> Transformer:
+    """The model, with the state that it was loaded with at the beginning of each pass."""
+    if not changes:
+        return model
+    return dataclasses.replace(
+        model, logits=_from_the_start(model.logits, changes), body=_from_the_start(model.body, changes)
+    )
 
 
 def _from_the_start(run: Callable[[Batch], Any], changes: Changes) -> Callable[[Batch], Any]:

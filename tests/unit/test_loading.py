@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from ablation_sweeps import hub, job, sites
 from ablation_sweeps.ablation import Constant, ablated, reading
 from ablation_sweeps.activations import Histogram, collect
-from ablation_sweeps.data import Document, UserError
+from ablation_sweeps.data import Document, UserError, together
 from ablation_sweeps.evaluation import evaluate
 from ablation_sweeps.methods.resample import AnotherExample
 from ablation_sweeps.models import causal_lm
@@ -553,6 +553,40 @@ def test_a_text_scores_what_it_scores_alone(option, with_rope, site, tmp_path, m
 def test_unaffected_models_are_passed_as_ever(tiny):
     for family in ("llama", "gpt2", "opt", "bert", "roberta", "gemma2", "bloom"):
         assert not tiny(family).encode.apart
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_scheme_that_few_tokens_hardly_show_is_found_in_any_precision(option, saved, tmp_path, monkeypatch, dtype):
+    """As that of Phi-3: of neighbours it tells the same, whatever the length of the longest text."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(saved("llama"), tmp_path / "longrope")
+    sizes = LlamaConfig.from_pretrained(saved("llama")).to_dict()
+    sizes |= {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+    sizes.pop("rope_parameters", None)
+    name = "rope_parameters" if "rope_scaling" not in sizes else "rope_scaling"
+    short, long = [1.05 + 0.07 * k for k in range(16)], [1.03, 1.05, 1.2, 1.5, 2.9, 5.5, 12, 16, 22, *[50.0] * 7]
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": short, "long_factor": long, "factor": 4.0,
+            "original_max_position_embeddings": 150}  # fmt: skip
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**sizes, name: rope, "max_position_embeddings": 600, "initializer_range": 0.2})
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "longrope")
+    monkeypatch.setattr(causal_lm, "context_length", lambda _: 220)
+    given = ["model=causal_lm", f"model.path={tmp_path / 'longrope'}", f"model.dtype={dtype}"]
+    model = option(*given).load()
+    text, longer = (model.other_input("probe", n, n) for n in (140, 220))
+    with torch.inference_mode():
+        alone, beside = (model.logits(together(*given))[0, :140].double().log_softmax(-1)
+                         for given in ((text,), (text, longer)))  # fmt: skip
+    assert (alone - beside).abs().mean() > 0.05, "it does matter"
+    assert model.encode.apart
+    assert not option(*given, "model.max_tokens=150").load().encode.apart
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_is_not_taken_for_what_other_texts_do(fresh, dtype):
+    for family in ("llama", "gpt2", "opt", "gpt_oss", "gemma2", "bloom", "bert", "modernbert"):
+        assert not fresh(family, dtype=dtype).encode.apart, family
 
 
 def test_a_model_that_gives_other_logits_each_time_is_refused(option, saved, monkeypatch):
