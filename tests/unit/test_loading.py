@@ -298,6 +298,7 @@ def test_an_encoder_that_sees_padding_is_shown_none(option, saved, tmp_path, cap
     module.save_pretrained(tmp_path)
     model = option("model=masked_lm", f"model.path={tmp_path}").load()
     assert "lengths are passed apart" in caplog.text and model.encode.apart
+    assert option("model=masked_lm", f"model.path={tmp_path}", "model.max_tokens=6").load().encode.apart
 
 
 def test_an_encoder_is_no_causal_model(option, saved):
@@ -610,6 +611,23 @@ def test_a_table_of_fewer_positions_than_the_configuration_says_is_found(option,
     assert ("positions, not" in caplog.text) == (family == "roberta")
     with torch.inference_mode():
         assert torch.isfinite(model.logits(batch)).all()
+
+
+def test_an_error_at_a_long_text_that_has_another_cause_is_shown(option, saved, monkeypatch, caplog):
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(query, *others, **options):
+        if query.shape[-2] > 40:
+            raise RuntimeError("the kernel is not built for this device")
+        return plain(query, *others, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    expected = (
+        rf"model\.path=.*fails on a text of {CONTEXT} tokens: RuntimeError: the kernel is not built for this device"
+    )
+    with pytest.raises(UserError, match=expected):
+        option("model=causal_lm", f"model.path={saved('llama')}").load()
+    assert "positions, not" not in caplog.text
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "causal_lm"), ("bert", "masked_lm")])
