@@ -67,6 +67,18 @@ def fetch_model(repo: str, commit: str, files: list[str], option: str = "") -> N
         raise UserError(f"{option}: holds no safetensors; model.use_safetensors=null reads torch's format")
 
 
+@functools.cache
+def fetch_file(repo: str, commit: str, name: str) -> Path | None:
+    """One small file of a model; None where there is none, or it is not reached."""
+    from huggingface_hub import constants, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, name, revision=commit, local_files_only=constants.HF_HUB_OFFLINE))
+    except Exception as error:  # a model without it is an error as well
+        log.debug("%s of %s is not there", name, repo, exc_info=error)
+        return None
+
+
 def check_here(option: str, repo: str, commit: str) -> None:
     """Offline, a model that was never fetched is found out before anything runs."""
     from huggingface_hub import constants

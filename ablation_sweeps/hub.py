@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.adapters import CONFIG, WEIGHTS, Adapter, no_adapters
 from ablation_sweeps.data import Modality, UserError
-from ablation_sweeps.download import check_here, commit, fetch_model, why_not
+from ablation_sweeps.download import check_here, commit, fetch_file, fetch_model, why_not
 from ablation_sweeps.files import fingerprint_of_file, names_in, read_json, signature
 from ablation_sweeps.lazy import torch
 
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a model on the hub: weights, tokenizer, options
+
+STRETCHING = ("longrope", "su", "dynamic")  # schemes of positions that follow the longest text
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -141,7 +143,23 @@ class Pretrained:
         named = ("revision", "use_safetensors")  # of the same commit, whatever it is called
         options = {key: value for key, value in asdict(self).items() if key not in (*elsewhere, *named)}
         adapter = {"adapter": Adapter(self.adapter).identity()} if self.adapter else {}
-        return {**options, **adapter, "files": fingerprint(self.path) if self.path else self.commit}
+        files = fingerprint(self.path) if self.path else self.commit
+        return {**options, **adapter, **self._computed_otherwise(), "files": files}
+
+    def _computed_otherwise(self) -> dict[str, str]:
+        """What is not done with such files as earlier code did it, whose results are not taken for these."""
+        found = {}
+        if self.file(CONFIG) and not self.adapter:  # it was applied where peft was installed
+            found["adapter"] = "left out"
+        config = self.file("config.json")
+        if config and _follows_the_longest(read_json(config) or {}, getattr(self, "max_tokens", 0)):
+            found["texts"] = "apart"
+        return found
+
+    def file(self, name: str) -> Path | None:
+        """A small file of the model, fetched from the hub if it is there; None if there is none."""
+        found = Path(self.path) / name if self.path else fetch_file(self.repository, str(self.commit), name)
+        return found if found and found.is_file() else None
 
     @property
     def repository(self) -> str:
@@ -226,7 +244,9 @@ class Pretrained:
         Args:
             unused: names of weights.
         """
-        said, folder = [], Path(self.path or "/nowhere")
+        said, config = [], self.file("config.json")
+        # What was fetched of a model on the hub lies in one folder.
+        folder = Path(self.path) if self.path else config.parent if config else None
         if unused:
             names = [*dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in unused)]
             more = ", ..." if len(names) > 5 else ""
@@ -234,11 +254,11 @@ class Pretrained:
                 f"{self.option}: {len(unused)} of its weights are left out, since {kind} has no such: "
                 f"{', '.join(names[:5])}{more}"
             )
-        if (folder / CONFIG).is_file() and self.adapter != self.path:
+        if self.file(CONFIG) and self.adapter != self.source:
             said.append(
-                f"{self.option}: the adapter beside its weights is left out; model.adapter={self.path} applies it"
+                f"{self.option}: the adapter beside its weights is left out; model.adapter={self.source} applies it"
             )
-        others = [] if self.gguf_file else _other_weights(folder)
+        others = [] if self.gguf_file or not folder else _other_weights(folder)
         if others:
             said.append(
                 f"{self.option}: its weights are read from other files, so these are left out: {', '.join(others)}"
@@ -279,6 +299,20 @@ def _bits(quantize: str, dtype: Any) -> Any:
         return BitsAndBytesConfig(load_in_8bit=True)
     computes = torch.bfloat16 if dtype == "auto" else dtype
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computes)
+
+
+def _follows_the_longest(config: dict[str, Any], max_tokens: int) -> bool:
+    """Whether the positions of a text depend on how long the longest one is beside it, as its configuration says."""
+    config = {**config, **(config.get("text_config") or {})}
+    ends = config.get("max_position_embeddings") or max_tokens
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = config.get(name) or {}
+        for scheme in (rope, *rope.values()):  # layers of several kinds have one each
+            if isinstance(scheme, dict) and scheme.get("rope_type", scheme.get("type")) in STRETCHING:
+                key = "original_max_position_embeddings"
+                if min(max_tokens, ends) > (config.get(key) or scheme.get(key) or ends):
+                    return True
+    return False
 
 
 def _other_weights(folder: Path) -> list[str]:

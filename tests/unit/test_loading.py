@@ -22,6 +22,7 @@ from ablation_sweeps.ablation import Constant, ablated, reading
 from ablation_sweeps.activations import Histogram, collect
 from ablation_sweeps.data import Document, UserError, together
 from ablation_sweeps.evaluation import evaluate
+from ablation_sweeps.files import signature
 from ablation_sweeps.methods.resample import AnotherExample
 from ablation_sweeps.models import causal_lm
 from ablation_sweeps.transformer import Budget, Transformer
@@ -435,6 +436,22 @@ def test_an_adapter_beside_the_weights_is_left_out_and_that_is_said(
     assert not same.left_out and not torch.allclose(logits(same), logits(model), atol=1e-2)
 
 
+def test_an_adapter_of_the_hub_beside_the_weights_is_left_out_and_that_is_said(
+    option, saved, with_adapter, tmp_path, tiny, caplog, monkeypatch
+):
+    import huggingface_hub
+
+    snapshot = tmp_path / "hub" / "models--me--both" / "snapshots" / ("f" * 40)
+    shutil.copytree(saved("llama"), snapshot)
+    shutil.copytree(with_adapter[0], snapshot, dirs_exist_ok=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    model = option("model=gpt2", "model.name=me/both", f"model.revision={'f' * 40}").load()
+    assert torch.equal(logits(model), logits(tiny("llama")))
+    said = "model.name=me/both: the adapter beside its weights is left out; model.adapter=me/both applies it"
+    assert model.left_out == (said,) and said in caplog.messages
+
+
 def test_an_adapter_that_does_not_fit_is_refused(option, saved, with_adapter, tmp_path, monkeypatch):
     folder, _ = with_adapter
     given = ["model=causal_lm", f"model.path={saved('gpt2')}", f"model.adapter={folder}"]
@@ -549,6 +566,44 @@ def test_a_text_scores_what_it_scores_alone(option, with_rope, site, tmp_path, m
     for layer, moments in enumerate(statistics.moments):
         expected = torch.cat([layers[layer] for layers in seen]).double().mean(0)
         torch.testing.assert_close(moments.mean, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rope", "max_tokens", "otherwise"),
+    [
+        ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 16}, 64, True),
+        ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 16}, 16, False),
+        (
+            {"text_config": {"rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": 16}}},
+            64,
+            True,
+        ),
+        ({"rope_parameters": {"full": {"rope_type": "dynamic", "original_max_position_embeddings": 16}}}, 64, True),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, 64, False),  # it has no more positions
+        ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 16}}, 64, False),
+    ],
+)
+def test_earlier_results_of_such_models_are_not_taken_for_new_ones(job_of, saved, tmp_path, monkeypatch, rope,
+                                                                   max_tokens, otherwise):  # fmt: skip
+    shutil.copytree(saved("llama"), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64, **rope}))
+    signatures = []
+    for _ in range(2):  # as now, and as it was
+        made = job_of("model=causal_lm", f"model.path={tmp_path / 'model'}", f"model.max_tokens={max_tokens}")
+        signatures.append((made.signature, signature(made.study), signature(made.data)))
+        monkeypatch.setattr(hub.Pretrained, "_computed_otherwise", lambda _: {}, raising=False)
+        job._content.cache_clear()
+    assert [now != then for now, then in zip(*signatures, strict=True)] == [otherwise] * 3
+
+
+def test_results_with_an_adapter_that_was_applied_are_not_taken_for_those_without(
+    option, saved, with_adapter, tmp_path
+):
+    """The content of a folder counts, but a run of before may have had the adapter as well."""
+    shutil.copytree(saved("llama"), tmp_path / "both")
+    shutil.copytree(with_adapter[0], tmp_path / "both", dirs_exist_ok=True)
+    assert option("model=causal_lm", f"model.path={tmp_path / 'both'}").identity()["adapter"] == "left out"
 
 
 def test_unaffected_models_are_passed_as_ever(tiny):
