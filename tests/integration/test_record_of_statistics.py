@@ -37,7 +37,8 @@ def test_positions_taken_and_asked_for_are_recorded(job_of, tmp_path, monkeypatc
 def few_documents(dataset, split):
     from ablation_sweeps.data import Document
 
-    return [Document(f"{split}{i}", "There is a list of names, and each of them is one word. " * 8) for i in range(4)]
+    names = [f"{split}{i}" for i in range(4)]
+    return [Document(name, f"{name} is a list of names, and each of them is one word. " * 8) for name in names]
 
 
 def test_a_fragile_method_from_halved_batches_is_a_line_of_its_own(job_of, tmp_path, monkeypatch):
