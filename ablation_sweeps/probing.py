@@ -137,14 +137,12 @@ def _floor(model: Transformer, text: Batch, scores: torch.Tensor) -> float:
     """What rounding alone does to the scores of a text: all that the parts of the model give is changed by chance, by
     as much as the last digit. Passes of another shape may round alike, so that they would show too little.
     """
-    generators: dict[torch.device, torch.Generator] = {}
+    generator = torch.Generator().manual_seed(0)  # of the CPU: every device sees the same noise
 
     def perturb(_: torch.nn.Module, __: Any, given: Any) -> Any:
         if not isinstance(given, torch.Tensor) or not given.is_floating_point():
             return given
-        where = given.device
-        generator = generators.setdefault(where, torch.Generator(where).manual_seed(0))
-        chance = torch.rand(given.shape, generator=generator, device=where) * 2 - 1
+        chance = torch.rand(given.shape, generator=generator).to(given.device) * 2 - 1
         return (given.float() * (1 + chance * torch.finfo(given.dtype).eps)).to(given.dtype)
 
     parts = [part for part in model.module.modules() if next(part.children(), None) is None]
