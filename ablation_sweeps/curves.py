@@ -115,8 +115,9 @@ def _distinguish(rows: DataFrame) -> DataFrame:
 
 
 def _differing(runs: dict[str, list[Path]], rows: DataFrame) -> dict[str, str]:
-    """The options in which each study differs from others of the same labels, as typed; where those are the same
-    (it is the model's or the data's files that differ), when it was finished; "" if it is the only one.
+    """The options in which each study differs from others of the same labels, as typed, and how texts were passed, if
+    that differs; where all of it is the same (it is the model's or the data's files that differ), when it was finished;
+    "" if it is the only one.
 
     Args:
         runs: of each study.
@@ -128,6 +129,9 @@ def _differing(runs: dict[str, list[Path]], rows: DataFrame) -> dict[str, str]:
         keys = [key for key in keys if len({of_study.get(key) for of_study in options.values()}) > 1]
         for study, of_study in options.items():
             found[study] = " ".join(f"{key}={as_typed(of_study.get(key))}" for key in keys)
+        texts = {study: store.texts_of(runs[study][0]) for study in options}
+        for study, passed in texts.items() if len(set(texts.values())) > 1 else ():
+            found[study] = f"{found[study]} texts passed {passed}".strip()
         for study, count in {study: [*map(found.get, options)].count(found[study]) for study in options}.items():
             if count > 1:
                 found[study] = f"{found[study]} finished {_finished(runs[study])}".strip()

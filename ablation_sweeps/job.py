@@ -267,13 +267,18 @@ def objective(job: Job) -> float | None:
 def measure(job: Job, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The experiment. Returns the sums of every document, and the rows of the curve."""
     model = load(job.model)
+    store.remember_texts(folder, ", ".join(model.texts))
     projections = sites.find(model, job.site, job.model.site_paths)
     log.debug("%s: %s", job.site.name, ", ".join(f"{p.path} ({p.width})" for p in projections))
 
     # Calibration: what does each neuron do on data that is not evaluated?
     calibration = encode(job, model, "calibration")
-    # Copies in the calibration data once counted: those statistics are not taken for these.
-    key = {**job.data, "copies": "left out"} if "calibration" in left_out(job, model) else job.data
+    # Copies in the calibration data once counted, and texts were passed together: those statistics are not these.
+    key = {
+        **job.data,
+        **({"copies": "left out"} if "calibration" in left_out(job, model) else {}),
+        **({"texts": model.texts} if model.texts else {}),
+    }
     cache = job.results_dir / ".cache" / files.signature(key)[:16]
     note = functools.partial(store.note, folder)
     store.remember(folder, statistics=cache.name, n_heads=model.n_heads, model_device=str(model.device),
@@ -391,13 +396,16 @@ def describe(
         halved: rounding may have changed the replacement by more than the last digit, since the statistics come from
             passes over halved batches: part of the method's parameters, so that such runs are not drawn together with
             others.
-        some_left_out: the data hold copies, or broken pictures. Runs from before those were left out are another study.
+        some_left_out: the data hold copies, or broken pictures. Runs from before those were left out are another study,
+            as are runs that passed texts in another way.
     """
     kind = "@".join([type(job.method).__name__, *(content[:6] for content in _edited(type(job.method)))])
     parameters = {**_options(job.method), "class": kind, **({"statistics": "halved"} if halved else {})}
     own = {
         "run_id": job.signature[:16],
-        "study": files.signature([job.study, job.model.label, job.dataset.label, *["left out"] * some_left_out])[:8],
+        "study": files.signature(
+            [job.study, job.model.label, job.dataset.label, *["left out"] * some_left_out, *model.texts]
+        )[:8],
         "kind": model.kind,
         "model": job.model.label,
         "revision": model.revision,

@@ -82,8 +82,10 @@ def isolate(model: Transformer, encoder: TextEncoder, option: str) -> Transforme
     except Exception as error:
         if not _is_of_length(error) or not _passes(model, n):
             raise _failed(encoder.max_tokens, option, error) from error
-        encoder = dataclasses.replace(encoder, max_tokens=_context(model, encoder.max_tokens, option))
-        return isolate(dataclasses.replace(model, encode=encoder), encoder, option)
+        context = _context(model, encoder.max_tokens, option)
+        encoder = dataclasses.replace(encoder, max_tokens=context)
+        cut = (*model.texts, f"cut to {context} tokens")
+        return isolate(dataclasses.replace(model, encode=encoder, texts=cut), encoder, option)
     if changes and (depends or differ(again, alone) or _remembers(model, encoder.max_tokens, changes)):
         model = _restored(model, changes)
     if differ(_scores(model, short), alone):
@@ -101,7 +103,7 @@ def isolate(model: Transformer, encoder: TextEncoder, option: str) -> Transforme
             )
         log.warning("%s: what it says of a text depends a little on the others of its batch", option)
     log.info("%s: what it says of a text depends on how long the others are: lengths are passed apart", option)
-    return dataclasses.replace(model, encode=dataclasses.replace(encoder, apart=True))
+    return dataclasses.replace(model, encode=dataclasses.replace(encoder, apart=True), texts=(*model.texts, "apart"))
 
 
 def _length_matters(model: Transformer, longest: Batch, n: int) -> bool:
@@ -335,7 +337,10 @@ def _restored(model: Transformer, changes: Changes) -> Transformer:
     if not changes:
         return model
     return dataclasses.replace(
-        model, logits=_from_the_start(model.logits, changes), body=_from_the_start(model.body, changes)
+        model,
+        logits=_from_the_start(model.logits, changes),
+        body=_from_the_start(model.body, changes),
+        texts=(*model.texts, "state restored"),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +44,9 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
     curves = read_curves(sweep_dir, *more)
     folders = folders_by_id(sweep_dir, *more)
     of_sweep = studies(curves)
-    both = [(study, found) for study in of_sweep if (found := _shown(study, folders))]
+    runs = [runs_of(study, folders) for study in of_sweep]
+    doubts = _doubts(chain(*(own.values() for own in runs)))
+    both = [(study, found) for study, own in zip(of_sweep, runs, strict=True) if (found := _shown(study, own, doubts))]
     measured_ = {study.rows["study"].iloc[0]: found for study, (found, _, _) in both}
     files.write_table(sweep_dir / "curves.parquet", curves)
     write_csv(summarise(curves, measured_), sweep_dir / "summary.csv")
@@ -112,11 +116,11 @@ def write_csv(table: DataFrame, path: Path) -> None:
         table.assign(**{name: table[name].map(safe) for name in texts}).to_csv(temporary, index=False)
 
 
-def measured(study: Study, folders: dict[str, Path]) -> intervals.Measured | None:
+def measured(study: Study, runs: dict[str, Path]) -> intervals.Measured | None:
     """With all intervals; None where a run has left no sums of documents, as earlier versions did."""
     parts: dict[tuple[str, int], list[DataFrame]] = {}
     for run in study.rows.drop_duplicates(["method", "seed", "run_id"]).to_dict("records"):
-        folder = folders.get(run["run_id"][:8])
+        folder = runs.get(run["run_id"])
         table = folder and store.result(folder, "documents.parquet")
         if table is None:
             return None
@@ -130,27 +134,72 @@ def measured(study: Study, folders: dict[str, Path]) -> intervals.Measured | Non
 def all_measured(curves: DataFrame, sweep: Path) -> list[tuple[Study, intervals.Measured]]:
     """The studies of a sweep, of those that can be measured."""
     folders = folders_by_id(sweep)
-    return [(study, found) for study in studies(curves) if (found := measured(study, folders))]
+    return [(study, found) for study in studies(curves) if (found := measured(study, runs_of(study, folders)))]
 
 
-def folders_by_id(*sweeps: Path) -> dict[str, Path]:
-    """Of all runs, by the beginning of their id, with which their names end."""
-    return {path.parent.name[-8:]: path.parent for sweep in sweeps for path in sweep.rglob("documents.parquet")}
+def folders_by_id(*sweeps: Path) -> dict[str, list[Path]]:
+    """Of all runs, by the beginning of their id, with which their names end. Several may be of one job."""
+    found: dict[str, list[Path]] = {}
+    for sweep in sweeps:
+        for path in sweep.rglob("documents.parquet"):
+            found.setdefault(path.parent.name[-8:], []).append(path.parent)
+    return found
 
 
-def _shown(study: Study, folders: dict[str, Path]) -> page.Shown | None:
-    found = measured(study, folders)
-    runs = [folders[run_id[:8]] for run_id in study.rows["run_id"].unique()] if found else []
-    return found and (found, _neurons(runs), {NOTES: _notes(study, folders), **_setup(runs)})
+def runs_of(study: Study, folders: dict[str, list[Path]]) -> dict[str, Path]:
+    """The folder of each run of a study, by its id: of several with one id, one of this study."""
+    own, found = study.rows["study"].iloc[0], {}
+    for run_id in study.rows["run_id"].unique():
+        of_job = folders.get(run_id[:8], [])
+        if len(of_job) > 1:
+            of_job = [folder for folder in of_job if _study_of(folder) == own]
+        if of_job:
+            found[run_id] = of_job[-1]
+    return found
 
 
-def _notes(study: Study, folders: dict[str, Path]) -> list[str]:
-    """Notes in the records of the runs (see `store.note`), and what they left out of the model's files and of the data,
-    each behind the methods that it is about."""
+def _study_of(folder: Path) -> str | None:
+    rows = store.result(folder, "rows.parquet")
+    return None if rows is None else rows["study"].iloc[0]
+
+
+def _shown(study: Study, runs: dict[str, Path], doubts: dict[Path, str]) -> page.Shown | None:
+    found, folders = measured(study, runs), [*runs.values()]
+    return found and (found, _neurons(folders), {NOTES: _notes(study, runs, doubts), **_setup(folders)})
+
+
+def _doubts(runs: Iterable[Path]) -> dict[Path, str]:
+    """A sentence on each run that passed texts together, as earlier versions did, where other runs of the same model
+    show that its scores depend on that."""
+    texts = {run: store.texts_of(run) for run in runs}
+    if set(texts.values()) <= {store.TOGETHER}:
+        return {}
+    models = {run: _model(run) for run in texts}
+    otherwise = {models[run]: passed for run, passed in texts.items() if passed != store.TOGETHER}
+    return {
+        run: f"texts were passed together, but other runs of this model pass them {otherwise[models[run]]}, since its "
+        "scores depend on that: these may be wrong, and are not compared with those; results_dir=FOLDER computes them "
+        "anew"
+        for run, passed in texts.items()
+        if passed == store.TOGETHER and models[run] in otherwise
+    }
+
+
+def _model(run: Path) -> str:
+    """All options of a run's model that can change what it computes."""
+    elsewhere = ("label", "device", "device_map")
+    options = store.config(run).get("model", {})
+    return json.dumps({key: value for key, value in options.items() if value is not None and key not in elsewhere})
+
+
+def _notes(study: Study, runs: dict[str, Path], doubts: dict[Path, str]) -> list[str]:
+    """Why numbers may be wrong, notes in the records of the runs (see `store.note`), and what they left out of the
+    model's files and of the data, each behind the methods that it is about."""
     methods: dict[str, list[str]] = {}
     for run in study.rows.drop_duplicates(["method", "run_id"]).to_dict("records"):
-        folder = folders[run["run_id"][:8]]
-        for note in [*store.environment(folder).get("notes", []), *store.left_out(folder)]:
+        folder = runs[run["run_id"]]
+        doubt = [doubts[folder]] if folder in doubts else []
+        for note in [*doubt, *store.environment(folder).get("notes", []), *store.left_out(folder)]:
             methods.setdefault(note, []).append(run["method"])
     return [f"{', '.join(dict.fromkeys(noted))}: {note}" for note, noted in methods.items()]
 

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 GOES_ON = "the same command goes on where it was"
 WAITED = "stopped while it waited; the same command runs it"
+TOGETHER = "together"  # how texts are passed, if a run does not say
 CLOCKS = 5.0  # seconds by which the times of a file and of a process may differ
 FILES = ("config.yaml", "environment.json", "documents.parquet", "rows.parquet")  # of a finished run, beside its status
 
@@ -76,6 +77,7 @@ class Environment(TypedDict, total=False):
         model_left_out: one line for each thing that the model's files hold but the model does not.
         data_left_out: for each split, one sentence for each reason.
         left_out: one of these two, in runs of earlier versions.
+        texts: how the model was passed texts ("apart", say); absent if together.
     """
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
@@ -88,6 +90,7 @@ class Environment(TypedDict, total=False):
     model_left_out: list[str]
     data_left_out: dict[str, list[str]]
     left_out: list[str] | dict[str, list[str]]
+    texts: str
     statistics: str | None
     n_heads: int | None
     model_device: str | None
@@ -265,8 +268,8 @@ def _write_config(folder: Path, config: dict) -> None:
 def begin(folder: Path, config: dict) -> None:
     _write_config(folder, config)
     earlier, now = environment(folder), describe()
-    notes = {"notes": earlier["notes"]} if "notes" in earlier else {}
-    files.write_json(folder / "environment.json", now | notes)
+    kept = {key: value for key, value in earlier.items() if key in ("notes", "texts")}
+    files.write_json(folder / "environment.json", now | kept)
     before = {key: earlier.get(key) for key in ("code", "packages", "device", "threads")}
     if batches_done(folder) and any(before[key] != now[key] for key in before):
         note(folder, f"begun elsewhere ({counted(batches_done(folder), 'batch', 'es')}): {json.dumps(before)}")
@@ -293,6 +296,24 @@ def left_out(folder: Path) -> list[str]:
 def remember(folder: Path, **facts: object) -> None:
     """What was found out while it ran, for who reads the results."""
     files.write_json(folder / "environment.json", {**environment(folder), **facts})
+
+
+def remember_texts(folder: Path, passed: str) -> None:
+    """Record how the model is passed texts, before any of them is. Batches that were passed in another way are computed
+    again.
+
+    Args:
+        passed: in words; empty if together, as most models are.
+    """
+    before = texts_of(folder)
+    if (passed or TOGETHER) == before:
+        return
+    if done := batches_done(folder):
+        remove_progress(folder)
+        note(folder, f"texts are passed {passed or TOGETHER}, but were passed {before} in "
+                     f"{counted(done, 'batch', 'es')} of an earlier launch, computed again")  # fmt: skip
+    others = {key: value for key, value in environment(folder).items() if key != "texts"}
+    files.write_json(folder / "environment.json", {**others, **({"texts": passed} if passed else {})})
 
 
 def fail(folder: Path, error: BaseException) -> None:
@@ -332,6 +353,11 @@ def published(folder: Path, place: str) -> bool:
     marked = files.read_json(folder / "wandb.json", Published) or {}
     rows = status(folder).get("sha256", {}).get("rows.parquet")
     return rows is not None and (marked.get("rows"), marked.get("place")) == (rows, place)
+
+
+def texts_of(folder: Path) -> str:
+    """How the model of a run was passed texts, in words."""
+    return environment(folder).get("texts", TOGETHER)
 
 
 def statistics_of(folder: Path) -> Path | None:

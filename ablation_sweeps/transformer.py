@@ -75,6 +75,7 @@ class Transformer:
             by `with_head`. None where there is none, or it does not.
         class_names: of an image classifier, in the order of its logits, where it knows them.
         left_out: one line for each thing that the model's files hold but the model does not.
+        texts: how texts are passed ("apart", say); empty if together, as for most models.
     """
 
     label: str
@@ -90,6 +91,7 @@ class Transformer:
     head: torch.nn.Module | None = None
     class_names: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
     @property
     def modality(self) -> Modality:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,6 +145,23 @@ def saved(tmp_path_factory) -> Callable[[str], Path]:
             folders[family] = made
         return folders[family]
 
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sees_padding(saved, tmp_path_factory) -> Path:
+    """A folder with a model whose scores depend on the length of what is passed beside a text: a small ConvBERT."""
+    from transformers import ConvBertConfig, ConvBertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("models") / "convbert"
+    shutil.copytree(saved("bert"), folder)
+    torch.manual_seed(0)
+    config = ConvBertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                            intermediate_size=48, embedding_size=32)  # fmt: skip
+    module = ConvBertForMaskedLM(config)
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    module.save_pretrained(folder)
     return folder
 
 

@@ -283,23 +283,13 @@ def test_shares_of_what_is_replaced_fit(option):
         option("model=tiny_masked", "model.replaced_by_mask=0.8", "model.replaced_at_random=0.5")
 
 
-def test_an_encoder_that_sees_padding_is_shown_none(option, saved, tmp_path, caplog):
-    from transformers import ConvBertConfig, ConvBertForMaskedLM
-
+def test_an_encoder_that_sees_padding_is_shown_none(option, saved, sees_padding, caplog):
     caplog.set_level("INFO")
     plain = option("model=masked_lm", f"model.path={saved('bert')}").load()
     assert "passed apart" not in caplog.text and not plain.encode.apart
-    shutil.copytree(saved("bert"), tmp_path, dirs_exist_ok=True)
-    torch.manual_seed(0)
-    config = ConvBertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                            intermediate_size=48, embedding_size=32)  # fmt: skip
-    module = ConvBertForMaskedLM(config)
-    for parameter in module.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    module.save_pretrained(tmp_path)
-    model = option("model=masked_lm", f"model.path={tmp_path}").load()
-    assert "lengths are passed apart" in caplog.text and model.encode.apart
-    assert option("model=masked_lm", f"model.path={tmp_path}", "model.max_tokens=6").load().encode.apart
+    model = option("model=masked_lm", f"model.path={sees_padding}").load()
+    assert "lengths are passed apart" in caplog.text and model.encode.apart and model.texts == ("apart",)
+    assert option("model=masked_lm", f"model.path={sees_padding}", "model.max_tokens=6").load().encode.apart
 
 
 def test_an_encoder_is_no_causal_model(option, saved):
@@ -534,6 +524,7 @@ def test_a_text_scores_what_it_scores_alone(option, with_rope, site, tmp_path, m
 
     monkeypatch.setattr(causal_lm, "context_length", lambda _: 64)
     model = option("model=causal_lm", f"model.path={with_rope(kind)}").load()
+    assert model.texts == ("state restored", "apart")
     texts = [Document(str(n), "abcdefgh"[n % 5 :] * 9) for n in range(4)]
     texts = [Document(d.name, d.text[: 6 + 17 * i]) for i, d in enumerate(texts)]
     (batch,) = model.encode(texts, "evaluation", Budget(None, None), 10_000, 0)
@@ -608,7 +599,7 @@ def test_results_with_an_adapter_that_was_applied_are_not_taken_for_those_withou
 
 def test_unaffected_models_are_passed_as_ever(tiny):
     for family in ("llama", "gpt2", "opt", "bert", "roberta", "gemma2", "bloom"):
-        assert not tiny(family).encode.apart
+        assert not tiny(family).encode.apart and not tiny(family).texts
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -664,6 +655,7 @@ def test_a_table_of_fewer_positions_than_the_configuration_says_is_found(option,
     (batch,) = model.encode([Document("a", "x" * 400), Document("b", "yz")], "evaluation", Budget(None, None), 10**4, 0)
     assert batch.labels.shape[1] == CONTEXT + (0 if family == "opt" else offset - 1)
     assert ("positions, not" in caplog.text) == (family == "roberta")
+    assert model.texts == (() if family == "opt" else (f"cut to {CONTEXT + offset - 1} tokens",))
     with torch.inference_mode():
         assert torch.isfinite(model.logits(batch)).all()
 
