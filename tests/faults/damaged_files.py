@@ -16,7 +16,6 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -293,17 +292,10 @@ def main() -> int:
     parser.add_argument("--kinds", default="", help="only those whose name has this in it")
     parser.add_argument("--keep", type=Path, help="a folder for the sweeps")
     options = parser.parse_args()
-    base = (options.keep or Path(tempfile.mkdtemp(prefix="damage-"))).absolute()
-    if base.exists() and any(base.iterdir()):
-        parser.error(f"--keep={base}: is not empty; remove it, or name another folder")
-    base.mkdir(parents=True, exist_ok=True)
-    harness.prepare(base)
-    harness.write_texts(base / "texts")
+    base = harness.workplace(parser, options.keep, "damage-")
     picked, began, shop = random.Random(options.seed), time.monotonic(), Workshop(base)
-    os.environ["LIST_OF_MODULES"] = str(base / "modules.txt")
-    shop.sweep("plain")
-    harness.import_what_was_imported(base / "modules.txt")
-    del os.environ["LIST_OF_MODULES"]
+    with harness.importing_the_same(base):
+        shop.sweep("plain")
     known: dict[str, Expected] = {}
 
     def expected(kind: Kind) -> Expected:

@@ -7,6 +7,7 @@ takes no threads along.
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import fcntl
 import importlib
@@ -21,8 +22,8 @@ import sys
 import tempfile
 import termios
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,9 +60,29 @@ def prepare(base: Path) -> None:
     import ablation_sweeps.job  # noqa: F401
 
 
-def import_what_was_imported(list_of_names: Path) -> None:
-    """All modules that a command has imported, so that later ones need not."""
-    for name in list_of_names.read_text().split():
+def workplace(parser: argparse.ArgumentParser, keep: Path | None, prefix: str) -> Path:
+    """An empty folder for the sweeps, with the texts that they run on; the environment of all commands is set.
+
+    Args:
+        keep: the folder, as `--keep` gives it; None for a temporary one whose name begins with `prefix`.
+    """
+    base = (keep or Path(tempfile.mkdtemp(prefix=prefix))).absolute()
+    if base.exists() and any(base.iterdir()):
+        parser.error(f"--keep={base}: is not empty; remove it, or name another folder")
+    base.mkdir(parents=True, exist_ok=True)
+    prepare(base)
+    write_texts(base / "texts")
+    return base
+
+
+@contextmanager
+def importing_the_same(base: Path) -> Iterator[None]:
+    """Imports all modules that commands import meanwhile, so that later ones need not."""
+    names = base / "modules.txt"
+    os.environ["LIST_OF_MODULES"] = str(names)
+    yield
+    del os.environ["LIST_OF_MODULES"]
+    for name in names.read_text().split():
         if name not in sys.modules and not name.startswith("_"):
             with suppress(Exception):
                 importlib.import_module(name)

@@ -18,7 +18,6 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -325,18 +324,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=math.inf, help="no sweep is begun later, if fewer were sent")
     parser.add_argument("--keep", type=Path, help="a folder for the sweeps; those with a fault stay there")
     options = parser.parse_args()
-    base = (options.keep or Path(tempfile.mkdtemp(prefix="signals-"))).absolute()
-    if base.exists() and any(base.iterdir()):
-        parser.error(f"--keep={base}: is not empty; remove it, or name another folder")
-    base.mkdir(parents=True, exist_ok=True)
+    base = harness.workplace(parser, options.keep, "signals-")
     phases = options.phases.split(",")
-    harness.prepare(base)
-    harness.write_texts(base / "texts")
     began = time.monotonic()
-    os.environ["LIST_OF_MODULES"] = str(base / "modules.txt")
-    undisturbed(base / "plain", OPTIONS)
-    harness.import_what_was_imported(base / "modules.txt")
-    del os.environ["LIST_OF_MODULES"]
+    with harness.importing_the_same(base):
+        undisturbed(base / "plain", OPTIONS)
     known = {"plain": undisturbed(base / "plain", OPTIONS)}
     if "packs" in phases:
         known["packs"] = undisturbed(base / "packs", (*OPTIONS, *PACKS))
