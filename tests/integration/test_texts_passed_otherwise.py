@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +18,7 @@ WARNING = "texts were passed together, but other runs of this model pass them ap
 
 
 @pytest.fixture
-def earlier(monkeypatch) -> Callable[[bool], None]:
+def earlier(monkeypatch) -> Iterator[Callable[[bool], None]]:
     """`earlier(True)`: models are loaded as by an earlier version, which passed all texts together."""
     isolate = masked_lm.isolate
 
