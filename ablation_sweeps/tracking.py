@@ -36,6 +36,7 @@ FINISH_TABLES = 1800.0  # with all statistics, somebody waiting for it
 OFFLINE = ("offline", "dryrun", "disabled")  # of WANDB_MODE
 TAG_LENGTH = 64  # the server refuses longer ones
 _offline_because: list[str] = []  # why this process no longer tries to go online; the user was told once
+_refused: set[str] = set()  # values of WANDB_DIR that cannot be used, of which the user was told
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,23 @@ def job_type() -> str:
 
 def _root(folder: Path) -> Path:
     """The folder in which W&B makes its own, `wandb`."""
-    return Path(os.environ.get("WANDB_DIR") or folder).expanduser()
+    chosen = os.environ.get("WANDB_DIR")
+    if chosen and (why := _why_not_writable(chosen)) is None:
+        return Path(chosen).expanduser()
+    if chosen and chosen not in _refused:  # W&B would take the folder for temporary files, and say nothing
+        _refused.add(chosen)
+        log.warning("W&B: WANDB_DIR=%s: %s; runs go to %s/wandb", chosen, why, folder)
+    return folder
+
+
+def _why_not_writable(folder: str) -> str | None:
+    """The reason that a folder, which is made if there is none, cannot be written to; None if it can."""
+    root = Path(folder).expanduser()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return str(error.strerror).lower()
+    return None if os.access(root, os.R_OK | os.W_OK) else "cannot be written to"
 
 
 AGENTS_SWEEP = "WANDB_SWEEP_ID"  # set by `wandb agent`, with the id of the one run that it expects

@@ -328,6 +328,22 @@ def test_where_no_key_is_found_wandb_dir_is_named(tmp_path: Path):
     assert f"wandb sync {tmp_path / 'there'}/wandb" in stderr
 
 
+@pytest.mark.parametrize("kind", ["a file", "read-only"])
+def test_where_wandb_dir_cannot_be_written_that_is_said_and_no_curve_is_lost(tmp_path: Path, kind: str):
+    there = tmp_path / "there"
+    if kind == "a file":
+        there.touch()
+    else:
+        there.mkdir(mode=0o500)
+        if os.access(there, os.W_OK):
+            pytest.skip("this user may write everywhere")
+    (line,) = log_run(tmp_path / "sweep", "offline", {"WANDB_DIR": str(there)}, times=2).splitlines()
+    assert f"WANDB_DIR={there}: " in line and line.endswith(f"; runs go to {tmp_path / 'sweep'}/wandb")
+    for path in offline_files(tmp_path / "sweep"):
+        assert history_of(path) == expected_history()
+    assert len(offline_files(tmp_path / "sweep")) == 2
+
+
 def test_one_run_id_does_not_merge_the_curves(tmp_path: Path):
     variables = {"WANDB_RUN_ID": "same", "WANDB_RESUME": "must"}
     (line,) = log_run(tmp_path / "sweep", "offline", variables, times=2).splitlines()
