@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from ablation_sweeps import interrupts
+
+if __name__ == "__main__":
+    interrupts.say_in_one_line()
 try:
     import hydra
 except ImportError:
@@ -86,7 +90,8 @@ def leave(error: BaseException) -> NoReturn:
         lose_output()
         sys.exit(1)
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        interrupts.end_at_the_next()
+        print(interrupts.LINE, file=sys.stderr)
         sys.exit(130)
     sys.exit(f"error: {one_line(error, CONF, *config_folders(sys.argv))}")
 

@@ -3,6 +3,11 @@
 import os
 import sys
 
+from ablation_sweeps import interrupts
+
+if __name__ == "__main__":
+    interrupts.say_in_one_line()
+
 from ablation_sweeps.cli import app
 from ablation_sweeps.console import lose_output, plain
 

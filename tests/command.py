@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -64,9 +65,11 @@ def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         GlobalHydra.instance().clear()
         capsys.readouterr()
         code: object = 0
+        answers_ctrl_c = signal.getsignal(signal.SIGINT)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [str(LAUNCH), *arguments])
             patch.setattr(sys, "path", list(sys.path))
+            patch.setattr(sys, "excepthook", sys.excepthook)
             try:
                 runpy.run_path(str(LAUNCH), run_name="__main__")
             except SystemExit as left:
@@ -74,6 +77,8 @@ def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
             finally:
                 Singleton.set_state(state)
                 logging.getLogger().handlers[:] = handlers
+                if signal.getsignal(signal.SIGINT) is not answers_ctrl_c:
+                    signal.signal(signal.SIGINT, answers_ctrl_c)
                 os.environ.clear()
                 os.environ.update(environment)
         out, err = capsys.readouterr()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +156,42 @@ def test_a_python_without_the_packages_says_how_to_get_them(tmp_path):
     done = subprocess.run([sys.executable, "-S", str(LAUNCH)], cwd=tmp_path, capture_output=True, timeout=60, env={})
     (said,) = done.stderr.decode().splitlines()
     assert done.returncode == 1 and said.startswith("error: ") and "make setup" in said and "activate" in said
+
+
+STOPS = """
+import atexit, os, signal, time
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Stops:
+    label: str
+
+    def check(self, modality):
+        atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)))
+        raise KeyboardInterrupt
+
+    def fit(self, fitting): ...
+"""
+
+
+@pytest.mark.parametrize("command", [[str(LAUNCH)], [str(LAUNCH), "-m"], ["-m", "ablation_sweeps"]], ids=str)
+def test_ctrl_c_while_modules_are_imported_shows_no_traceback(tmp_path, command):
+    for name in ("hydra", "typer"):
+        (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt")
+    check_ctrl_c(tmp_path, *command)
+
+
+@pytest.mark.parametrize("multirun", [(), ("-m",)], ids=str)
+def test_a_second_ctrl_c_while_it_leaves_shows_no_traceback(tmp_path, multirun):
+    (tmp_path / "stops.py").write_text(STOPS)
+    check_ctrl_c(tmp_path, str(LAUNCH), *multirun, "method=zero", "method._target_=stops.Stops", "tracking=none")
+
+
+def check_ctrl_c(tmp_path: Path, *command: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, timeout=240, env=environment)
+    assert done.stderr.decode().splitlines()[-1:] == ["interrupted; the same command continues where it stopped"]
+    assert done.returncode == -signal.SIGINT and b"Traceback" not in done.stderr
 
 
 def test_a_file_gets_plain_text_and_no_progress_bars(on_text, tmp_path):
