@@ -1,0 +1,107 @@
+"""Which value should stand in for an ablated neuron of a transformer?
+
+The command `ablation-sweeps` runs sweeps; the names below do the same from Python. A job is one curve: a model on a
+dataset, of whose neurons more and more are ablated with one method. It is composed of the options that the command
+takes, and leaves the same files:
+
+>>> from ablation_sweeps import compose_job, read_curves, run_job
+>>> small = ["fraction=half", "eval.tokens=300", "statistics.tokens=300", "tracking=none", "results_dir=my_results"]
+>>> for method in ("zero", "mean"):
+...     folder = run_job(compose_job(f"method={method}", *small))
+>>> curves = read_curves("my_results/default")
+>>> curves[curves.metric == "loss"].pivot(index="fraction", columns="method", values="value").shape
+(2, 2)
+
+A job's parts work alone, too. `ablated` writes values of your own into a forward pass, `reading` keeps what is there:
+
+>>> import torch
+>>> from ablation_sweeps import ablated, find_projections, reading
+>>> job = compose_job("site=mlp_pre_out", "eval.tokens=300", "batch_tokens=200")
+>>> model = job.model.load()
+>>> texts = job.dataset.examples("evaluation")
+>>> batch, *_ = model.encode(texts, "evaluation", job.budget("evaluation"), job.batch_tokens, job.seed)
+>>> projections = find_projections(model, job.site, job.model.site_paths)  # one a layer
+>>> with torch.no_grad(), reading(projections, len(batch.labels)) as activations:
+...     clean = model.logits(batch)  # [example, position, token]
+>>> means = [layer[batch.keep].mean(0) for layer in activations]  # [neuron]
+>>> every_second = [torch.arange(len(mean)) % 2 == 0 for mean in means]  # True: ablated
+>>> with torch.no_grad(), ablated(projections, every_second, means, len(batch.labels)):
+...     damaged = model.logits(batch)
+>>> (damaged - clean).abs().max().item() > 0.1
+True
+
+Names:
+    compose_job: the job of some options, built and checked; nothing is loaded yet.
+    Job: one curve, with its parts `model`, `dataset`, `method`, `site`, ... and the `folder` of its results.
+    run_job: runs a job, unless it is finished already; gives its folder.
+    read_curves: the rows of all finished runs below some folders, as a DataFrame.
+    summarise: of these, one row for each study, method and metric, with the area under the curve.
+    find_projections: the modules at whose input neurons are read and replaced.
+    reading, ablated: forward passes that keep the activations there, or replace them.
+    Method, Fitting, Replacement, Constant: what a method of your own has, is given and gives.
+    UserError: an error that its message explains in one line.
+    __version__: of this package.
+"""
+
+from __future__ import annotations
+
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ablation_sweeps.ablation import Constant, Fitting, Method, Replacement, ablated, reading
+    from ablation_sweeps.composition import compose_job
+    from ablation_sweeps.curves import read_curves, summarise
+    from ablation_sweeps.data import UserError
+    from ablation_sweeps.job import Job, run_job
+    from ablation_sweeps.sites import find as find_projections
+
+    __version__: str
+
+__all__ = [
+    "Constant",
+    "Fitting",
+    "Job",
+    "Method",
+    "Replacement",
+    "UserError",
+    "__version__",
+    "ablated",
+    "compose_job",
+    "find_projections",
+    "read_curves",
+    "reading",
+    "run_job",
+    "summarise",
+]
+
+_PLACES = {
+    "Constant": "ablation_sweeps.ablation:Constant",
+    "Fitting": "ablation_sweeps.ablation:Fitting",
+    "Job": "ablation_sweeps.job:Job",
+    "Method": "ablation_sweeps.ablation:Method",
+    "Replacement": "ablation_sweeps.ablation:Replacement",
+    "UserError": "ablation_sweeps.data:UserError",
+    "ablated": "ablation_sweeps.ablation:ablated",
+    "compose_job": "ablation_sweeps.composition:compose_job",
+    "find_projections": "ablation_sweeps.sites:find",
+    "read_curves": "ablation_sweeps.curves:read_curves",
+    "reading": "ablation_sweeps.ablation:reading",
+    "run_job": "ablation_sweeps.job:run_job",
+    "summarise": "ablation_sweeps.curves:summarise",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: a command that needs few of them starts sooner."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ablation-sweeps")
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return resolve_name(_PLACES[name])
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

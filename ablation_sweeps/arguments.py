@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, Quote
 from hydra.errors import HydraException
 
 from ablation_sweeps.config import CHOICES, OPTIONS, SCALARS, number_fractions
-from ablation_sweeps.data import UserError
+from ablation_sweeps.data import UserError, absolute
 
 BARE_FLAGS = (
     *("-m", "--multirun", "-r", "--run", "-sc", "--shell-completion", "--resolve"),
@@ -40,9 +40,9 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if before in FLAGS:
-            flags.append(os.path.expanduser(argument) if before in FOLDERS else argument)
+            flags.append(_folder(argument) if before in FOLDERS else argument)
         elif equals and name in FOLDERS:
-            flags.append(f"{name}={os.path.expanduser(value)}")
+            flags.append(f"{name}={_folder(value)}")
         elif _is_flag(name):
             flags.append(argument)
         elif equals or not name.startswith("--"):
@@ -51,6 +51,11 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
             raise UserError(f"{name}: there is no such flag; an option is written {name.lstrip('-')}=VALUE")
         before = argument if before not in FLAGS else ""
     return flags + options_for_hydra(options)
+
+
+def _folder(given: str) -> str:
+    """The folder from the root: Hydra would begin a relative `--config-path` inside of this package."""
+    return given if not given or given.startswith("pkg://") else absolute(given)
 
 
 def config_folders(arguments: Sequence[str]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What comes after a launch: python -m ablation_sweeps status results/<sweep>"""
+"""Inspect, retry, report and export sweeps: ablation-sweeps status results/<sweep>"""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """What comes after a launch."""
+    """Inspect, retry, report and export sweeps."""
 
 
 @app.command()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ablation_sweeps.console import FOLDERS, as_typed
+from ablation_sweeps.console import FOLDERS, as_typed, typed_command, typed_subcommand
 from ablation_sweeps.data import UserError, absolute
 from ablation_sweeps.documents import stem
 from ablation_sweeps.messages import explain, first_line, near, no_such_option
@@ -53,7 +53,7 @@ def from_dict(config: dict[str, Any]) -> Job:
                 "# @package _global_"
             )
     for option in config.keys() - set(OPTIONS):
-        raise UserError(f"{option}: there is no such option{near(option, list(OPTIONS))}; see python launch.py --help")
+        raise UserError(f"{option}: there is no such option{near(option, list(OPTIONS))}; see {typed_command()} --help")
     for option in OPTIONS:
         if config.get(option) is None and option not in MAY_BE_NULL:
             raise UserError(f"{option}: must be given; leave it out of the command to get its default")
@@ -133,8 +133,8 @@ def build(part: str, options: Any) -> Any:
 
     if not isinstance(options, dict):
         raise UserError(
-            f"{part}={as_typed(options)}: is no mapping; its options are set one by one; python launch.py --help shows "
-            "them"
+            f"{part}={as_typed(options)}: is no mapping; its options are set one by one; {typed_command()} --help "
+            "shows them"
         )
     if not options.get("_target_"):
         raise UserError(f"{part}: its yaml has no _target_, the class that implements it")
@@ -277,3 +277,5 @@ OmegaConf.register_new_resolver("tagged", _tagged, replace=True)
 OmegaConf.register_new_resolver("python_version", _python_version, replace=True)
 OmegaConf.register_new_resolver("embedded", _embedded, replace=True)
 OmegaConf.register_new_resolver("package_folder", _package_folder, replace=True)
+OmegaConf.register_new_resolver("typed_command", typed_command, replace=True)
+OmegaConf.register_new_resolver("typed_subcommand", typed_subcommand, replace=True)

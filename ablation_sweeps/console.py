@@ -7,6 +7,7 @@ import os
 import sys
 import sysconfig
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablation_sweeps.data import UserError
@@ -44,6 +45,20 @@ def lose_output() -> None:
 
 def counted(number: int, what: str, ending: str = "s") -> str:
     return f"{number} {what}{ending if number != 1 else ''}"
+
+
+def typed_command() -> str:
+    """The command that launches, as it was typed in this process."""
+    script = Path(sys.argv[0])
+    if script.name == "launch.py":
+        return "python launch.py"
+    is_module = script.parts[-2:] == ("ablation_sweeps", "__main__.py")
+    return "python -m ablation_sweeps" if is_module else "ablation-sweeps"
+
+
+def typed_subcommand(name: str) -> str:
+    """A subcommand of the command that was typed; `launch.py` itself has none."""
+    return f"{typed_command().replace('launch.py', '-m ablation_sweeps')} {name}"
 
 
 def as_typed(value: Any) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ablation_sweeps import store
 from ablation_sweeps.comparison import half_gone_at, shared
-from ablation_sweeps.console import as_typed
+from ablation_sweeps.console import as_typed, typed_subcommand
 from ablation_sweeps.data import UserError
 from ablation_sweeps.intervals import UNKNOWN, Measured, of_calibration, thin_calibration
 from ablation_sweeps.lazy import pd
@@ -40,7 +40,7 @@ class Study:
     rows: DataFrame
 
 
-def read_curves(*sweeps: Path) -> DataFrame:
+def read_curves(*sweeps: str | Path) -> DataFrame:
     """Rows of all finished runs below some folders, one for each study, method, seed, fraction and metric. A run with a
     damaged file is left out, and a warning names the file.
 
@@ -65,12 +65,12 @@ def read_curves(*sweeps: Path) -> DataFrame:
     return rows.drop_duplicates(POINT).sort_values(POINT).reset_index(drop=True)
 
 
-def _nothing_below(sweeps: Sequence[Path]) -> str:
+def _nothing_below(sweeps: Sequence[str | Path]) -> str:
     states = Counter(store.looked_at(run)["state"] for sweep in sweeps for run in store.runs(Path(sweep)))
     remedy = "name the folder of a sweep (results/<sweep>) that has run"
     if states:
         known = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
-        remedy = f"{known}; python -m ablation_sweeps status {sweeps[0]} tells more"
+        remedy = f"{known}; {typed_subcommand('status')} {sweeps[0]} tells more"
     return f"no finished run below {', '.join(map(str, sweeps))}: {remedy}"
 
 

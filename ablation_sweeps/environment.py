@@ -68,10 +68,12 @@ def code() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command in the folder that holds this package; None where it is no checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    """Output of a git command in the folder that holds this package; None where it is no checkout. An installed package
+    may lie in a checkout of something else, which does not track it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        return subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra.errors import OverrideParseException
 
-from ablation_sweeps.console import as_typed, plain
+from ablation_sweeps.console import as_typed, plain, typed_command
 from ablation_sweeps.data import UserError
 
 
@@ -56,7 +56,7 @@ def _of_hydra(error: BaseException, text: str, conf: Path) -> str:
     if match := re.search(r"Could not find '([^']+)/([^'/]*)'", text):
         listed = re.search(r"Available options in '[^']+': (.*?) Config search", text)
         options = listed[1].split() if listed else []
-        chosen = f"; choose one of {', '.join(options)}" if options else "; see python launch.py --help"
+        chosen = f"; choose one of {', '.join(options)}" if options else f"; see {typed_command()} --help"
         return f"{match[1]}={match[2]}: there is no such option{near(match[2], options)}{chosen}"
     if "Input config does not have a `_target_` field" in text:
         return "hydra/launcher, hydra/sweeper: the yaml of one has no _target_, the class that implements it"
@@ -64,12 +64,12 @@ def _of_hydra(error: BaseException, text: str, conf: Path) -> str:
         return f"{match[1]}.yaml: must be a mapping of options, not a list"
     if "Ambiguous value for argument" in text:
         argument = re.findall(r"'([^']+)'", text)[0]
-        return f"{argument}: several values need a sweep; add -m, as in: python launch.py -m {argument}"
+        return f"{argument}: several values need a sweep; add -m, as in: {typed_command()} -m {argument}"
     if match := re.search(r"Multiple values for ([\w/]+)\..*'override [\w/]+: (.*)'", text):
         return f"+{match[1]}={match[2]}: there is a {match[1]} already; write {match[1]}={match[2]}, without the +"
     if "Config group override must be a string" in text:
         groups = sorted(folder.name for folder in conf.iterdir() if folder.is_dir() and folder.name != "hydra")
-        return f"{', '.join(groups)}: each takes the name of an option; see python launch.py --help"
+        return f"{', '.join(groups)}: each takes the name of an option; see {typed_command()} --help"
     return f"{text} ({first_line(error.__cause__)})" if error.__cause__ else text
 
 
@@ -79,7 +79,7 @@ def _unknown(key: str, conf: Path) -> str:
             f"{key}: the launcher has no such option; hydra/launcher=local and slurm have those of conf/hydra/launcher"
         )
     if key.startswith("hydra"):
-        return f"{key}: Hydra has no such option; see python launch.py --hydra-help"
+        return f"{key}: Hydra has no such option; see {typed_command()} --hydra-help"
     known = _known_options(conf)
     if known.get(key):
         return (
@@ -88,7 +88,7 @@ def _unknown(key: str, conf: Path) -> str:
         )
     group = key.split(".")[0]
     inside = [option for option in known if option.startswith(f"{group}.")] if "." in key else []
-    hint = f"; {group} has {', '.join(sorted(inside))}" if inside else "; see python launch.py --help"
+    hint = f"; {group} has {', '.join(sorted(inside))}" if inside else f"; see {typed_command()} --help"
     return f"{key}: there is no such option{near(key, list(known))}{hint}"
 
 

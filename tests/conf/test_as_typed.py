@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,13 @@ def test_a_bad_yaml_of_the_user(launch: Launch, tmp_path, name, group, multirun)
     assert said in outcome.error or group in outcome.error or "hello: there is no such option" in outcome.error
     if said in ("line 2", "UTF-8"):
         assert str(file) in outcome.error
+
+
+@pytest.mark.parametrize("flag", [["--config-path", "conf"], ["--config-path=conf"], ["-cp", "conf"]])
+def test_a_config_path_begins_in_the_current_folder(launch: Launch, tmp_path, flag):
+    shutil.copytree(CONF, tmp_path / "conf")
+    (tmp_path / "conf" / "method" / "mine.yaml").write_text("defaults: [mean]\nlabel: mine\n")
+    assert "-mine-s0-" in launch(*flag, "method=mine", "dry_run=true").out
 
 
 def test_a_pipe_or_a_ring_for_a_folder(launch: Launch, on_text, tmp_path, no_weights):
