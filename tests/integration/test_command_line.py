@@ -174,7 +174,10 @@ class Stops:
 """
 
 
-@pytest.mark.parametrize("command", [[str(LAUNCH)], [str(LAUNCH), "-m"], ["-m", "ablation_sweeps"]], ids=str)
+MODULE = ["-m", "ablation_sweeps"]
+
+
+@pytest.mark.parametrize("command", [[str(LAUNCH)], [str(LAUNCH), "-m"], MODULE, [*MODULE, "status"]], ids=str)
 def test_ctrl_c_while_modules_are_imported_shows_no_traceback(tmp_path, command):
     for name in ("hydra", "typer"):
         (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt")
