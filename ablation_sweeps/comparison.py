@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ablation_sweeps.lazy import pd
-from ablation_sweeps.metrics import area, from_ratio, holds, over, sums_of
+from ablation_sweeps.metrics import area, metric_named, over
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 DRAWS = 2000
 AT_ONCE = 1 << 24  # weights of documents in memory, 8 bytes each
 LEVEL = 0.95
-LESS_IS_BETTER = ("loss", "kl")
 
 Sums = Float[np.ndarray, "seeds fractions documents"]
 Values = Float[np.ndarray, "draws points"]
@@ -115,7 +114,7 @@ def differences(a: Curve, b: Curve, metric: str, seed: int = 0) -> tuple[list[Es
 
 def _points_and_area(curve: Curve, metric: str, seeds: Weights, documents: Weights) -> Values:
     ratios = curve.values(seeds, documents), curve.clean(seeds, documents)
-    values, clean = (from_ratio(x, metric) for x in ratios)
+    values, clean = (metric_named(metric).of_ratio(x) for x in ratios)
     return np.concatenate([values, area(curve.fractions, values, clean, metric)[:, None]], 1)
 
 
@@ -225,7 +224,7 @@ def compare(documents: Documents, metrics: Sequence[str], common: Mapping[str, D
     rows: list[dict[str, Any]] = []
     found: list[Estimate] = []
     for metric, pair in itertools.product(metrics, itertools.combinations(methods, 2)):
-        known = {key: table for key, table in documents.items() if key[0] in pair and holds(table, metric)}
+        known = {key: table for key, table in documents.items() if key[0] in pair and metric_named(metric).is_in(table)}
         for fraction, estimate, n_seeds, n_documents in _of_pair(known, pair, metric, (common or {}).get(metric, {})):
             labels = dict(zip(("metric", "method", "other"), (metric, *pair), strict=True))
             rows.append({**labels, "fraction": fraction, "n_seeds": n_seeds, "n_documents": n_documents})
@@ -241,7 +240,7 @@ def compare(documents: Documents, metrics: Sequence[str], common: Mapping[str, D
     )
     ends = [one.interval(level) for one, level in zip(found, table["level"], strict=True)]
     table["low"], table["high"] = [low for low, _ in ends], [high for _, high in ends]
-    first = (table["difference"] < 0) == table["metric"].str.startswith(LESS_IS_BETTER)
+    first = (table["difference"] < 0) == table["metric"].map(lambda name: metric_named(name).less_is_better)
     table["better"] = table["method"].where(first, table["other"]).where(table["p_holm"] < 1 - LEVEL, "")
     first_columns = ["metric", "method", "other", "fraction", "difference", "low", "high", "level", "p_holm", "better"]
     last_columns = ["n_seeds", "n_documents", "p", "low_unadjusted", "high_unadjusted"]
@@ -300,7 +299,7 @@ def paired(of_methods: Sequence[Sequence[DataFrame]], metric: str) -> list[Curve
     tables = [table for of_seeds in of_methods for table in of_seeds]
     fractions = sorted(set.intersection(*(set(table["fraction"]) for table in tables)))
     documents = sorted(set.union(*(set(table["document"]) for table in tables)))
-    columns = sums_of(metric)
+    columns = metric_named(metric).total, metric_named(metric).count
     arrays = np.array([
         [
             [table.pivot(index="fraction", columns="document", values=column)

@@ -17,7 +17,7 @@ from ablation_sweeps.console import as_typed, typed_subcommand
 from ablation_sweeps.data import UserError
 from ablation_sweeps.intervals import UNKNOWN, Measured, of_calibration, thin_calibration
 from ablation_sweeps.lazy import pd
-from ablation_sweeps.metrics import auc, is_whole, over, point, pooled, with_clean
+from ablation_sweeps.metrics import auc, is_whole, metric_named, over, point, pooled, with_clean
 from ablation_sweeps.tracking import flatten
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _area(curve: DataFrame, metric: str) -> dict[str, float]:
     """The area, from the values alone."""
     fractions, values, clean = (curve[name].tolist() for name in ("fraction", "value", "clean"))
     shares = over(curve["value"].to_numpy(), curve["clean"].to_numpy())
-    half_gone = half_gone_at(fractions, shares.tolist()) if metric.startswith("top") else math.nan
+    half_gone = half_gone_at(fractions, shares.tolist()) if not metric_named(metric).less_is_better else math.nan
     unknown = dict.fromkeys(("auc_low", "auc_high", "auc_n_seeds", "auc_n_documents"), math.nan)
     return {"auc": auc(fractions, values, clean, metric), **unknown, "half_gone_at": half_gone}
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ablation_sweeps.curves import read_curves, studies
 from ablation_sweeps.data import UserError
 from ablation_sweeps.figures import looks
-from ablation_sweeps.metrics import MAIN
-from ablation_sweeps.page import label
+from ablation_sweeps.metrics import MAIN, display_rank, metric_named
 from ablation_sweeps.tracking import group_of, job_type
 
 if TYPE_CHECKING:
@@ -84,12 +83,12 @@ def _curves(study: Study) -> list[Any]:
     found = [metric for metric in study.rows["metric"].unique() if metric != "perplexity"]
     return [
         wr.LinePlot(
-            title=label(metric, study.unit).replace(" (%)", ""),  # W&B has them as shares
+            title=metric_named(metric).label_in(study.unit).replace(" (%)", ""),  # W&B has them as shares
             x="fraction", y=[f"eval/{metric}"], title_x="Fraction of neurons ablated", range_x=(0, 1),
             groupby=_by(study), aggregate=True, groupby_aggfunc="mean", groupby_rangefunc="stderr",
             smoothing_type="none", layout=Layout(w=8, h=8, x=8 * (i % 3), y=8 * (i // 3)),
         )
-        for i, metric in enumerate(sorted(found, key=lambda metric: (*MAIN, metric).index(metric)))
+        for i, metric in enumerate(sorted(found, key=display_rank))
     ]  # fmt: skip
 
 

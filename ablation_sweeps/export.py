@@ -6,10 +6,11 @@ import math
 import re
 from pathlib import Path
 
-from ablation_sweeps import files, page
+from ablation_sweeps import files
 from ablation_sweeps.curves import read_curves
 from ablation_sweeps.intervals import Measured
 from ablation_sweeps.lazy import pd
+from ablation_sweeps.metrics import metric_named
 from ablation_sweeps.report import all_measured, write_csv
 
 
@@ -28,7 +29,7 @@ def _table(study: Measured) -> str:
     lines, rarer = [], ""
     for metric in study.levels:
         found = [study.area(metric, method) for method in study.methods]
-        name = re.sub(r" \(.*?\)", "", page.label(metric, study.unit))  # areas have another unit
+        name = re.sub(r" \(.*?\)", "", metric_named(metric).label_in(study.unit))  # areas have another unit
         name, _, skipped = name.partition(", without")
         if skipped:  # too long for a column
             name, rarer = f"{name}, rarer tokens", f" Rarer tokens: without{skipped}."

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ablation_sweeps.metrics import pooled
+from ablation_sweeps.metrics import MAIN, metric_named, pooled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,8 +81,7 @@ def draw(rows: DataFrame, title: str, unit: str) -> Figure:
     from matplotlib.figure import Figure
 
     style = looks(rows["method"].unique())
-    labels = {"loss": f"Loss (nats per {unit})", "top1": "Top-1 accuracy (%)", "kl": f"KL from clean (nats per {unit})"}
-    labels = {metric: label for metric, label in labels.items() if metric in set(rows["metric"])}
+    labels = {metric: metric_named(metric).label_in(unit) for metric in MAIN if metric in set(rows["metric"])}
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(WIDTH, 1))
         panels = figure.subplots(1, len(labels), squeeze=False)[0]
@@ -146,8 +145,8 @@ def _spread(rows: DataFrame) -> str:
 
 def _panel(axes: Axes, rows: DataFrame, style: dict[str, dict[str, Any]]) -> list[str]:
     """Draw the curves of one metric. Returns the lines that say what the axis leaves out."""
-    metric, scale = str(rows["metric"].iloc[0]), 100.0 if rows["metric"].iloc[0] == "top1" else 1.0
-    rows = rows.assign(value=rows["value"] * scale)
+    metric = metric_named(str(rows["metric"].iloc[0]))
+    rows = rows.assign(value=rows["value"] * metric.scale)
     curves = {
         method: rows[rows["method"] == method].pivot_table(index="fraction", columns="seed", values="value")
         for method in style
@@ -157,15 +156,16 @@ def _panel(axes: Axes, rows: DataFrame, style: dict[str, dict[str, Any]]) -> lis
     means = {method: cast("Series", over_seeds[method].dropna()) for method in curves}
     for method, table in curves.items():
         _line(axes, table, means[method], style[method])
-    clean, chance = rows.loc[rows["fraction"] == 0.0, "value"].mean(), rows["chance"].mean() * scale
+    clean, chance = rows.loc[rows["fraction"] == 0.0, "value"].mean(), rows["chance"].mean() * metric.scale
     peaks = {method: float(mean.max()) for method, mean in means.items()}
-    top = max(1.12 * max(peaks.values()), 1.0) if metric == "top1" else _top(list(peaks.values()), clean, chance)
+    heights = list(peaks.values())
+    top = _top(heights, clean, chance) if metric.less_is_better else max(1.12 * max(heights), 1.0)
     lowest = min(clean, *(float(mean.min()) for mean in means.values()))
-    low = lowest - 0.13 * (top - lowest) if metric == "loss" else -0.03 * top
+    low = lowest - 0.13 * (top - lowest) if metric.less_is_better and metric.is_relative else -0.03 * top
     right = max(100 * rows["fraction"].max(), 1.0)
     axes.set(xlim=(-0.03 * right, 1.03 * right), ylim=(low, top))
-    if metric != "kl":
-        _level(axes, clean, "clean", "--", "above right" if metric == "top1" else "below right")
+    if metric.is_relative:
+        _level(axes, clean, "clean", "--", "below right" if metric.less_is_better else "above right")
     if low < chance < top:
         _level(axes, chance, "chance", ":", "above left")
     cut = {method: peak for method, peak in peaks.items() if peak > top}

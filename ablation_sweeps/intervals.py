@@ -21,7 +21,7 @@ from ablation_sweeps.comparison import (
 )
 from ablation_sweeps.console import counted
 from ablation_sweeps.figures import in_order
-from ablation_sweeps.metrics import MAIN, holds, over
+from ablation_sweeps.metrics import display_rank, metric_named, over
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -95,7 +95,7 @@ def measured(
     """
     methods = in_order({method for method, _ in documents})
     known = [metric for metric in dict.fromkeys(rows["metric"]) if metric != "perplexity"]
-    metrics = sorted(known, key=lambda name: ("_skip" in name, *(name != first for first in MAIN)))
+    metrics = sorted(known, key=display_rank)
     in_turn = {(method, seed): table for method in methods for (of, seed), table in documents.items() if of == method}
     chance = {metric: float(rows.loc[rows["metric"] == metric, "chance"].mean()) for metric in metrics}
     has = {metric: _with(in_turn, metric) for metric in (*metrics, "perplexity")}
@@ -120,7 +120,7 @@ def measured(
         comparisons=compare(in_turn, metrics, in_common),
         half_gone={
             metric: {method: half_gone_at([f for f, _ in d.line], d.shares) for method, d in drawn[metric].items()}
-            for metric in metrics if metric.startswith("top")
+            for metric in metrics if not metric_named(metric).less_is_better
         },
         chance=chance,
         missing={
@@ -185,7 +185,7 @@ UNKNOWN = Estimate(math.nan, math.nan, math.nan, math.nan)
 
 def _with(documents: Documents, metric: str) -> Documents:
     """The runs that have measured the metric."""
-    return {key: table for key, table in documents.items() if holds(table, metric)}
+    return {key: table for key, table in documents.items() if metric_named(metric).is_in(table)}
 
 
 def _are_same(some: Documents, all_of_them: Documents) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,28 +17,90 @@ from ablation_sweeps.lazy import pd
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-MAIN = ("loss", "top1", "kl")  # come first, where all are shown
-
 # Over the scored positions of a document: their number, and what is summed up; `_rare`: over those whose label is not
 # among the most common tokens.
 SUMS = ("n", "loss", "top1", "topk", "kl", "n_rare", "loss_rare", "top1_rare", "topk_rare")
 
 
-def sums_of(metric: str) -> tuple[str, str]:
-    """The two of `SUMS` whose ratio the metric is; perplexity is the exponential of that of the loss."""
-    name, skip, _ = metric.partition("_skip")
-    total = "topk" if name.startswith("top") and name != "top1" else name.replace("perplexity", "loss")
-    return (f"{total}_rare", "n_rare") if skip else (total, "n")
+@dataclass(frozen=True)
+class Metric:
+    """All that is known of a metric: whoever computes, compares or shows metrics asks here.
+
+    Attributes:
+        name: as the column `metric` of rows.parquet has it.
+        label: for axes; `{unit}` stands for what is scored, a token or an image.
+        heading: shorter, for a table on a terminal.
+        total, count: the two of `SUMS` whose ratio it is.
+        scale: what values are multiplied with where they are shown: 100 for percent.
+        digits: decimals in a table.
+        less_is_better: True for a loss; False for an accuracy, of which half may be gone.
+        is_relative: areas are shares of the clean value; False where that is 0.
+        is_exponential: it is the exponential of the ratio.
+    """
+
+    name: str
+    label: str
+    heading: str
+    total: str
+    count: str = "n"
+    scale: float = 1.0
+    digits: int = 3
+    less_is_better: bool = True
+    is_relative: bool = True
+    is_exponential: bool = False
+
+    def label_in(self, unit: str) -> str:
+        """The label, with what is scored: "token" or "image"."""
+        return self.label.replace("{unit}", unit)
+
+    def heading_in(self, unit: str) -> str:
+        return self.heading.replace("{unit}", unit)
+
+    def of_ratio(self, ratio: np.ndarray) -> np.ndarray:
+        """The metric, from the ratio of its two sums."""
+        return np.exp(np.minimum(ratio, 700)) if self.is_exponential else ratio
+
+    def is_in(self, documents: DataFrame) -> bool:
+        """Whether the sums of a run hold this metric, which earlier versions may not have measured."""
+        return {self.total, self.count} <= {*documents.columns}
 
 
-def holds(documents: DataFrame, metric: str) -> bool:
-    """True if the sums of a run are those of this metric, which earlier versions may not have measured."""
-    return {*sums_of(metric)} <= {*documents.columns}
+# In the order in which they are shown. `topk` stands for every k.
+METRICS = (
+    Metric("loss", "Loss (nats per {unit})", "loss (nats/{unit})", "loss"),
+    Metric("top1", "Top-1 accuracy (%)", "top-1 (%)", "top1", scale=100.0, digits=1, less_is_better=False),
+    Metric("kl", "KL from clean (nats per {unit})", "KL (nats/{unit})", "kl", is_relative=False),
+    Metric("perplexity", "Perplexity", "perplexity", "loss", is_exponential=True),
+    Metric("topk", "Top-{k} accuracy (%)", "top-{k} (%)", "topk", scale=100.0, digits=1, less_is_better=False),
+)
+MAIN = ("loss", "top1", "kl")  # drawn in figures, and summed up
 
 
-def from_ratio(ratio: np.ndarray, metric: str) -> np.ndarray:
-    """The metric, from the ratio of its two sums."""
-    return np.exp(np.minimum(ratio, 700)) if metric == "perplexity" else ratio
+@functools.cache
+def metric_named(name: str) -> Metric:
+    """The metric of a name such as `loss`, `top5` or `top5_skip100`: the last one leaves out the 100 most common
+    tokens.
+
+    A metric that is not in the table, as of another version of this code, is taken for the mean of a sum of its name.
+    """
+    base, _, skip = name.partition("_skip")
+    metric = next((metric for metric in METRICS if metric.name == base), None)
+    if metric is None and re.fullmatch(r"top\d+", base):
+        topk = next(metric for metric in METRICS if metric.name == "topk")
+        k = base.removeprefix("top")
+        metric = replace(topk, label=topk.label.replace("{k}", k), heading=topk.heading.replace("{k}", k))
+    metric = replace(metric or Metric(name, base, base, base), name=name)
+    if not skip:
+        return metric
+    label = f"{metric.label}, without the {skip} most common tokens"
+    return replace(metric, label=label, total=f"{metric.total}_rare", count="n_rare")
+
+
+def display_rank(name: str) -> tuple[bool, int, str]:
+    """Sorts metrics as they are shown: those over all tokens first, in the order of `METRICS`."""
+    base, _, skip = name.partition("_skip")
+    order = [metric.name for metric in METRICS]
+    return bool(skip), order.index(base) if base in order else len(order), name
 
 
 def curve(documents: DataFrame, top_k: int, skip: int, chance: Mapping[str, float]) -> DataFrame:
@@ -79,9 +144,9 @@ def point(documents: DataFrame, clean: DataFrame, metric: str) -> dict[str, floa
 
 def measure(documents: DataFrame, metric: str) -> dict[str, float]:
     """`value`, `stderr` and `n` of one metric at one fraction."""
-    total, count = sums_of(metric)
+    total, count = metric_named(metric).total, metric_named(metric).count
     value, stderr = ratio(documents[total].to_numpy(), documents[count].to_numpy())
-    if metric == "perplexity":
+    if metric_named(metric).is_exponential:
         value = math.exp(min(value, 700))
         stderr *= value
     return {"value": value, "stderr": stderr, "n": int(documents[count].sum())}
@@ -112,7 +177,7 @@ def area(
     """
     if len(fractions) < 2:
         return np.full(len(values), math.nan)
-    heights = values if metric == "kl" else over(values, clean)
+    heights = over(values, clean) if metric_named(metric).is_relative else values
     return np.trapezoid(heights, fractions, axis=-1) / (fractions[-1] - fractions[0])
 
 
@@ -145,7 +210,7 @@ def _pooled(values: np.ndarray, n: np.ndarray, metric: str) -> float:
     if len(values) == 1 or not n.any():
         return float(values[0])
     weights = n / n.mean()
-    if metric == "perplexity":
+    if metric_named(metric).is_exponential:
         return math.exp((np.log(np.where(n > 0, values, 1.0)) * weights).mean())
     return float((np.where(n > 0, values, 0.0) * weights).mean())
 

@@ -18,6 +18,7 @@ from ablation_sweeps.comparison import Estimate
 from ablation_sweeps.console import counted
 from ablation_sweeps.figures import GREY, in_order, looks
 from ablation_sweeps.intervals import Line, Measured, of_calibration
+from ablation_sweeps.metrics import metric_named
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -181,20 +182,14 @@ def _p(value: float) -> str:
 # What is drawn
 
 
-def label(metric: str, unit: str) -> str:
-    name, _, skip = metric.partition("_skip")
-    shown = {"loss": f"Loss (nats per {unit})", "kl": f"KL from clean (nats per {unit})"}.get(name)
-    shown = shown or f"Top-{name.removeprefix('top')} accuracy (%)"
-    return f"{shown}, without the {skip} most common tokens" if skip else shown
-
-
 def figures(study: Measured) -> dict[str, Any]:
     """Plotly's json under `<metric>|`, of the curves, and under `<metric>|<method>`, of the differences to it."""
     found = {}
     for metric, lines in study.levels.items():
-        scale, y = 100.0 if metric.startswith("top") else 1.0, label(metric, study.unit)
+        known = metric_named(metric)
+        scale, y = known.scale, known.label_in(study.unit)
         clean = next(iter(lines.values()))[0][1].value
-        marked = {} if metric == "kl" else {"clean": clean, "chance": study.chance.get(metric, math.nan)}
+        marked = {} if not known.is_relative else {"clean": clean, "chance": study.chance.get(metric, math.nan)}
         found[f"{metric}|"] = _figure(lines, study.methods, scale, y, marked)
         for reference in study.methods if len(study.methods) > 1 else ():
             apart = {method: _apart(study.comparisons, metric, method, reference) for method in study.methods}
@@ -297,7 +292,7 @@ def render(title: str, studies: list[Shown], failures: list[tuple[str, str, str]
         "studies": [
             {
                 "name": study.name, "title": study.title, "verdict": verdict(study), "methods": study.methods,
-                "metrics": {metric: label(metric, study.unit) for metric in study.levels},
+                "metrics": {metric: metric_named(metric).label_in(study.unit) for metric in study.levels},
                 "figures": figures(study), "areas": areas(study), "neurons": about, "setup": setup,
                 "reach": study.reach, "basis": study.basis,
             }

@@ -9,7 +9,7 @@ from ablation_sweeps.console import encodable, terminal
 from ablation_sweeps.curves import Study, first_metric, groups, seeds_said, studies, summarise
 from ablation_sweeps.figures import in_order
 from ablation_sweeps.intervals import of_calibration, thin_calibration
-from ablation_sweeps.metrics import pooled
+from ablation_sweeps.metrics import metric_named, pooled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,12 +67,13 @@ def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Co
     from rich.table import Table
     from rich.text import Text
 
-    is_loss, rows = metric == "loss", study.rows.query("metric == @metric")
-    methods, scale, digits = in_order(study.rows["method"].unique()), 1 if is_loss else 100, 3 if is_loss else 1
+    shown_as, rows = metric_named(metric), study.rows.query("metric == @metric")
+    methods = in_order(study.rows["method"].unique())
     points = list(groups(rows, ["fraction", "method"]))
     seeds = {tuple(at.values()): frozenset(of_seeds["seed"]) for at, of_seeds in points}
     means = {
-        (at["fraction"], at["method"]): round(scale * at["value"], digits) for at in pooled(rows).to_dict("records")
+        (at["fraction"], at["method"]): round(shown_as.scale * at["value"], shown_as.digits)
+        for at in pooled(rows).to_dict("records")
     }
     columns_of_auc = ["auc", "auc_low", "auc_high", "auc_n_seeds"]
     auc = summary[summary["metric"] == metric].set_index("method")[columns_of_auc].reindex(methods).round(3).T.to_dict()
@@ -88,15 +89,15 @@ def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Co
     if any(not math.isnan(auc[method]["auc"]) for method in methods):
         columns["AUC"] = [auc[method]["auc"] for method in methods]
 
-    table = Table(f"loss (nats/{study.unit})" if is_loss else "top-1 (%)", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(shown_as.heading_in(study.unit), box=box.SIMPLE_HEAD, pad_edge=False)
     cells = [[Text(encodable(method, console))] for method in methods]
     for title, values in columns.items():
         table.add_column(title, justify="right", no_wrap=True)
         known = {value for value in values if not math.isnan(value)}
         # Where all are equal, as clean, none is.
-        best = (min if is_loss else max)(known) if len(known) > 1 and fair[title] else None
+        best = (min if shown_as.less_is_better else max)(known) if len(known) > 1 and fair[title] else None
         for method, row, value in zip(methods, cells, values, strict=True):
-            text = "–" if math.isnan(value) else f"{value:.{3 if title == 'AUC' else digits}f}"
+            text = "–" if math.isnan(value) else f"{value:.{3 if title == 'AUC' else shown_as.digits}f}"
             text += "" if console.is_terminal else "*" if value == best else " "
             if title == "AUC":
                 low, high = auc[method]["auc_low"], auc[method]["auc_high"]
