@@ -8,10 +8,11 @@ RUN := $(VENV)/bin/python
 UV := $(shell command -v uv || echo $(VENV)/bin/uv)
 STAMP := $(VENV)/.installed
 VENV4 := .venv-transformers4
+VENVS := .venv-pythons
 # Where it is set, each of many processes compiles torch and transformers again: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-signals test-transformers4 test-slurm browser check smollm2 tiny bench bench-against bench-gpu reference lock clean
+.PHONY: help setup demo test test-signals test-transformers4 test-pythons test-slurm browser check smollm2 tiny bench bench-against bench-gpu reference lock clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -45,6 +46,19 @@ browser: ## Chromium for the tests of report.html, which are skipped without (De
 
 test-transformers4: $(VENV4)/.installed ## every family of models once more, under transformers 4 (another environment)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV4)/bin/python -m pytest tests/unit/test_families.py tests/unit/test_sites.py
+
+PYTHONS ?= 3.10 3.11 3.12 3.13
+# Without the checks of types at run time: the jaxtyping that Python 3.10 gets cannot resolve names of TYPE_CHECKING blocks.
+FAST := $(patsubst %,tests/unit/test_%.py,selection comparison documents text images public_names)
+test-pythons: setup ## fast tests and a small sweep under other Pythons, one at a time (PYTHONS="3.10 3.13", or paths)
+	@set -e; trap 'rm -rf $(VENVS)' EXIT; for python in $(PYTHONS); do \
+	  $(UV) venv --quiet --clear --no-python-downloads --python "$$python" $(VENVS); $(VENVS)/bin/python --version; \
+	  $(UV) pip install --quiet --python $(VENVS)/bin/python -r requirements.txt; \
+	  $(UV) pip install --quiet --python $(VENVS)/bin/python --no-deps --editable .; \
+	  HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENVS)/bin/python -m pytest -q -o addopts= $(FAST); \
+	  $(VENVS)/bin/ablation-sweeps -m method=zero,mean,peak tracking=none fraction=half eval.tokens=300 \
+	    statistics.tokens=300 results_dir=$(VENVS)/results; \
+	done
 
 # 77: no cluster can be started here; up.sh says why.
 test-slurm: setup ## sweeps on a real SLURM cluster of three pretended nodes, started here and stopped afterwards (needs root)
@@ -95,4 +109,4 @@ lock: ## pin what was tested: hashes, no addresses
 	  --no-header --group test --group check pyproject.toml -o requirements.txt
 
 clean: ## remove the environment and caches, not the results
-	rm -rf $(VENV) $(VENV4) .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
+	rm -rf $(VENV) $(VENV4) $(VENVS) .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
