@@ -2,7 +2,7 @@
 
 import sys
 
-from ablation_sweeps import interrupts
+from ablation_sweeps.base import interrupts
 
 if __name__ == "__main__":
     interrupts.say_in_one_line()
@@ -11,6 +11,6 @@ if __name__ == "__main__":
     except ImportError:
         remedy = "make setup installs all, and source .venv/bin/activate makes it python"
         sys.exit(f"error: this Python lacks hydra; {remedy}")
-    from ablation_sweeps.launch import launch
+    from ablation_sweeps.cli.launch import launch
 
     launch()

@@ -49,12 +49,14 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ablation_sweeps.ablation import Constant, Fitting, Method, Replacement, ablated, reading
-    from ablation_sweeps.composition import compose_job
-    from ablation_sweeps.curves import read_curves, summarise
-    from ablation_sweeps.data import UserError
-    from ablation_sweeps.job import Job, run_job
-    from ablation_sweeps.sites import find as find_projections
+    from ablation_sweeps.base.errors import UserError
+    from ablation_sweeps.experiment.compose import compose_job
+    from ablation_sweeps.experiment.job import Job
+    from ablation_sweeps.experiment.run import run_job
+    from ablation_sweeps.methods.method import Constant, Fitting, Method, Replacement
+    from ablation_sweeps.neurons.hooks import ablated, reading
+    from ablation_sweeps.neurons.sites import find as find_projections
+    from ablation_sweeps.results.curves import read_curves, summarise
 
     __version__: str
 
@@ -76,19 +78,19 @@ __all__ = [
 ]
 
 _PLACES = {
-    "Constant": "ablation_sweeps.ablation:Constant",
-    "Fitting": "ablation_sweeps.ablation:Fitting",
-    "Job": "ablation_sweeps.job:Job",
-    "Method": "ablation_sweeps.ablation:Method",
-    "Replacement": "ablation_sweeps.ablation:Replacement",
-    "UserError": "ablation_sweeps.data:UserError",
-    "ablated": "ablation_sweeps.ablation:ablated",
-    "compose_job": "ablation_sweeps.composition:compose_job",
-    "find_projections": "ablation_sweeps.sites:find",
-    "read_curves": "ablation_sweeps.curves:read_curves",
-    "reading": "ablation_sweeps.ablation:reading",
-    "run_job": "ablation_sweeps.job:run_job",
-    "summarise": "ablation_sweeps.curves:summarise",
+    "Constant": "ablation_sweeps.methods.method:Constant",
+    "Fitting": "ablation_sweeps.methods.method:Fitting",
+    "Job": "ablation_sweeps.experiment.job:Job",
+    "Method": "ablation_sweeps.methods.method:Method",
+    "Replacement": "ablation_sweeps.methods.method:Replacement",
+    "UserError": "ablation_sweeps.base.errors:UserError",
+    "ablated": "ablation_sweeps.neurons.hooks:ablated",
+    "compose_job": "ablation_sweeps.experiment.compose:compose_job",
+    "find_projections": "ablation_sweeps.neurons.sites:find",
+    "read_curves": "ablation_sweeps.results.curves:read_curves",
+    "reading": "ablation_sweeps.neurons.hooks:reading",
+    "run_job": "ablation_sweeps.experiment.run:run_job",
+    "summarise": "ablation_sweeps.results.curves:summarise",
 }
 
 

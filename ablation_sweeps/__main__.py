@@ -4,7 +4,7 @@ subcommands inspect, retry, report and export them."""
 import os
 import sys
 
-from ablation_sweeps import interrupts
+from ablation_sweeps.base import interrupts
 
 
 def main() -> None:
@@ -16,14 +16,14 @@ def main() -> None:
         return
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # as under `python -m`: a yaml may name a class in a file beside it
-    from ablation_sweeps.launch import launch
+    from ablation_sweeps.cli.launch import launch
 
     launch()
 
 
 def _subcommand() -> None:
-    from ablation_sweeps.cli import app
-    from ablation_sweeps.console import lose_output, plain, typed_command
+    from ablation_sweeps.base.terminal import lose_output, plain, typed_command
+    from ablation_sweeps.cli.commands import app
 
     try:
         app(prog_name=typed_command())

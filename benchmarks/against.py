@@ -43,12 +43,14 @@ from bench import (
 from rich.console import Console
 from rich.table import Table
 
-from ablation_sweeps import activations
-from ablation_sweeps.ablation import Fitting
-from ablation_sweeps.clean import CleanPasses
-from ablation_sweeps.data import Batch
-from ablation_sweeps.hub import load_tokenizer
-from ablation_sweeps.job import encode, load
+from ablation_sweeps.data.batch import Batch
+from ablation_sweeps.experiment.clean_passes import CleanPasses
+from ablation_sweeps.experiment.session import encode, load
+from ablation_sweeps.methods.method import Fitting
+from ablation_sweeps.models.pretrained import load_tokenizer
+from ablation_sweeps.neurons import collect as collect_module
+from ablation_sweeps.neurons.collect import NPasses
+from ablation_sweeps.neurons.statistics import Statistics
 
 HERE = ROOT / "benchmarks"
 FRACTIONS = (0.2, 0.5)
@@ -74,8 +76,8 @@ class Skipped(Exception):
 
 
 class Ours:
-    def __init__(self, options: Sequence[str], length: int, passes: activations.NPasses = 2, dtype: str = "float32"):
-        self.passes: activations.NPasses = passes
+    def __init__(self, options: Sequence[str], length: int, passes: NPasses = 2, dtype: str = "float32"):
+        self.passes: NPasses = passes
         self.dtype = dtype
         job = composed(*options, f"model.max_tokens={length}", f"model.dtype={dtype}", "model.pack=concatenate",
                        f"batch_tokens={BATCH * length}")  # fmt: skip
@@ -110,7 +112,7 @@ class Ours:
             passes, found = CleanPasses(case.model), {}
             with tempfile.TemporaryDirectory() as cache:
                 collected = partial(
-                    activations.collect, case.model, case.projections, case.batches, Path(cache),
+                    collect_module.collect, case.model, case.projections, case.batches, Path(cache),
                     recording=recording(case, Path(cache)),
                 )  # fmt: skip
 
@@ -125,7 +127,7 @@ class Ours:
 
         return timed(run)
 
-    def _values(self, method: str, statistics: Callable[..., activations.Statistics]) -> list[torch.Tensor]:
+    def _values(self, method: str, statistics: Callable[..., Statistics]) -> list[torch.Tensor]:
         fitting = Fitting(self.case.model, self.case.projections, statistics, 0, 0)
         return self.methods[method].fit(fitting).values  # type: ignore[attr-defined]
 
@@ -309,7 +311,7 @@ def shown(line: dict[str, float], unit: str = "") -> str:
     return f"{line['value']:.2f}{unit}{between}"
 
 
-def near(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], found: activations.Statistics) -> float:
+def near(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], found: Statistics) -> float:
     """Share of neurons whose peaks are within one bin: others round otherwise."""
     within = [
         ((a - b).abs() <= (m.maximum - m.minimum).cpu() / 100 + 1e-6).float()

@@ -27,16 +27,22 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ablation_sweeps import activations, evaluation, sites
-from ablation_sweeps.ablation import Constant
-from ablation_sweeps.clean import CleanPasses
-from ablation_sweeps.config import to_job
-from ablation_sweeps.data import NOT_SCORED, Batch, Picture, Split, made_ahead
+from ablation_sweeps.data.batch import NOT_SCORED, Batch, Picture, Split, prefetch_batches
+from ablation_sweeps.data.encoder import Budget
 from ablation_sweeps.datasets.python_docs import code
-from ablation_sweeps.job import Job, encode, load
-from ablation_sweeps.recording import Recording
-from ablation_sweeps.selection import masks
-from ablation_sweeps.transformer import Budget, Transformer
+from ablation_sweeps.experiment import evaluate as evaluate_module
+from ablation_sweeps.experiment.clean_passes import CleanPasses
+from ablation_sweeps.experiment.config import to_job
+from ablation_sweeps.experiment.job import Job
+from ablation_sweeps.experiment.session import encode, load
+from ablation_sweeps.methods.method import Constant
+from ablation_sweeps.models.transformer import Transformer
+from ablation_sweeps.neurons import collect as collect_module
+from ablation_sweeps.neurons import sites
+from ablation_sweeps.neurons.collect import NPasses
+from ablation_sweeps.neurons.replay import Replay
+from ablation_sweeps.neurons.selection import masks
+from ablation_sweeps.neurons.statistics import Histogram, Statistics
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
@@ -145,22 +151,22 @@ def clean(case: Case) -> None:
     torch.stack(losses).tolist()  # waited for once
 
 
-def collect(case: Case, passes: activations.NPasses = 2, again: bool = False) -> activations.Statistics:
+def collect(case: Case, passes: NPasses = 2, again: bool = False) -> Statistics:
     """Mean, range and the histogram that peaks are read from: in two passes, exact.
 
     Args:
         again: both are passes of the model, as on a GPU, or where the disk has no room.
     """
     with tempfile.TemporaryDirectory() as cache:
-        return activations.collect(
-            case.model, case.projections, case.batches, Path(cache), activations.Histogram(100), passes=passes,
+        return collect_module.collect(
+            case.model, case.projections, case.batches, Path(cache), Histogram(100), passes=passes,
             recording=None if again else recording(case, Path(cache)),
         )  # fmt: skip
 
 
-def recording(case: Case, folder: Path) -> Recording | None:
+def recording(case: Case, folder: Path) -> Replay | None:
     """As a job has it."""
-    return Recording(folder) if case.model.on_cpu else None
+    return Replay(folder) if case.model.on_cpu else None
 
 
 def masks_of(case: Case, fractions: Sequence[float]) -> dict[float, list[torch.Tensor]]:
@@ -173,7 +179,7 @@ def evaluate(
 ) -> pd.DataFrame:
     """The clean pass and one for each fraction, with all metrics."""
     constant = Constant(values or [torch.zeros(projection.width) for projection in case.projections])
-    return evaluation.evaluate(
+    return evaluate_module.evaluate(
         case.model, case.projections, case.batches, masks_of(case, fractions), constant, torch.arange(50), 10, [],
         lambda *_: None, clean=kept,
     )  # fmt: skip
@@ -286,7 +292,7 @@ def one_pass() -> dict[str, dict[str, Any]]:
         ),
         "MB while collecting in one pass: SmolLM2-135M": {"value": memory(lambda: collect(part, 1))},
     }
-    exact, quick = (collect(case, passes).counts[activations.Histogram(100)] for passes in (2, 1))
+    exact, quick = (collect(case, passes).counts[Histogram(100)] for passes in (2, 1))
     apart = torch.cat([(a.argmax(1) - b.argmax(1)).abs() for a, b in zip(exact, quick, strict=True)])
     for name, within in (("the same bin", 0), ("within one bin", 1)):
         found[f"peaks of one pass in {name}, {case.n} tokens: SmolLM2-135M"] = {
@@ -373,7 +379,7 @@ def go_through(case: Case, n: int) -> None:
     """All batches of so many images, without the model."""
     one = Image.fromarray(torch.randint(0, 256, (224, 224, 3), dtype=torch.uint8).numpy())
     pictures = (Picture(str(i), lambda: one, i % 1000) for i in range(n))
-    for _ in made_ahead(case.model.encode(pictures, "evaluation", Budget(None, None), 4096, 0)):
+    for _ in prefetch_batches(case.model.encode(pictures, "evaluation", Budget(None, None), 4096, 0)):
         pass
 
 

@@ -12,7 +12,7 @@ import typer
 from bench import GPU, ROOT, TENTHS, Case, evaluate, seconds, shaped_like, text
 from matplotlib.figure import Figure
 
-from ablation_sweeps.figures import save
+from ablation_sweeps.report.figures import save
 
 ROUNDS = 5
 HALF = (0.5,)

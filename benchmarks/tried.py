@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from ablation_sweeps.ablation import ablated
-from ablation_sweeps.activations import Moments
-from ablation_sweeps.data import Batch
-from ablation_sweeps.transformer import Transformer
+from ablation_sweeps.data.batch import Batch
+from ablation_sweeps.models.transformer import Transformer
+from ablation_sweeps.neurons.hooks import ablated
+from ablation_sweeps.neurons.statistics import Moments
 
 
 def in_turns(*runs: Callable[[], Any], rounds: int = 5) -> list[float]:

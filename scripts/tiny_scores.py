@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from ablation_sweeps.data import NOT_SCORED, Document, Split
+from ablation_sweeps.data.batch import NOT_SCORED, Document, Split
 from ablation_sweeps.datasets.digits import Digits
 from ablation_sweeps.datasets.python_docs import PythonDocs
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, pad
 from tqdm import tqdm
 
-from ablation_sweeps.data import NOT_SCORED, Document
+from ablation_sweeps.data.batch import NOT_SCORED, Document
 from ablation_sweeps.datasets.digits import Digits
 from ablation_sweeps.datasets.python_docs import PythonCode
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-import ablation_sweeps.config  # noqa: F401  (its resolvers, before Hydra's state is kept and put back)
-from ablation_sweeps import job
+import ablation_sweeps.experiment.config  # noqa: F401  (its resolvers, before Hydra's state is kept and put back)
+from ablation_sweeps.experiment import identity, session
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch.py"
@@ -59,7 +59,7 @@ def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
 
     def run(*arguments: str) -> Outcome:
         # As in a process of its own, but that models stay loaded.
-        for kept in (job._content, job._encode, job._clean_passes, job._recording):
+        for kept in (identity._content, session._encode, session._clean_passes, session._recording):
             kept.cache_clear()
         state, handlers, environment = Singleton.get_state(), logging.getLogger().handlers[:], dict(os.environ)
         GlobalHydra.instance().clear()
@@ -103,7 +103,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for kind in (causal_lm.CausalLM, masked_lm.MaskedLM, image_classifier.ImageClassifier, timm.Timm):
         monkeypatch.setattr(kind, "load", load)
-    monkeypatch.setattr(job, "load", load)
+    monkeypatch.setattr(session, "load", load)
     yield
     assert not loaded, "a model was loaded before the mistake was found"
 

@@ -14,14 +14,14 @@ import yaml
 from families import CONTEXT, FAMILIES, VOCABULARY
 from hydra import compose, initialize_config_dir
 
-from ablation_sweeps.config import to_job
-from ablation_sweeps.job import Job
+from ablation_sweeps.experiment.config import to_job
+from ablation_sweeps.experiment.job import Job
 from ablation_sweeps.models.causal_lm import CausalLM
 from ablation_sweeps.models.image_classifier import ImageClassifier
 from ablation_sweeps.models.masked_lm import MaskedLM
 from ablation_sweeps.models.timm import Timm
-from ablation_sweeps.sites import Site
-from ablation_sweeps.transformer import Transformer
+from ablation_sweeps.models.transformer import Transformer
+from ablation_sweeps.neurons.sites import Site
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT_OPTIONS = {"max_tokens": CONTEXT, "pack": "documents"}
@@ -121,7 +121,7 @@ def save_model(family: str, folder: Path) -> None:
 
 def backbone(family: str) -> Transformer:
     """A model without a head that could be scored, for which there is no loader: its features are its logits."""
-    from ablation_sweeps.images import ImageEncoder
+    from ablation_sweeps.data.images import ImageEncoder
 
     module, side = build(family), FAMILIES[family].options["image_size"]
 

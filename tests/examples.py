@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ablation_sweeps.data import Batch, Document
-from ablation_sweeps.transformer import Budget, Transformer
+from ablation_sweeps.data.batch import Batch, Document
+from ablation_sweeps.data.encoder import Budget
+from ablation_sweeps.models.transformer import Transformer
 
 
 def two_examples(model: Transformer) -> Batch:

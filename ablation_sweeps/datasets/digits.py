@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from ablation_sweeps.data import Modality, Picture, Split, UserError, unit_hash
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.hashing import unit_hash
+from ablation_sweeps.data.batch import Modality, Picture, Split
 
 if TYPE_CHECKING:
     import numpy as np

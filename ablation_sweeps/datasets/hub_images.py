@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import ConfigDict, field_validator
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import Modality, Pairs, Picture, Split, UserError
-from ablation_sweeps.rows import Rows
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.data.batch import Modality, Picture, Split
+from ablation_sweeps.datasets.hub_rows import Rows
+from ablation_sweeps.datasets.options import Pairs
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,8 +10,11 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import Document, Modality, Pattern, Split, UserError, unit_hash
-from ablation_sweeps.rows import Row, Rows
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.hashing import unit_hash
+from ablation_sweeps.data.batch import Document, Modality, Split
+from ablation_sweeps.datasets.hub_rows import Row, Rows
+from ablation_sweeps.datasets.options import Pattern
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))

@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import LocalPath, Modality, Picture, Split, UserError, unit_hash
-from ablation_sweeps.files import check_regular, files_below, fingerprint_of_samples, say_others, signature
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.files import check_regular, files_below, say_others
+from ablation_sweeps.base.hashing import fingerprint_of_samples, signature, unit_hash
+from ablation_sweeps.base.paths import LocalPath
+from ablation_sweeps.data.batch import Modality, Picture, Split
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
 
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test"}  # as folders are called

@@ -20,8 +20,10 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
-from ablation_sweeps.data import Document, Modality, Split, UserError, unit_hash
-from ablation_sweeps.files import fingerprint_of_file, read_json, sha256_at, signature, write_json
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.files import read_json, write_json
+from ablation_sweeps.base.hashing import fingerprint_of_file, sha256_at, signature, unit_hash
+from ablation_sweeps.data.batch import Document, Modality, Split
 
 MIN_CHARACTERS = 200  # shorter docstrings say too little to be scored
 SHARED_PARAGRAPH = 60  # characters from which a paragraph found in two documents is a copy, not a common phrase

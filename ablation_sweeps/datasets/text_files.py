@@ -13,10 +13,14 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import SPLITS, Document, LocalPath, Modality, Pattern, Split, UserError, unit_hash
-from ablation_sweeps.documents import KINDS, PLAIN, SUPPORTED, NoColumn, kind_of, texts
-from ablation_sweeps.files import check_regular, files_below, fingerprint_of_file, say_once, say_others, signature
-from ablation_sweeps.intake import content_of_text
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.files import check_regular, files_below, say_once, say_others
+from ablation_sweeps.base.hashing import fingerprint_of_file, signature, unit_hash
+from ablation_sweeps.base.paths import LocalPath
+from ablation_sweeps.data.batch import SPLITS, Document, Modality, Split
+from ablation_sweeps.data.intake import content_of_text
+from ablation_sweeps.datasets.file_formats import KINDS, PLAIN, SUPPORTED, NoColumn, kind_of, texts
+from ablation_sweeps.datasets.options import Pattern
 
 Texts = list[tuple[str, str]]  # names and texts
 

@@ -1,0 +1,1 @@
+"""Replacement values, one file each."""

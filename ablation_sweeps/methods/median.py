@@ -8,9 +8,9 @@ from jaxtyping import Float, Num
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.ablation import Constant, Fitting
-from ablation_sweeps.activations import Medians
-from ablation_sweeps.lazy import torch
+from ablation_sweeps.base.lazy import torch
+from ablation_sweeps.methods.method import Constant, Fitting
+from ablation_sweeps.neurons.collect import Medians
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))

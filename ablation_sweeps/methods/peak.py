@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float, Num
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.ablation import Constant, Fitting
-from ablation_sweeps.activations import Histogram
-from ablation_sweeps.lazy import torch
+from ablation_sweeps.base.lazy import torch
+from ablation_sweeps.methods.method import Constant, Fitting
+from ablation_sweeps.neurons.statistics import Histogram
 
 Estimator = Literal[
     "histogram", "coarse_to_fine", "averaged", "smoothed", "global_range", "kde", "half_sample_mode", "grenander"

@@ -10,9 +10,11 @@ from jaxtyping import Float
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.ablation import Fitting, Replacement, reading
-from ablation_sweeps.data import Batch, Modality, UserError
-from ablation_sweeps.lazy import torch
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.lazy import torch
+from ablation_sweeps.data.batch import Batch, Modality
+from ablation_sweeps.methods.method import Fitting, Replacement
+from ablation_sweeps.neurons.hooks import reading
 
 Source = Literal["dataset", "random_input", "random_characters", "random_tokens", "generated", "random_pixels"]
 

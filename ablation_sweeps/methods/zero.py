@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.ablation import Constant, Fitting
-from ablation_sweeps.lazy import torch
+from ablation_sweeps.base.lazy import torch
+from ablation_sweeps.methods.method import Constant, Fitting
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))

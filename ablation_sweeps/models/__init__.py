@@ -1,0 +1,1 @@
+"""Kinds of models, one file each, and how they are loaded."""

@@ -7,12 +7,13 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import Batch, Modality, UserError
-from ablation_sweeps.hub import Pretrained, auto_model, context_length, load_tokenizer
-from ablation_sweeps.lazy import torch
-from ablation_sweeps.probing import fit_vocabulary, isolate
-from ablation_sweeps.text import Pack, TextEncoder
-from ablation_sweeps.transformer import Transformer, input_device, query_heads, with_head
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.lazy import torch
+from ablation_sweeps.data.batch import Batch, Modality
+from ablation_sweeps.data.text import Pack, TextEncoder
+from ablation_sweeps.models.pretrained import Pretrained, auto_model, context_length, load_tokenizer
+from ablation_sweeps.models.probing import fit_vocabulary, isolate
+from ablation_sweeps.models.transformer import Transformer, input_device, query_heads, with_head
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))

@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import Batch, Modality, UserError
-from ablation_sweeps.hub import Pretrained
-from ablation_sweeps.images import ImageEncoder
-from ablation_sweeps.lazy import torch
-from ablation_sweeps.transformer import Encoder, Transformer, input_device
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.lazy import torch
+from ablation_sweeps.data.batch import Batch, Modality
+from ablation_sweeps.data.encoder import Encoder
+from ablation_sweeps.data.images import ImageEncoder
+from ablation_sweeps.models.pretrained import Pretrained
+from ablation_sweeps.models.transformer import Transformer, input_device
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))

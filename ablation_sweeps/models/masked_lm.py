@@ -7,11 +7,12 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as validated
 
-from ablation_sweeps.data import Batch, Modality, UserError
-from ablation_sweeps.hub import Pretrained, auto_model, context_length, load_tokenizer
-from ablation_sweeps.probing import fit_vocabulary, isolate
-from ablation_sweeps.text import Masking, Pack, TextEncoder
-from ablation_sweeps.transformer import Transformer, query_heads, with_head
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.data.batch import Batch, Modality
+from ablation_sweeps.data.text import Masking, Pack, TextEncoder
+from ablation_sweeps.models.pretrained import Pretrained, auto_model, context_length, load_tokenizer
+from ablation_sweeps.models.probing import fit_vocabulary, isolate
+from ablation_sweeps.models.transformer import Transformer, query_heads, with_head
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))

@@ -7,7 +7,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
-from ablation_sweeps.data import UserError
+from ablation_sweeps.base.errors import UserError
 
 OF_A_LAUNCH = ("launcher", "sweeper")  # parts of Hydra's settings that jobs of one launch share
 OPTIMISERS = ("optuna", "ax_sweeper", "nevergrad")  # sweepers that want a number from each job
@@ -16,8 +16,8 @@ OPTIMISERS = ("optuna", "ax_sweeper", "nevergrad")  # sweepers that want a numbe
 def compose(
     config: DictConfig, context: HydraContext, overrides: Sequence[Sequence[str]], first: int
 ) -> list[DictConfig]:
-    from ablation_sweeps.arguments import options_for_hydra
-    from ablation_sweeps.choices import check_choices
+    from ablation_sweeps.experiment.arguments import options_for_hydra
+    from ablation_sweeps.experiment.config_choices import check_choices
 
     if not overrides:
         raise UserError("there is no job: nothing is swept over; see hydra.sweeper and what is typed after -m")

@@ -11,7 +11,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from ablation_sweeps.data import UserError
+from ablation_sweeps.base.errors import UserError
 from hydra_plugins.ablation_sweeps_launcher.composing import compose, record
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,9 @@ class InOrderLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from ablation_sweeps.launching import Failures, by_model, check, end_of_sweep, only_asked, waiting
-        from ablation_sweeps.packs import poisons
+        from ablation_sweeps.dispatch.packs import poisons
+        from ablation_sweeps.dispatch.plan import by_model
+        from ablation_sweeps.dispatch.sweep import Failures, check, end_of_sweep, only_asked, waiting
 
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from hydra_plugins.ablation_sweeps_launcher.composing import compose, record
 
 if TYPE_CHECKING:
-    from ablation_sweeps.job import Job
+    from ablation_sweeps.experiment.job import Job
 
 
 class InPacksLauncher(Launcher):
@@ -27,9 +27,9 @@ class InPacksLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from ablation_sweeps import dispatch
-        from ablation_sweeps.config import build
-        from ablation_sweeps.launching import check, only_asked
+        from ablation_sweeps.dispatch import launcher
+        from ablation_sweeps.dispatch.sweep import check, only_asked
+        from ablation_sweeps.experiment.config import build
 
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
@@ -40,16 +40,16 @@ class InPacksLauncher(Launcher):
         if only_asked(jobs, options.max_jobs_per_pack, options.at_once):
             return []
         record(self.config)
-        dispatch.launch(options, jobs)
+        launcher.launch(options, jobs)
         return [] if jobs[0].objective is None else [_returned(job, options) for job in jobs]
 
 
 def _returned(job: Job, options: Any) -> JobReturn:
     """The return value that a sweeper that optimises expects of a job that ran in another process."""
-    from ablation_sweeps import store
-    from ablation_sweeps.data import UserError
-    from ablation_sweeps.job import objective
+    from ablation_sweeps.base.errors import UserError
+    from ablation_sweeps.experiment.job import objective
+    from ablation_sweeps.results import run_folder
 
-    if not options.wait and not store.finished(job.folder):
+    if not options.wait and not run_folder.finished(job.folder):
         raise UserError(f"objective={job.objective}: is known when the job has run; give hydra.launcher.wait=true")
     return JobReturn(status=JobStatus.COMPLETED, _return_value=objective(job))

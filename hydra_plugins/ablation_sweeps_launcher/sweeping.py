@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from ablation_sweeps.data import UserError
+from ablation_sweeps.base.errors import UserError
 
 
 class ComposedByTheLauncher(BasicSweeper):
@@ -33,7 +33,7 @@ class ComposedByTheLauncher(BasicSweeper):
 
     def _params(self, parser: OverridesParser) -> list[Override]:
         """`hydra.sweeper.params`, where a list is as good as names with commas between them."""
-        from ablation_sweeps.arguments import options_for_hydra, typed
+        from ablation_sweeps.experiment.arguments import options_for_hydra, typed
 
         params = OmegaConf.to_container(OmegaConf.create(self.params or {}), resolve=True)
         if not isinstance(params, dict):
@@ -59,7 +59,7 @@ def _checked(override: Override) -> Override:
     Raises:
         UserError: it gives nothing to sweep over.
     """
-    from ablation_sweeps.arguments import with_exact_range
+    from ablation_sweeps.experiment.arguments import with_exact_range
 
     if override.is_interval_sweep():
         raise UserError(

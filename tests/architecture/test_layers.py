@@ -76,5 +76,5 @@ def test_a_sweep_is_planned_without_the_heavy_imports(tmp_path: Path, options: t
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "ablation_sweeps.job" in imported
+    assert "ablation_sweeps.experiment.job" in imported
     assert not imported & {"torch", "pandas", "transformers", "timm", "datasets", "wandb", "matplotlib", "scipy"}

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from command import ROOT, Launch
 
-from ablation_sweeps.arguments import for_hydra
-from ablation_sweeps.config import CHOICES, SCALARS
-from ablation_sweeps.data import UserError
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.experiment.arguments import for_hydra
+from ablation_sweeps.experiment.config import CHOICES, SCALARS
 
 CONF = ROOT / "conf"
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "hydra")

@@ -16,8 +16,8 @@ from command import LAUNCH, ROOT, Launch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from ablation_sweeps.config import PARTS, number_fractions, to_dict, to_job
-from ablation_sweeps.data import UserError
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.experiment.config import PARTS, number_fractions, to_dict, to_job
 
 CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ablation_sweeps.ablation import Constant, Fitting, Replacement
-from ablation_sweeps.data import Batch
+from ablation_sweeps.data.batch import Batch
+from ablation_sweeps.methods.method import Constant, Fitting, Replacement
 
 
 @dataclass(frozen=True)

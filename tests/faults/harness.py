@@ -55,9 +55,9 @@ def prepare(base: Path) -> None:
         os.environ.pop(name, None)
     sys.path.insert(0, str(ROOT))
     sys.dont_write_bytecode = False
-    import ablation_sweeps.cli
-    import ablation_sweeps.dispatch
-    import ablation_sweeps.job  # noqa: F401
+    import ablation_sweeps.cli.commands
+    import ablation_sweeps.dispatch.launcher
+    import ablation_sweeps.experiment.job  # noqa: F401
 
 
 def workplace(parser: argparse.ArgumentParser, keep: Path | None, prefix: str) -> Path:
@@ -240,7 +240,7 @@ def processes_in(cwd: Path) -> list[int]:
             try:
                 if (
                     os.readlink(entry / "cwd") == str(cwd)
-                    and b"ablation_sweeps.packs" in (entry / "cmdline").read_bytes()
+                    and b"ablation_sweeps.dispatch.packs" in (entry / "cmdline").read_bytes()
                 ):
                     found.append(int(entry.name))
             except OSError:

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ablation_sweeps.datasets.digits import Digits
-from ablation_sweeps.job import run_job
-from ablation_sweeps.selection import masks
+from ablation_sweeps.experiment.run import run_job
+from ablation_sweeps.neurons.selection import masks
 
 FRACTIONS = (0.25, 0.5, 1.0)
 METHODS = ("zero", "mean", "peak")

@@ -22,7 +22,7 @@ from PIL import Image
 from ablation_sweeps.datasets.image_folder import ImageFolder
 from ablation_sweeps.methods.zero import Zero
 from ablation_sweeps.models.causal_lm import CausalLM
-from ablation_sweeps.transformer import Transformer
+from ablation_sweeps.models.transformer import Transformer
 
 # Options of a job on text, and what the line says.
 WRONG_VALUES = {

@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 from command import Launch, same_bits, states
 
-from ablation_sweeps import files, job, store
+from ablation_sweeps.base import hashing
+from ablation_sweeps.experiment import session
 from ablation_sweeps.methods.mean import Mean
+from ablation_sweeps.results import run_folder
 
 METHOD = """
 from pathlib import Path
@@ -57,7 +59,7 @@ def test_the_model_or_the_data(launch: Launch, on_text, copies, tmp_path, monkey
     sweep = tmp_path / "results" / "default"
     assert set(states(sweep).values()) == {"failed"} and not list(sweep.glob("*/rows.parquet"))
 
-    job._loaded.clear()  # as in a new process
+    session._loaded.clear()  # as in a new process
     for where in ("results", "fresh"):
         assert launch(*options, "seed=0,1", f"results_dir={where}").code == 0
     same_bits(tmp_path / "fresh" / "default", sweep)
@@ -68,7 +70,7 @@ def test_a_method_of_ones_own(launch: Launch, on_text, tmp_path, monkeypatch):
     """Python has imported it, so all jobs of the sweep are of what it was."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "edited_method.py").write_text(METHOD)
-    before = files.fingerprint_of_file(tmp_path / "edited_method.py")
+    before = hashing.fingerprint_of_file(tmp_path / "edited_method.py")
     (tmp_path / "conf" / "method").mkdir(parents=True)
     (tmp_path / "conf" / "method" / "edited.yaml").write_text("_target_: edited_method.Edited\nlabel: edited\n")
     assert launch("--config-dir", str(tmp_path / "conf"), "-m", *on_text, "method=edited", "seed=0,1").code == 0
@@ -81,8 +83,8 @@ def test_a_method_of_ones_own(launch: Launch, on_text, tmp_path, monkeypatch):
 def test_a_result_of_other_code_is_kept_and_said(launch: Launch, on_text, tmp_path):
     assert "another version" not in launch("-m", *on_text, "method=mean", "seed=0").err
     (run,) = tmp_path.glob("results/default/*-s0-*")
-    store.remember(run, code="edited since")
-    store.finish(run, *(pd.read_parquet(run / f"{name}.parquet") for name in ("rows", "documents")), seconds=1.0)
+    run_folder.update_environment(run, code="edited since")
+    run_folder.finish(run, *(pd.read_parquet(run / f"{name}.parquet") for name in ("rows", "documents")), seconds=1.0)
     again = launch("-m", *on_text, "method=mean", "seed=0,1").err
     assert "1 of 2 jobs finished by another version of this code, which is taken for equal" in again
     assert f": {run.name}; results_dir=FOLDER computes anew" in again

@@ -13,8 +13,8 @@ from command import SMALL, Launch, text
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from ablation_sweeps.config import to_job
-from ablation_sweeps.transformer import Budget
+from ablation_sweeps.data.encoder import Budget
+from ablation_sweeps.experiment.config import to_job
 
 
 @pytest.fixture

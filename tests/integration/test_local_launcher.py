@@ -13,7 +13,7 @@ import pytest
 from command import FAULTS, LAUNCH, Launch, same_bits, states
 from typer.testing import CliRunner
 
-from ablation_sweeps.cli import app
+from ablation_sweeps.cli.commands import app
 
 LOCAL = ("-m", "hydra/launcher=local", "hydra.launcher.gpus=[]")
 

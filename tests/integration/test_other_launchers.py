@@ -13,8 +13,8 @@ import yaml
 from command import Launch, Outcome, same_bits, states, write_texts
 from hydra.core.plugins import Plugins
 
-from ablation_sweeps import store
 from ablation_sweeps.methods.zero import Zero
+from ablation_sweeps.results import run_folder
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_an_objective_is_no_part_of_a_result(launch: Launch, on_text, job_of):
 def test_another_launcher_computes_nothing_that_was_not_asked_for(
     launch: Launch, on_text, no_weights, tmp_path, asked, sweeper, monkeypatch
 ):
-    monkeypatch.setattr("ablation_sweeps.job.Job.fetch", lambda self: None)
+    monkeypatch.setattr("ablation_sweeps.experiment.job.Job.fetch", lambda self: None)
     outcome = launch("-m", *on_text, "hydra/launcher=basic", f"hydra/sweeper={sweeper}", "method=zero,mean", asked)
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("to run" if "dry" in asked else "all that is needed") == 2
@@ -118,7 +118,7 @@ def test_an_error_after_the_measurement_is_no_job_that_runs(launch: Launch, on_t
         if "seconds" in facts:
             raise OSError(28, "No space left on device", str(folder / "environment.json"))
 
-    monkeypatch.setattr(store, "remember", remember)
+    monkeypatch.setattr(run_folder, "update_environment", remember)
     error = launch(*on_text, "method=zero").error
     assert "environment.json" in error
     assert list(states(tmp_path / "results" / "default").values()) == ["failed"]
@@ -151,15 +151,15 @@ def test_the_folder_of_a_launcher_is_not_that_of_the_results(launch: Launch, on_
 
 
 def test_a_full_disk_names_what_lies_on_it(tmp_path, monkeypatch):
-    from ablation_sweeps import console, files
-    from ablation_sweeps.data import UserError
+    from ablation_sweeps.base import files, terminal
+    from ablation_sweeps.base.errors import UserError
 
     def full(source, target) -> None:
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "replace", full)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    monkeypatch.setattr(console, "FOLDERS", {str(tmp_path / "results"): "results_dir"})
+    monkeypatch.setattr(terminal, "FOLDERS", {str(tmp_path / "results"): "results_dir"})
     for folder, option in (("hub", "HF_HOME"), ("results", "results_dir"), ("other", None)):
         with pytest.raises(UserError, match="no space is left") as caught:
             files.write_text(tmp_path / folder / "x" / "file", "text")
@@ -172,6 +172,6 @@ def test_weights_that_may_not_be_read(launch: Launch, on_text, saved, tmp_path, 
         raise PermissionError(13, "Permission denied", str(Path(self.path) / "model.safetensors"))
 
     monkeypatch.setattr("ablation_sweeps.models.causal_lm.CausalLM.load", load)
-    monkeypatch.setattr("ablation_sweeps.job._loaded", {})
+    monkeypatch.setattr("ablation_sweeps.experiment.session._loaded", {})
     error = launch(*on_text, "model.label=unread", "method=zero").error
     assert f"model.path={saved('llama')}" in error and "results_dir" not in error

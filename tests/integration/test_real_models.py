@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ablation_sweeps.job import run_job
+from ablation_sweeps.experiment.run import run_job
 
 
 @pytest.fixture

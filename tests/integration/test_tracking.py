@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from command import Launch
 
-from ablation_sweeps import files
+from ablation_sweeps.base import hashing
 
 ROOT = Path(__file__).resolve().parents[2]
 FRACTIONS = (0.0, 0.5, 1.0)
@@ -136,8 +136,8 @@ class Server:
             bucket |= {"sweepName": None, "project": project, "historyLineCount": 0}
             return {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
         if "createRunFiles" in content["query"]:
-            files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
-            return {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
+            files_module = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
+            return {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files_module}}}
         if "viewer {" in content["query"]:
             viewer = {"id": "u", "entity": "me", "username": "me", "email": "me@here", "flags": "{}"}
             return {"data": {"viewer": viewer | {"teams": {"edges": []}}}}
@@ -275,7 +275,7 @@ def test_auto_without_a_key_is_offline_and_says_so_once(tmp_path: Path):
     stderr = log_run(tmp_path / "sweep", "auto", times=2)
     assert len(offline_files(tmp_path / "sweep")) == 2
     (line,) = stderr.splitlines()
-    assert line.startswith("WARNING ablation_sweeps.tracking")
+    assert line.startswith("WARNING ablation_sweeps.tracking.wandb")
     assert "no API key" in line and "wandb sync" in line and str(tmp_path / "sweep") in line
 
 
@@ -527,7 +527,7 @@ def test_killed_while_it_sends_the_same_command_goes_on(
     assert launch("-m", *options, "method=zero,mean", "tracking=none").code == 0
     online = environment | key_for(server.url)
     runs = sorted(path.parent for path in (tmp_path / "results" / "default").glob("*/rows.parquet"))
-    ids = [files.signature([pd.read_parquet(run / "rows.parquet")["run_id"].iloc[0], "default"])[:16] for run in runs]
+    ids = [hashing.signature([pd.read_parquet(run / "rows.parquet")["run_id"].iloc[0], "default"])[:16] for run in runs]
     server.stalls_at = ids[1] if stop == "run" else "mutation CreateArtifact "
     command = [sys.executable, "-m", "ablation_sweeps", "wandb", "results/default"]
     sending = subprocess.Popen(command, env=online, cwd=tmp_path, stderr=subprocess.DEVNULL)

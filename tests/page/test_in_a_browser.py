@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from command import FAULTS, Launch
 
-from ablation_sweeps import store
-from ablation_sweeps.activations import Histogram, kept
-from ablation_sweeps.report import write
+from ablation_sweeps.neurons.collect import load_cached_statistics
+from ablation_sweeps.neurons.statistics import Histogram
+from ablation_sweeps.report.write import write
+from ablation_sweeps.results import run_folder
 
 OPTIONS = ("-m", "method=zero,mean,peak,raises", "seed=0,1", "fraction.values=[0.5,1]", "eval.tokens=3000",
            "statistics.tokens=2000", "tracking=none")  # fmt: skip
@@ -121,8 +122,8 @@ def test_the_table_sorts(page):
 
 def test_a_neuron_is_found_by_layer_head_and_index(page, report):
     run = next(path.parent for path in report.parent.glob("*/rows.parquet") if "-peak-" in path.parent.name)
-    environment = store.environment(run)
-    statistics = kept(report.parents[1] / ".cache" / environment["statistics"], Histogram(100))
+    environment = run_folder.environment(run)
+    statistics = load_cached_statistics(report.parents[1] / ".cache" / environment["statistics"], Histogram(100))
     assert statistics is not None
     moments = statistics.moments[2]
     size = len(moments.total) // environment["n_heads"]

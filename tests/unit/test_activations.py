@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from ablation_sweeps import activations, sites
-from ablation_sweeps.activations import Histogram, Moments, bins, collect
-from ablation_sweeps.data import Batch, Document, UserError
-from ablation_sweeps.transformer import Budget, Transformer
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.data.batch import Batch, Document
+from ablation_sweeps.data.encoder import Budget
+from ablation_sweeps.models.transformer import Transformer
+from ablation_sweeps.neurons import collect as collect_module
+from ablation_sweeps.neurons import sites
+from ablation_sweeps.neurons.collect import collect
+from ablation_sweeps.neurons.statistics import Histogram, Moments, bin_index
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "A", "Pack my box with five dozen jugs", "of liquor!", "x y"]
 CASES = [("llama", "attn_pre_out"), ("opt", "mlp_pre_out"), ("albert", "attn_pre_out"), ("bert", "mlp_pre_out"),
@@ -77,7 +81,7 @@ def test_moments_and_counts_are_those_of_all_activations_at_once(
     tiny, site, tmp_path, monkeypatch, family, name, at_a_time
 ):
     if at_a_time:
-        monkeypatch.setattr(activations, "_part_size", lambda x: at_a_time)
+        monkeypatch.setattr(collect_module, "_part_size", lambda x: at_a_time)
     model = tiny(family)
     projections, batches = sites.find(model, site(name), None), batches_of(model)
     assert len(batches) > 1 and not all(batch.keep.all() for batch in batches)  # there is padding
@@ -180,7 +184,7 @@ def test_one_range_is_that_of_all_neurons_of_the_model(tiny, site, tmp_path):
 
 def test_bins_hold_their_lower_edge_and_the_last_one_the_maximum():
     x = torch.tensor([0.0, 0.25, 0.2499999, 0.5, 0.75, 0.999999, 1.0])[:, None]
-    assert bins(x, x.amin(0), x.amax(0), 4)[0].tolist() == [0, 1, 0, 2, 3, 3, 3]
+    assert bin_index(x, x.amin(0), x.amax(0), 4)[0].tolist() == [0, 1, 0, 2, 3, 3, 3]
 
 
 @pytest.mark.parametrize("value", [0.1, -3.3, 1e-30, 7e4])
@@ -189,7 +193,7 @@ def test_a_neuron_that_never_changes_has_its_value_as_mean_and_all_counts_in_one
     moments = Moments.of(x[:500]) + Moments.of(x[500:])
     assert torch.equal(moments.mean.float(), x[0])
     assert moments.variance.item() <= 1e-9 * value**2
-    assert bins(x, moments.minimum, moments.maximum, 100).unique().tolist() == [0]
+    assert bin_index(x, moments.minimum, moments.maximum, 100).unique().tolist() == [0]
 
 
 def test_variance_survives_a_large_mean_and_half_precision():

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from test_evaluation import evaluated, of, short_of_memory
 
-from ablation_sweeps.clean import CleanPasses
-from ablation_sweeps.data import Picture
-from ablation_sweeps.job import clean_passes, encode, load
+from ablation_sweeps.data.batch import Picture
+from ablation_sweeps.data.encoder import Budget
+from ablation_sweeps.experiment.clean_passes import CleanPasses
+from ablation_sweeps.experiment.session import clean_passes, encode, load
 from ablation_sweeps.methods.resample import AnotherExample
-from ablation_sweeps.transformer import Budget, Transformer
+from ablation_sweeps.models.transformer import Transformer
 
 
 def counted(model: Transformer) -> tuple[Transformer, list]:

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from ablation_sweeps import comparison
-from ablation_sweeps.comparison import Curve, compare, differences, holm
-from ablation_sweeps.metrics import SUMS, area, ratio
+from ablation_sweeps.results import comparison
+from ablation_sweeps.results.comparison import Curve, compare, differences, holm
+from ablation_sweeps.results.metrics import SUMS, mean_height, ratio
 
 FRACTIONS = (0.0, 0.5, 1.0)
 KNOWN = 0.1  # nats by which b is better than a, where anything is ablated
@@ -101,9 +101,9 @@ def test_a_model_that_is_never_right_has_no_share_of_its_accuracy(recwarn):
 def test_the_area_is_the_mean_height(metric):
     values = np.array([[2.0, 4.0, 8.0], [1.0, 1.0, 1.0]])
     clean = values[:, :1].repeat(3, 1)
-    assert area((0.0, 0.5, 1.0), values, clean, "loss").tolist() == [4.5 / 2, 1.0]
-    assert area((0.0, 0.5, 1.0), values, clean, "kl").tolist() == [4.5, 1.0]
-    assert area((0.0, 0.2, 0.8), values, clean, "kl").tolist() == pytest.approx([(3 * 0.2 + 6 * 0.6) / 0.8, 1.0])
+    assert mean_height((0.0, 0.5, 1.0), values, clean, "loss").tolist() == [4.5 / 2, 1.0]
+    assert mean_height((0.0, 0.5, 1.0), values, clean, "kl").tolist() == [4.5, 1.0]
+    assert mean_height((0.0, 0.2, 0.8), values, clean, "kl").tolist() == pytest.approx([(3 * 0.2 + 6 * 0.6) / 0.8, 1.0])
 
 
 def test_an_area_is_a_share_of_the_clean_value_on_the_documents_of_each_point():

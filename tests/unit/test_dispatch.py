@@ -18,14 +18,17 @@ from command import ROOT
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from ablation_sweeps import dispatch, files, packs, slurm, store
-from ablation_sweeps.data import UserError
-from ablation_sweeps.local import Local
-from ablation_sweeps.packs import Pack, packed
-from ablation_sweeps.queue import Place
-from ablation_sweeps.slurm import Slurm, private
+from ablation_sweeps.base import files
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.dispatch import launcher, slurm, supervisor
+from ablation_sweeps.dispatch import packs as packs_module
+from ablation_sweeps.dispatch.local import Local
+from ablation_sweeps.dispatch.packs import Pack, packed
+from ablation_sweeps.dispatch.scheduler import PackState
+from ablation_sweeps.dispatch.slurm import Slurm, private
+from ablation_sweeps.results import run_folder
 
-OVER = Place("FAILED", "node1", True, "")
+OVER = PackState("FAILED", "node1", True, "")
 
 
 def make(folder: Path, names: str, model: str = "m", dataset: str = "d") -> list:
@@ -78,16 +81,16 @@ class FakeQueue:
 
     lasts: ClassVar[bool] = True
 
-    run: Callable[[Pack], Place]
+    run: Callable[[Pack], PackState]
     log: Path
     live: dict[str, list[str]] = field(default_factory=dict)
     submissions: list[str] = field(default_factory=list)
-    known: dict[str, Place] = field(default_factory=dict)
+    known: dict[str, PackState] = field(default_factory=dict)
     most: int = 1000
 
     def submit(self, packs: list[Pack]) -> dict[str, Pack]:
-        self.submissions += ["".join(folder.name for folder in pack.folders) for pack in packs]
-        named = {f"pack{len(self.known) + i}": pack for i, pack in enumerate(packs)}
+        self.submissions += ["".join(folder.name for folder in pack.folders) for pack in packs_module]
+        named = {f"pack{len(self.known) + i}": pack for i, pack in enumerate(packs_module)}
         for name, pack in named.items():
             self.known[name] = self.run(pack)
         return named
@@ -95,7 +98,7 @@ class FakeQueue:
     def earlier(self) -> dict[str, list[str]]:
         return self.live
 
-    def places(self) -> dict[str, Place]:
+    def places(self) -> dict[str, PackState]:
         return self.known
 
     def cancel(self, packs: list[str]) -> None:
@@ -107,14 +110,14 @@ class FakeQueue:
 
 @pytest.fixture
 def work(monkeypatch, tmp_path):
-    monkeypatch.setattr(dispatch, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(supervisor, "LOOK_SECONDS", 0)
 
-    def start(names: str, run: Callable[[Pack], Place], max_attempts: int = 2, **queue) -> tuple[FakeQueue, dict]:
+    def start(names: str, run: Callable[[Pack], PackState], max_attempts: int = 2, **queue) -> tuple[FakeQueue, dict]:
         fake = FakeQueue(run, tmp_path / "log", **queue)
-        mine = dispatch.Work(fake, max_attempts, {job.folder: job for job in make(tmp_path, names)})
+        mine = supervisor.Supervisor(fake, max_attempts, {job.folder: job for job in make(tmp_path, names)})
         mine.start(None)
         mine.watch()
-        return fake, {folder.name: store.status(folder) for folder in mine.jobs}
+        return fake, {folder.name: run_folder.status(folder) for folder in mine.jobs}
 
     return start
 
@@ -122,12 +125,12 @@ def work(monkeypatch, tmp_path):
 def dies_at(bad: str, state: str = "running"):
     """The process dies at these jobs, having finished those before them."""
 
-    def run(pack: Pack) -> Place:
+    def run(pack: Pack) -> PackState:
         for folder in pack.folders:
-            store.write_status(folder, state if folder.name in bad else "finished")
+            run_folder.write_status(folder, state if folder.name in bad else "finished")
             if folder.name in bad:
                 return OVER
-        return Place("COMPLETED", "node1", True, "")
+        return PackState("COMPLETED", "node1", True, "")
 
     return run
 
@@ -186,9 +189,9 @@ def test_a_pack_that_never_starts_is_given_up(work, tmp_path):
 def test_a_job_that_was_interrupted_is_not_to_blame(work):
     seen: list[Pack] = []
 
-    def run(pack: Pack) -> Place:
+    def run(pack: Pack) -> PackState:
         seen.append(pack)
-        store.write_status(pack.folders[0], "interrupted" if len(seen) < 5 else "finished")
+        run_folder.write_status(pack.folders[0], "interrupted" if len(seen) < 5 else "finished")
         return OVER
 
     fake, ended = work("a", run)
@@ -196,37 +199,37 @@ def test_a_job_that_was_interrupted_is_not_to_blame(work):
 
 
 def test_what_the_admin_cancels_stays_cancelled(work):
-    fake, ended = work("ab", lambda pack: Place("CANCELLED", "", True, ""))
+    fake, ended = work("ab", lambda pack: PackState("CANCELLED", "", True, ""))
     assert fake.submissions == ["ab"]
     assert all(status["reason"].startswith("cancelled") for status in ended.values())
 
 
 def test_a_pack_that_is_put_into_the_queue_again_is_left_alone(monkeypatch, tmp_path):
     """SLURM says for a moment that it is over."""
-    monkeypatch.setattr(dispatch, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(supervisor, "LOOK_SECONDS", 0)
     (job,) = make(tmp_path, "a")
-    answers = [OVER, Place("PENDING", "", False, ""), OVER, Place("RUNNING", "node2", False, "")]
+    answers = [OVER, PackState("PENDING", "", False, ""), OVER, PackState("RUNNING", "node2", False, "")]
 
     class Requeued(FakeQueue):
-        def places(self) -> dict[str, Place]:
+        def places(self) -> dict[str, PackState]:
             if not answers:
-                store.write_status(job.folder, "finished")
+                run_folder.write_status(job.folder, "finished")
                 return {}
             return {"pack0": answers.pop(0)}
 
     queue = Requeued(lambda pack: OVER, tmp_path / "log")
-    mine = dispatch.Work(queue, 1, {job.folder: job})
+    mine = supervisor.Supervisor(queue, 1, {job.folder: job})
     mine.start(None)
     mine.watch()
-    assert queue.submissions == ["a"] and store.status(job.folder)["state"] == "finished"
+    assert queue.submissions == ["a"] and run_folder.status(job.folder)["state"] == "finished"
 
 
 def test_what_an_earlier_launch_submitted_is_not_submitted_again(work, tmp_path):
     running = str(tmp_path / "sweep" / "b")
-    left = Place("RUNNING", "node1", False, "")
+    left = PackState("RUNNING", "node1", False, "")
 
-    def run(pack: Pack) -> Place:
-        store.write_status(Path(running), "finished")  # meanwhile
+    def run(pack: Pack) -> PackState:
+        run_folder.write_status(Path(running), "finished")  # meanwhile
         return dies_at("")(pack)
 
     fake, ended = work("abc", run, live={"early": [running]}, known={"early": left})
@@ -235,13 +238,13 @@ def test_what_an_earlier_launch_submitted_is_not_submitted_again(work, tmp_path)
 
 
 def test_a_second_launch_of_the_sweep_says_so(tmp_path):
-    with dispatch.only_one(tmp_path / "mine"):
+    with launcher.exclusive_launch(tmp_path / "mine"):
         by_me = rf"sweep=mine: is being launched already, by process {os.getpid()}"
-        with pytest.raises(UserError, match=by_me), dispatch.only_one(tmp_path / "mine"):
+        with pytest.raises(UserError, match=by_me), launcher.exclusive_launch(tmp_path / "mine"):
             pass
-        with dispatch.only_one(tmp_path / "other"):
+        with launcher.exclusive_launch(tmp_path / "other"):
             pass
-    with dispatch.only_one(tmp_path / "mine"):
+    with launcher.exclusive_launch(tmp_path / "mine"):
         pass
 
 
@@ -264,12 +267,12 @@ def test_numbers_are_taken_where_slurm_takes_them():
 def test_a_job_that_gets_further_each_time_is_not_to_blame(work):
     """Its process is killed again and again, but for its time limit, say."""
 
-    def run(pack: Pack) -> Place:
+    def run(pack: Pack) -> PackState:
         (folder,) = pack.folders
-        number = store.batches_done(folder)
-        store.write_status(folder, "running" if number < 6 else "finished")
+        number = run_folder.batches_done(folder)
+        run_folder.write_status(folder, "running" if number < 6 else "finished")
         (folder / f"progress-{number:06d}-x.parquet").touch()
-        return Place("TIMEOUT", "node1", True, "")
+        return PackState("TIMEOUT", "node1", True, "")
 
     fake, ended = work("a", run)
     assert len(fake.submissions) == 7 and ended["a"]["state"] == "finished"
@@ -277,10 +280,10 @@ def test_a_job_that_gets_further_each_time_is_not_to_blame(work):
 
 def test_preemption_is_nobodys_fault_and_no_lack_of_memory(work, tmp_path):
     (tmp_path / "log").write_text("slurmstepd: error: task 0: Killed\n")
-    places = [Place("PREEMPTED", "node1", True, "")] * 4 + [Place("TIMEOUT", "node1", True, "")] * 9
+    places = [PackState("PREEMPTED", "node1", True, "")] * 4 + [PackState("TIMEOUT", "node1", True, "")] * 9
 
-    def run(pack: Pack) -> Place:
-        store.write_status(pack.folders[0], "running")
+    def run(pack: Pack) -> PackState:
+        run_folder.write_status(pack.folders[0], "running")
         return places.pop(0)
 
     fake, ended = work("a", run)
@@ -290,13 +293,13 @@ def test_preemption_is_nobodys_fault_and_no_lack_of_memory(work, tmp_path):
 
 def test_what_failed_in_a_pack_that_still_runs_is_submitted_again(work, tmp_path):
     failed, running = (str(tmp_path / "sweep" / name) for name in "ab")
-    store.write_status(Path(failed), "failed", "no such luck")
+    run_folder.write_status(Path(failed), "failed", "no such luck")
 
-    def run(pack: Pack) -> Place:
-        store.write_status(Path(running), "finished")
+    def run(pack: Pack) -> PackState:
+        run_folder.write_status(Path(running), "finished")
         return dies_at("")(pack)
 
-    left = Place("RUNNING", "node1", False, "")
+    left = PackState("RUNNING", "node1", False, "")
     fake, ended = work("ab", run, live={"early": [failed, running]}, known={"early": left})
     assert fake.submissions == ["a"]
     assert {status["state"] for status in ended.values()} == {"finished"}
@@ -308,30 +311,30 @@ def test_what_finishes_while_the_queue_is_asked_is_left_alone(monkeypatch, tmp_p
 
     class Slow(FakeQueue):
         def earlier(self) -> dict[str, list[str]]:
-            store.finish(job.folder, table, table, 1.0)  # meanwhile
+            run_folder.finish(job.folder, table, table, 1.0)  # meanwhile
             return {}
 
     queue = Slow(lambda pack: OVER, tmp_path / "log")
-    mine = dispatch.Work(queue, 1, {job.folder: job})
+    mine = supervisor.Supervisor(queue, 1, {job.folder: job})
     mine.start(None)
-    assert queue.submissions == [] and store.finished(job.folder)
+    assert queue.submissions == [] and run_folder.finished(job.folder)
 
 
 def test_a_refused_submission_is_said_and_what_is_queued_goes_on(monkeypatch, tmp_path, caplog):
     """More packs than a site allows."""
-    monkeypatch.setattr(dispatch, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(supervisor, "LOOK_SECONDS", 0)
 
     class Full(FakeQueue):
         def submit(self, packs: list[Pack]) -> dict[str, Pack]:
             if self.submissions:
                 raise UserError("hydra.launcher: sbatch refuses: QOSMaxSubmitJobPerUserLimit")
-            return super().submit(packs)
+            return super().submit(packs_module)
 
     full = Full(dies_at(""), tmp_path / "log", most=2)
-    mine = dispatch.Work(full, 1, {job.folder: job for job in make(tmp_path, "abcd")})
+    mine = supervisor.Supervisor(full, 1, {job.folder: job for job in make(tmp_path, "abcd")})
     mine.start(1)
     mine.watch()
-    ended = {folder.name: store.status(folder) for folder in mine.jobs}
+    ended = {folder.name: run_folder.status(folder) for folder in mine.jobs}
     assert [ended[name]["state"] for name in "abcd"] == ["finished", "finished", "failed", "failed"]
     assert "QOSMaxSubmit" in ended["d"]["reason"] and "2 packs in the queue already" in caplog.text
 
@@ -358,7 +361,7 @@ def asked(monkeypatch, tmp_path):
     options = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / "slurm.yaml").read_text())
     options = {key: value for key, value in options.items() if key not in ("_target_", "to")}
 
-    def make_queue(**own) -> slurm.SlurmQueue:
+    def make_queue(**own) -> slurm.SlurmScheduler:
         return Slurm(**{**options, "folder": str(tmp_path / "private"), **own}).queue(tmp_path / "sweep")
 
     name = make_queue().name
@@ -498,32 +501,32 @@ def test_a_refusal_for_too_many_packs_names_the_remedy(asked, tmp_path, said):
 
 def test_a_pack_that_gets_nowhere_before_its_time_limit_is_given_up(monkeypatch, tmp_path):
     ran: list[str] = []
-    monkeypatch.setattr(packs, "_leaving", threading.Event())
-    monkeypatch.setattr(packs, "_run", lambda folder, config: ran.append(folder.name))
+    monkeypatch.setattr(packs_module, "_leaving", threading.Event())
+    monkeypatch.setattr(packs_module, "_run", lambda folder, config: ran.append(folder.name))
     folders = [tmp_path / name for name in "ab"]
     for folder in folders:
-        store.write_status(folder, "running" if folder.name == "a" else "queued")
+        run_folder.write_status(folder, "running" if folder.name == "a" else "queued")
     pack = Pack({str(folder): {} for folder in folders})
     (tmp_path / "a" / "progress-000000-x.parquet").touch()
     for _ in range(3):  # the first time, there was a batch
         pack = pack.checkpoint().function
         pack()
     assert ran == ["a", "b", "a", "b", "b"]
-    assert "raise hydra.launcher.time" in store.status(folders[0])["reason"]
+    assert "raise hydra.launcher.time" in run_folder.status(folders[0])["reason"]
     (tmp_path / "b" / "progress-000000-x.parquet").touch()
     assert pack.checkpoint().function.stalls == 0
 
 
 def test_retry_runs_nothing_that_others_may_have_written(tmp_path):
-    store.queue(tmp_path / "sweep" / "a", {"seed": 0}, lasts=True)
-    store.write_status(tmp_path / "sweep" / "a", "failed")
+    run_folder.queue(tmp_path / "sweep" / "a", {"seed": 0}, lasts=True)
+    run_folder.write_status(tmp_path / "sweep" / "a", "failed")
     (tmp_path / "sweep" / "a").chmod(0o775)
     with pytest.raises(UserError, match="others may write to it"):
-        dispatch.retry(tmp_path / "sweep")
+        launcher.retry(tmp_path / "sweep")
 
 
 def test_retry_of_a_finished_sweep_says_so_and_is_no_error(tmp_path, monkeypatch, capsys):
-    store.finish(tmp_path / "sweep" / "a", pd.DataFrame({"value": [1.0]}), pd.DataFrame({"n": [1.0]}), 1.0)
-    monkeypatch.setattr(dispatch, "launch", lambda *_: pytest.fail("launched"))
-    dispatch.retry(tmp_path / "sweep")
+    run_folder.finish(tmp_path / "sweep" / "a", pd.DataFrame({"value": [1.0]}), pd.DataFrame({"n": [1.0]}), 1.0)
+    monkeypatch.setattr(launcher, "launch", lambda *_: pytest.fail("launched"))
+    launcher.retry(tmp_path / "sweep")
     assert "nothing is missing" in capsys.readouterr().out

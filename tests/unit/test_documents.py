@@ -15,11 +15,11 @@ import pytest
 import zstandard
 from PIL import Image
 
-from ablation_sweeps.config import _label_of
-from ablation_sweeps.data import UserError
+from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.datasets.hub_text import HubText
 from ablation_sweeps.datasets.image_folder import ImageFolder
 from ablation_sweeps.datasets.text_files import TextFiles
+from ablation_sweeps.experiment.config import _label_of
 
 TEXTS = [f'text {i}, with "quotes",\na second line, and {"ä" * i}' for i in range(12)]
 PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".XZ": lzma.compress, ".zst": lambda content: b"".join(

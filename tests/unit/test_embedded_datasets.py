@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from ablation_sweeps.data import Document, unit_hash
+from ablation_sweeps.base.hashing import unit_hash
+from ablation_sweeps.data.batch import Document
 from ablation_sweeps.datasets import python_docs
 from ablation_sweeps.datasets.digits import Digits
 from ablation_sweeps.datasets.python_docs import PythonCode, PythonDocs

@@ -12,19 +12,23 @@ import pytest
 import torch
 from torch import nn
 
-from ablation_sweeps import evaluation, sites
-from ablation_sweeps.ablation import Constant
-from ablation_sweeps.data import NOT_SCORED, Batch, Document, UserError
-from ablation_sweeps.evaluation import SUMS, Guess, metrics, ratio, uniform, unigram
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.data.batch import NOT_SCORED, Batch, Document
+from ablation_sweeps.data.encoder import Budget
+from ablation_sweeps.experiment import evaluate, score
+from ablation_sweeps.experiment.chance import ChanceModel, uniform, unigram
+from ablation_sweeps.experiment.evaluate import SUMS, metrics, ratio
+from ablation_sweeps.methods.method import Constant
 from ablation_sweeps.methods.resample import AnotherExample, OneForEachText
-from ablation_sweeps.selection import Random, masks
-from ablation_sweeps.transformer import Budget, Transformer
+from ablation_sweeps.models.transformer import Transformer
+from ablation_sweeps.neurons import sites
+from ablation_sweeps.neurons.selection import Random, masks
 
 D, VOCABULARY, TOP_K = 16, 30, 3
 FRACTIONS = (0.25, 0.5, 1.0)
 COMMON = torch.tensor([3, 7, 8])
 PROBABILITY = torch.rand(VOCABULARY, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.1
-GUESS = Guess(PROBABILITY / PROBABILITY.sum(), COMMON)
+GUESS = ChanceModel(PROBABILITY / PROBABILITY.sum(), COMMON)
 
 
 class OneProjection(nn.Module):
@@ -73,7 +77,7 @@ def study(site):
 
 
 def evaluated(study, common=COMMON, top_k=TOP_K, done=(), save=lambda number, table: None, **changes) -> pd.DataFrame:
-    return evaluation.evaluate(**{**study, **changes}, common=common, top_k=top_k, done=done, save=save)
+    return evaluate.evaluate(**{**study, **changes}, common=common, top_k=top_k, done=done, save=save)
 
 
 def scored_labels(study) -> torch.Tensor:
@@ -189,7 +193,7 @@ def test_ranks_among_many_equal_logits():
     labels = torch.arange(200) % VOCABULARY
     order = logits.argsort(stable=True, dim=-1, descending=True)
     expected = (order == labels[:, None]).long().argmax(-1)
-    found = evaluation._rank(logits, labels[:, None], TOP_K)
+    found = score._rank(logits, labels[:, None], TOP_K)
     assert (expected < TOP_K).any() and (expected >= TOP_K).any()
     torch.testing.assert_close(found.long().clamp(max=TOP_K), expected.clamp(max=TOP_K))
 
@@ -408,7 +412,7 @@ def test_special_tokens_that_are_scored_are_guessed_as_well(tiny):
     assert probability[2] == 2 * probability[1] == 2 / 105
 
 
-def chance_of(study, guess: Guess) -> dict[str, float]:
+def chance_of(study, guess: ChanceModel) -> dict[str, float]:
     table = metrics(evaluated(study, common=guess.common), guess, scored_labels(study), TOP_K)
     assert (table.groupby("metric")["chance"].nunique(dropna=False) == 1).all()
     return dict(zip(table["metric"], table["chance"], strict=True))
@@ -546,7 +550,7 @@ def test_only_values_with_a_row_for_each_example_are_taken_apart():
     values = [torch.randn(shape) for shape in shapes]
     same, rows = values[:3], [value[1:3] for value in values[3:]]
     part = Batch({}, torch.zeros(2, 4), None, ("b", "c"), (1, 2))
-    for found, expected in zip(evaluation._rows(values, slice(1, 3), 4, part), [*same, *rows], strict=True):
+    for found, expected in zip(evaluate._rows(values, slice(1, 3), 4, part), [*same, *rows], strict=True):
         assert torch.equal(found, expected)
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ablation_sweeps import sites
-from ablation_sweeps.ablation import ablated, reading
-from ablation_sweeps.data import Batch, UserError
-from ablation_sweeps.sites import Projection
-from ablation_sweeps.transformer import Transformer
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.data.batch import Batch
+from ablation_sweeps.models.transformer import Transformer
+from ablation_sweeps.neurons import sites
+from ablation_sweeps.neurons.hooks import Projection, ablated, hooked, reading
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 SITES = {"attn_pre_out": "attention", "mlp_pre_out": "mlp"}
@@ -87,7 +87,7 @@ def test_layers_with_linear_attention_are_left_alone_and_named(tiny, site, caplo
 def test_every_hook_fires_once_a_layer(tiny, site, family, name):
     model = tiny(family)
     projections, fired = sites.find(model, site(name), None), []
-    with torch.inference_mode(), sites.hooked(projections, lambda layer, x: fired.append((layer, x.shape[-1]))):
+    with torch.inference_mode(), hooked(projections, lambda layer, x: fired.append((layer, x.shape[-1]))):
         model.logits(two_examples(model))
         model.body(two_examples(model))
     assert fired == 2 * [(layer, width) for layer, (_, width) in enumerate(getattr(FAMILIES[family], SITES[name]))]

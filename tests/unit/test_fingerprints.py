@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from PIL.Image import new
 
-from ablation_sweeps import environment, job, rows
-from ablation_sweeps.data import UserError
+from ablation_sweeps.base import environment
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.datasets import hub_rows
 from ablation_sweeps.datasets.image_folder import ImageFolder
 from ablation_sweeps.datasets.text_files import TextFiles
-from ablation_sweeps.hub import fingerprint
+from ablation_sweeps.experiment import identity
+from ablation_sweeps.models.pretrained import fingerprint
 
 
 def texts(folder: Path, calibration: Path | None = None) -> TextFiles:
@@ -86,10 +88,10 @@ def test_a_picture_of_the_same_size_changes_the_fingerprint_of_a_folder(tmp_path
 def test_a_large_file_is_known_by_parts_of_it_all(tmp_path: Path, monkeypatch):
     content = bytearray(os.urandom(68 << 20))
     (tmp_path / "rows.jsonl").write_bytes(content)
-    before = rows.content(str(tmp_path))
+    before = hub_rows.content(str(tmp_path))
     content[30 << 20 : 33 << 20] = bytes(3 << 20)
     (tmp_path / "rows.jsonl").write_bytes(content)
-    assert rows.content(str(tmp_path)) != before
+    assert hub_rows.content(str(tmp_path)) != before
 
 
 METHOD = """
@@ -108,9 +110,9 @@ def test_a_class_of_ones_own_that_is_edited_is_another_one(tmp_path: Path, monke
     for comment in ("# wrong", "# right"):
         (tmp_path / "own_method.py").write_text(METHOD.format(comment))
         sys.modules.pop("own_method", None)
-        names.append(job._class(importlib.import_module("own_method").Own("own")))
+        names.append(identity._class(importlib.import_module("own_method").Own("own")))
     assert names[0] != names[1] and all(name.startswith("own_method.Own ") for name in names)
-    assert job._class(folder_of_images := ImageFolder("a", None, "folder", None, 0.2)) == (
+    assert identity._class(folder_of_images := ImageFolder("a", None, "folder", None, 0.2)) == (
         f"{type(folder_of_images).__module__}.ImageFolder"
     )
 
@@ -137,7 +139,7 @@ def test_a_package_of_ones_own_that_is_called_as_ours_is_not_ours(tmp_path: Path
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods" / "mean.py").write_text(METHOD.format(""))
-    assert job._class(importlib.import_module("methods.mean").Own("own")).startswith("methods.mean.Own ")
+    assert identity._class(importlib.import_module("methods.mean").Own("own")).startswith("methods.mean.Own ")
 
 
 @pytest.mark.parametrize(

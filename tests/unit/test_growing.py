@@ -7,17 +7,20 @@ import pytest
 import torch
 from test_activations import CountingBody, batches_of, dataclasses, plain_activations
 
-from ablation_sweeps import growing, sites
-from ablation_sweeps.activations import Histogram, collect
-from ablation_sweeps.data import UserError
-from ablation_sweeps.growing import FINE, GrowingCounts
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.neurons import sites, streaming_histogram
+from ablation_sweeps.neurons.collect import collect
+from ablation_sweeps.neurons.statistics import Histogram
+from ablation_sweeps.neurons.streaming_histogram import N_STREAMING_BINS, StreamingHistogram
 
 
-def grown(x: torch.Tensor, size: int) -> GrowingCounts:
+def grown(x: torch.Tensor, size: int) -> StreamingHistogram:
     counts = None
     for some in x.split(size):
         low, high = some.amin(0), some.amax(0)
-        counts = counts or GrowingCounts.between(low, high, torch.zeros(len(low), FINE, dtype=torch.int32))
+        counts = counts or StreamingHistogram.between(
+            low, high, torch.zeros(len(low), N_STREAMING_BINS, dtype=torch.int32)
+        )
         counts.add(some, low, high)
     assert counts is not None
     return counts
@@ -42,7 +45,7 @@ def test_every_value_is_in_its_bin(values):
     """All of them are counted, and each one in the bin that holds it: to a bin's width, the cumulated counts agree."""
     counts = grown(values, 64)
     assert (counts.counts.sum(1) == len(values)).all()
-    ends = counts.low[:, None] + counts.width[:, None] * torch.arange(1, FINE + 1)
+    ends = counts.low[:, None] + counts.width[:, None] * torch.arange(1, N_STREAMING_BINS + 1)
     for neuron in range(6):
         x = np.sort(values[:, neuron].double().numpy())
         slack = float(counts.width[neuron]) * 1e-3 + 2e-7 * abs(x).max()  # values within rounding of an edge
@@ -54,7 +57,7 @@ def test_every_value_is_in_its_bin(values):
 def test_a_range_covers_a_quarter_of_the_bins_and_more(values):
     counts = grown(values, 64)
     span = values.amax(0) - values.amin(0)
-    assert (span / (FINE * counts.width))[:6].min() > 0.25
+    assert (span / (N_STREAMING_BINS * counts.width))[:6].min() > 0.25
 
 
 @pytest.mark.parametrize("size", [64, 4000])
@@ -101,4 +104,4 @@ def test_more_bins_than_are_counted_are_refused(tiny, site, tmp_path):
     projections = sites.find(model, site("attn_pre_out"), None)
     with pytest.raises(UserError, match=r"statistics\.passes=1.*10,000 bins.*statistics\.passes=2"):
         collect(model, projections, batches_of(model), tmp_path, Histogram(10_000), passes=1)
-    assert growing.FINE < 10_000
+    assert streaming_histogram.N_STREAMING_BINS < 10_000

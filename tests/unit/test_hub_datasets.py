@@ -14,8 +14,9 @@ import datasets
 import PIL.Image
 import pytest
 
-from ablation_sweeps import rows
-from ablation_sweeps.data import UserError, unit_hash
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.hashing import unit_hash
+from ablation_sweeps.datasets import hub_rows
 
 KINDS = ("Github", "Pile-CC", "ArXiv")
 PILE = [(f"text {i} of {KINDS[i % 3]}", KINDS[i % 3]) for i in range(30)]
@@ -109,7 +110,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    rows._load.cache_clear()
+    hub_rows._load.cache_clear()
     return tmp_path / "cache"
 
 
@@ -282,7 +283,7 @@ def test_rows_that_were_read_need_their_source_no_more(dataset, monkeypatch):
     def unreachable(*arguments):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(rows, "_load", unreachable)
+    monkeypatch.setattr(hub_rows, "_load", unreachable)
     again = []
     reader = dataset("pile").examples("calibration")
     for _ in range(7):
@@ -300,7 +301,7 @@ def test_reading_on_after_a_stop_leaves_out_nothing_and_repeats_nothing(tmp_path
         yield from ((i, {"text": str(i)}) for i in range(start, 40) if i % 3)
 
     def some(n: int) -> list[int]:
-        reader = rows.kept(tmp_path, stream)
+        reader = hub_rows.cached_rows(tmp_path, stream)
         found = [number for number, _ in itertools.islice(reader, n)]
         reader.close()
         return found
@@ -309,9 +310,9 @@ def test_reading_on_after_a_stop_leaves_out_nothing_and_repeats_nothing(tmp_path
     assert some(5) == every[:5]
     assert some(3) == every[:3]
     assert some(12) == every[:12]
-    assert [n for n, _ in rows.kept(tmp_path, stream)] == every
+    assert [n for n, _ in hub_rows.cached_rows(tmp_path, stream)] == every
     before = len(started)
-    assert [n for n, _ in rows.kept(tmp_path, stream)] == every
+    assert [n for n, _ in hub_rows.cached_rows(tmp_path, stream)] == every
     assert len(started) == before, "the end of the stream was known, and yet it was opened"
 
 
@@ -323,8 +324,8 @@ def test_what_was_read_before_the_network_failed_is_kept(tmp_path):
             yield i, {"text": str(i)}
 
     with pytest.raises(ConnectionError):
-        list(rows.kept(tmp_path, breaks))
-    found = rows.kept(tmp_path, lambda start: iter([(start, {"text": "later"})]))
+        list(hub_rows.cached_rows(tmp_path, breaks))
+    found = hub_rows.cached_rows(tmp_path, lambda start: iter([(start, {"text": "later"})]))
     assert [(number, row["text"]) for number, row in found] == [(i, str(i)) for i in range(4)] + [(4, "later")]
 
 
@@ -332,17 +333,17 @@ def test_two_readers_at_once_do_not_disturb_each_other(tmp_path):
     def stream(start: int):
         yield from ((i, {"text": str(i)}) for i in range(start, 30))
 
-    one, two = rows.kept(tmp_path, stream), rows.kept(tmp_path, stream)
+    one, two = hub_rows.cached_rows(tmp_path, stream), hub_rows.cached_rows(tmp_path, stream)
     found = [[next(one)[0] for _ in range(5)], [next(two)[0] for _ in range(9)]]
     one.close()
     found[1] += [n for n, _ in two]
     assert found == [list(range(5)), list(range(30))]
-    assert [n for n, _ in rows.kept(tmp_path, stream)] == list(range(30))
+    assert [n for n, _ in hub_rows.cached_rows(tmp_path, stream)] == list(range(30))
 
 
 def test_long_streams_are_kept_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "PART_ROWS", 4)
-    assert len(list(rows.kept(tmp_path, lambda start: ((i, {"x": i}) for i in range(start, 10))))) == 10
+    monkeypatch.setattr(hub_rows, "PART_ROWS", 4)
+    assert len(list(hub_rows.cached_rows(tmp_path, lambda start: ((i, {"x": i}) for i in range(start, 10))))) == 10
     assert sorted(file.stem.rpartition("-")[0] for file in tmp_path.iterdir()) == [
         "000000000-000000004", "000000004-000000008", "000000008-end"
     ]  # fmt: skip
@@ -364,18 +365,18 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("part", ["000000000-000000004", "000000004-000000008", "000000008-end"])
 def test_a_damaged_file_of_rows_is_read_again_from_the_source(tmp_path, monkeypatch, caplog, part, damage):
-    monkeypatch.setattr(rows, "PART_ROWS", 4)
+    monkeypatch.setattr(hub_rows, "PART_ROWS", 4)
     stream = lambda start: ((i, {"text": f"row {i}"}) for i in range(start, 10))  # noqa: E731
-    right = list(rows.kept(tmp_path / "one", stream))
-    list(rows.kept(tmp_path / "other", lambda start: ((i, {"text": f"new {i}"}) for i in range(start, 10))))
+    right = list(hub_rows.cached_rows(tmp_path / "one", stream))
+    list(hub_rows.cached_rows(tmp_path / "other", lambda start: ((i, {"text": f"new {i}"}) for i in range(start, 10))))
     (file,), (other,) = ((list((tmp_path / kept).glob(f"{part}-*"))) for kept in ("one", "other"))
     whole = file.read_bytes()
     file.write_bytes(DAMAGE[damage](whole, other.read_bytes()))
     assert file.read_bytes() != whole
-    assert list(rows.kept(tmp_path / "one", stream)) == right
+    assert list(hub_rows.cached_rows(tmp_path / "one", stream)) == right
     assert f"{file.name} is damaged" in caplog.text
     caplog.clear()
-    assert list(rows.kept(tmp_path / "one", stream)) == right and not caplog.text
+    assert list(hub_rows.cached_rows(tmp_path / "one", stream)) == right and not caplog.text
 
 
 # Signatures
@@ -406,7 +407,7 @@ def test_the_commit_is_part_of_the_signature(job_of):
 def test_a_branch_stands_for_the_commit_that_was_fetched(tmp_path, monkeypatch):
     import huggingface_hub
 
-    from ablation_sweeps.download import commit
+    from ablation_sweeps.base.hub import commit
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     refs = tmp_path / "models--who--what" / "refs"
@@ -462,7 +463,7 @@ def test_another_revision_in_the_cache_is_not_taken_for_the_pinned_one(job_of, m
     class Cached:
         cache_files = ({"filename": str(tmp_path / "default" / "0.0.0" / ("c" * 40) / "set-test.arrow")},)
 
-    monkeypatch.setattr(rows, "_load", lambda *arguments: Cached())
+    monkeypatch.setattr(hub_rows, "_load", lambda *arguments: Cached())
     right, wrong = (job_of("dataset=wikitext", f"dataset.revision={letter * 40}").dataset for letter in "cd")
     assert isinstance(right.load("test"), Cached)
     with pytest.raises(UserError, match=r"revision d{40} is not on this machine; .*prefetch=true"):
@@ -471,7 +472,7 @@ def test_another_revision_in_the_cache_is_not_taken_for_the_pinned_one(job_of, m
 
 def test_class_names_are_kept_with_what_is_fetched(dataset, monkeypatch):
     dataset("imagenet_1k").check("image")
-    monkeypatch.setattr(rows, "_load", lambda *arguments: pytest.fail("the network was asked"))
+    monkeypatch.setattr(hub_rows, "_load", lambda *arguments: pytest.fail("the network was asked"))
     assert len(dataset("imagenet_1k").class_names()) == 1000
 
 
@@ -504,7 +505,7 @@ def test_a_column_that_holds_no_text_is_refused(dataset, tmp_path):
 
 @pytest.mark.parametrize("streaming", ["true", "false"])
 def test_a_column_that_holds_no_images_is_refused_before_a_model_is_loaded(dataset, streaming):
-    from ablation_sweeps.job import _check_examples
+    from ablation_sweeps.experiment.job import _check_examples
 
     images = dataset("cifar10", f"streaming={streaming}", "image_column=label")
     with pytest.raises(UserError, match=r"dataset\.image_column=label: holds ints, no images"):
@@ -526,7 +527,7 @@ def test_images_that_lie_in_files_of_their_own_are_kept_whole(dataset, tmp_path,
             file = tmp_path / "folders" / split / f"class{number % 2}" / f"{number}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             new("RGB", (8, 8), (number, 0, 0)).save(file)
-    monkeypatch.setattr(rows, "content", lambda path: "as on the hub, where nothing changes")
+    monkeypatch.setattr(hub_rows, "content", lambda path: "as on the hub, where nothing changes")
     images = dataset("hub_images", "streaming=true", path=tmp_path / "folders")
     first = [(p.name, p.label, p.read().getpixel((0, 0))) for p in images.examples("evaluation")]
     assert len(first) == 4
@@ -546,7 +547,7 @@ def test_a_commit_that_was_asked_for_is_known_offline(monkeypatch, tmp_path):
     import huggingface_hub
     from huggingface_hub import constants
 
-    from ablation_sweeps.download import commit
+    from ablation_sweeps.base.hub import commit
 
     class Api:
         def repo_info(self, repo, **options):
@@ -567,7 +568,7 @@ def test_no_network_is_as_good_as_offline(monkeypatch, tmp_path):
     import huggingface_hub
     from huggingface_hub import constants
 
-    from ablation_sweeps.download import commit
+    from ablation_sweeps.base.hub import commit
 
     class Api:
         def repo_info(self, repo, **options):

@@ -14,12 +14,14 @@ from PIL.Image import Exif, Image, Transpose, fromarray
 from PIL.Image import open as open_image
 from test_evaluation import evaluated, of
 
-from ablation_sweeps import images
-from ablation_sweeps.activations import Histogram, collect
-from ablation_sweeps.data import Document, Picture, UserError, made_ahead
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.data import images
+from ablation_sweeps.data.batch import Document, Picture, prefetch_batches
+from ablation_sweeps.data.encoder import Budget
+from ablation_sweeps.data.images import ImageEncoder
 from ablation_sweeps.datasets.image_folder import ImageFolder
-from ablation_sweeps.images import ImageEncoder
-from ablation_sweeps.transformer import Budget
+from ablation_sweeps.neurons.collect import collect
+from ablation_sweeps.neurons.statistics import Histogram
 
 NO_LIMIT = Budget(None, None)
 
@@ -162,8 +164,8 @@ def test_random_pixels_go_through_the_models_transform():
 
 @pytest.mark.parametrize(("family", "n_tokens"), [("vit", 4 + 1), ("timm_vit", 4 + 1)])
 def test_cls_can_be_left_out_of_the_statistics(fresh, site, family, n_tokens):
-    from ablation_sweeps import sites
-    from ablation_sweeps.activations import CalibrationData, moments_of
+    from ablation_sweeps.neurons import sites
+    from ablation_sweeps.neurons.collect import CalibrationData, moments_of
 
     model = fresh(family, tokens="no_special")
     batches = model.encode(pictures(3), "calibration", NO_LIMIT, 1000, 0)
@@ -207,12 +209,12 @@ def test_pixels_that_do_not_fit_into_memory_are_made_when_they_are_needed(tiny, 
     given, read = counting(7)
     whole = encoded(model, given)
     assert sorted(read) == [f"p{i}" for i in range(7)]
-    monkeypatch.setattr(images, "ROOM", 3 * 3 * 16 * 16 * 4)
+    monkeypatch.setattr(images, "MAX_PIXEL_BYTES", 3 * 3 * 16 * 16 * 4)
     read.clear()
     some = encoded(model, given)
     assert sorted(read) == ["p0", "p1", "p2"]  # as many as fit, of which the last one's batch does not
     read.clear()
-    for a, b in zip(made_ahead(whole), made_ahead(some), strict=True):
+    for a, b in zip(prefetch_batches(whole), prefetch_batches(some), strict=True):
         assert torch.equal(a.inputs["pixel_values"], b.inputs["pixel_values"])
         assert (a.names, a.index, a.labels.tolist()) == (b.names, b.index, b.labels.tolist())
     assert sorted(read) == [f"p{i}" for i in range(2, 7)]
@@ -221,7 +223,7 @@ def test_pixels_that_do_not_fit_into_memory_are_made_when_they_are_needed(tiny, 
 def test_half_of_a_batch_reads_half_of_its_pictures(tiny, monkeypatch):
     given, read = counting(4)
     (whole,) = encoded(tiny("vit"), given, batch_tokens=100)
-    monkeypatch.setattr(images, "ROOM", 0)
+    monkeypatch.setattr(images, "MAX_PIXEL_BYTES", 0)
     (batch,) = encoded(tiny("vit"), given, batch_tokens=100)
     read.clear()
     for part, pixels in zip(batch.halves(), whole.inputs["pixel_values"].split(2), strict=True):
@@ -231,8 +233,8 @@ def test_half_of_a_batch_reads_half_of_its_pictures(tiny, monkeypatch):
 
 def test_a_sweep_gives_the_same_whether_pixels_stay_in_memory_or_not(tiny, site, tmp_path, monkeypatch):
     model, found = tiny("timm_vit"), []
-    for room in (images.ROOM, 0):
-        monkeypatch.setattr(images, "ROOM", room)
+    for room in (images.MAX_PIXEL_BYTES, 0):
+        monkeypatch.setattr(images, "MAX_PIXEL_BYTES", room)
         study = of(model, site, 0, encoded(model, pictures(9)))
         statistics = collect(model, study["projections"], study["batches"], tmp_path / str(room), Histogram(10))
         found.append((statistics, evaluated(study)))
@@ -243,12 +245,12 @@ def test_a_sweep_gives_the_same_whether_pixels_stay_in_memory_or_not(tiny, site,
 
 
 def test_the_next_batch_is_made_while_one_is_computed_with(tiny, monkeypatch):
-    monkeypatch.setattr(images, "ROOM", 0)
+    monkeypatch.setattr(images, "MAX_PIXEL_BYTES", 0)
     fourth_read, (given, read) = threading.Event(), counting(8)
     given[3] = Picture("p3", lambda: fourth_read.set() or image(3), 3)
     batches = encoded(tiny("vit"), given)
     seen = []
-    for batch in made_ahead(batches):
+    for batch in prefetch_batches(batches):
         if not seen:
             assert fourth_read.wait(10), "nobody works ahead"
             assert not {"p4", "p6"} & set(read), "too far ahead"
@@ -257,11 +259,11 @@ def test_the_next_batch_is_made_while_one_is_computed_with(tiny, monkeypatch):
 
 
 def test_who_stops_early_waits_for_no_batch_that_nobody_needs(tiny, monkeypatch):
-    monkeypatch.setattr(images, "ROOM", 0)
+    monkeypatch.setattr(images, "MAX_PIXEL_BYTES", 0)
     given, read = counting(8)
     batches, slow = encoded(tiny("vit"), given), threading.Event()
     given[2] = Picture("p2", lambda: slow.wait(0.5) or image(2), 2)
-    ahead = made_ahead(encoded(tiny("vit"), given))
+    ahead = prefetch_batches(encoded(tiny("vit"), given))
     read.clear()
     assert next(ahead).names == batches[0].names
     ahead.close()
@@ -272,11 +274,11 @@ def test_a_picture_that_is_not_whole_stops_the_pass_at_its_batch(tiny, monkeypat
     def broken() -> Image:
         raise UserError("dataset.path: p3 is no whole image")
 
-    monkeypatch.setattr(images, "ROOM", 0)
+    monkeypatch.setattr(images, "MAX_PIXEL_BYTES", 0)
     given = pictures(6)
     given[3] = Picture("p3", broken, 3)
     done = []
     with pytest.raises(UserError, match="p3 is no whole image"):
-        for batch in made_ahead(encoded(tiny("vit"), given)):
+        for batch in prefetch_batches(encoded(tiny("vit"), given)):
             done += batch.names
     assert done == ["p0", "p1"]

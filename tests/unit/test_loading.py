@@ -17,15 +17,21 @@ from families import CONTEXT
 from PIL.Image import fromarray
 from safetensors.torch import load_file, save_file
 
-from ablation_sweeps import hub, job, sites
-from ablation_sweeps.ablation import Constant, ablated, reading
-from ablation_sweeps.activations import Histogram, collect
-from ablation_sweeps.data import Document, UserError, together
-from ablation_sweeps.evaluation import evaluate
-from ablation_sweeps.files import signature
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.hashing import signature
+from ablation_sweeps.data.batch import Document, pad_and_stack
+from ablation_sweeps.data.encoder import Budget
+from ablation_sweeps.experiment import chance as chance_module
+from ablation_sweeps.experiment import identity, session
+from ablation_sweeps.experiment.evaluate import evaluate
+from ablation_sweeps.methods.method import Constant
 from ablation_sweeps.methods.resample import AnotherExample
-from ablation_sweeps.models import causal_lm
-from ablation_sweeps.transformer import Budget, Transformer
+from ablation_sweeps.models import causal_lm, pretrained
+from ablation_sweeps.models.transformer import Transformer
+from ablation_sweeps.neurons import sites
+from ablation_sweeps.neurons.collect import collect
+from ablation_sweeps.neurons.hooks import ablated, reading
+from ablation_sweeps.neurons.statistics import Histogram
 
 TEXTS = [Document("a", "The quick brown fox"), Document("b", "jumps over"), Document("c", "the lazy dog")]
 has_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -160,7 +166,7 @@ def test_quantised_weights_are_near_the_whole_ones_and_can_be_ablated(fresh, sav
 
 def test_quantising_without_the_library_says_how_to_get_it(option, monkeypatch):
     model = option("model=gpt2", "model.quantize=4bit")
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"model\.quantize=4bit: needs bitsandbytes; install it"):
         model.check("text")
 
@@ -240,15 +246,15 @@ def test_all_of_a_model_is_of_the_commit_in_its_signature(option, monkeypatch):
         asked.append(options["revision"])
         raise OSError("not here")
 
-    monkeypatch.setattr(hub, "commit", lambda *arguments: "f" * 40)
+    monkeypatch.setattr(pretrained, "commit", lambda *arguments: "f" * 40)
     for part in ("AutoModelForCausalLM", "AutoTokenizer", "AutoConfig", "AutoImageProcessor"):
         monkeypatch.setattr(getattr(transformers, part), "from_pretrained", from_pretrained)
     monkeypatch.setattr(timm, "create_model", lambda name, **options: from_pretrained(revision=name.split("@")[1]))
     gpt2, vit = option("model=gpt2", "model.revision=v1"), option("model=vit_base_patch16_224")
     assert gpt2.identity()["files"] == "f" * 40 and gpt2.identity() == option("model=gpt2").identity()
     for load in (
-        lambda: hub.load_tokenizer(gpt2),
-        lambda: hub.context_length(gpt2),
+        lambda: pretrained.load_tokenizer(gpt2),
+        lambda: pretrained.context_length(gpt2),
         lambda: gpt2.from_pretrained(transformers.AutoModelForCausalLM),
         vit.load,
         option("model=vit_small_timm").load,
@@ -343,12 +349,12 @@ def test_a_folder_of_timm_says_how_pictures_are_shown(option, tmp_path):
 def test_the_end_of_a_text_is_guessed_where_it_is_scored(job_of, pack, ends):
     some = ["statistics.tokens=2000", "eval.tokens=2000", "model.max_tokens=64"]
     made = job_of("model=tiny_causal", "dataset=python_docs", f"model.pack={pack}", *some)
-    model = job.load(made.model)
-    evaluation, calibration = (job.encode(made, model, split) for split in ("evaluation", "calibration"))
+    model = session.load(made.model)
+    evaluation, calibration = (session.encode(made, model, split) for split in ("evaluation", "calibration"))
     end = model.encode.tokenizer.eos_token_id
     ids = torch.cat([batch.inputs["input_ids"][batch.keep] for batch in calibration])
     counted = torch.isin(ids, torch.tensor(sorted(model.special_ids - ({end} if ends else set()))), invert=True)
-    probability = job.chance(made, model, evaluation, calibration).probability
+    probability = chance_module.chance(made, model, evaluation, calibration).probability
     assert (probability[end] * (counted.sum() + len(probability))).round() == 1 + ends * (ids == end).sum() > ends
 
 
@@ -366,7 +372,7 @@ def test_classes_in_another_order_than_the_models_are_refused(job_of, tiny):
 
     def chance(*names: str) -> None:
         dataset = SimpleNamespace(label="mine", class_names=lambda: list(names))
-        job.chance(dataclasses.replace(digits, dataset=dataset), model, [], [])
+        chance_module.chance(dataclasses.replace(digits, dataset=dataset), model, [], [])
 
     model = dataclasses.replace(tiny("vit"), class_names=("ant", "bee", "cat", "dog", "eel"))
     chance("ant", "bee", "cat", "dog", "eel")
@@ -583,8 +589,8 @@ def test_earlier_results_of_such_models_are_not_taken_for_new_ones(job_of, saved
     for _ in range(2):  # as now, and as it was
         made = job_of("model=causal_lm", f"model.path={tmp_path / 'model'}", f"model.max_tokens={max_tokens}")
         signatures.append((made.signature, signature(made.study), signature(made.data)))
-        monkeypatch.setattr(hub.Pretrained, "_computed_otherwise", lambda _: {}, raising=False)
-        job._content.cache_clear()
+        monkeypatch.setattr(pretrained.Pretrained, "_computed_otherwise", lambda _: {}, raising=False)
+        identity._content.cache_clear()
     assert [now != then for now, then in zip(*signatures, strict=True)] == [otherwise] * 3
 
 
@@ -623,7 +629,7 @@ def test_a_scheme_that_few_tokens_hardly_show_is_found_in_any_precision(option, 
     model = option(*given).load()
     text, longer = (model.other_input("probe", n, n) for n in (140, 220))
     with torch.inference_mode():
-        alone, beside = (model.logits(together(*given))[0, :140].double().log_softmax(-1)
+        alone, beside = (model.logits(pad_and_stack(*given))[0, :140].double().log_softmax(-1)
                          for given in ((text,), (text, longer)))  # fmt: skip
     assert (alone - beside).abs().mean() > 0.05, "it does matter"
     assert model.encode.apart

@@ -12,16 +12,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ablation_sweeps import activations, job, sites
-from ablation_sweeps.ablation import Fitting, ablated, reading
-from ablation_sweeps.data import NOT_SCORED, Batch, Document, UserError
-from ablation_sweeps.growing import Bracket
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.data.batch import NOT_SCORED, Batch, Document
+from ablation_sweeps.data.encoder import Budget
+from ablation_sweeps.experiment import identity
 from ablation_sweeps.methods.mean import Mean
 from ablation_sweeps.methods.median import Median
+from ablation_sweeps.methods.method import Fitting
 from ablation_sweeps.methods.peak import Peak, grenander, smooth
 from ablation_sweeps.methods.resample import Resample, _donors
 from ablation_sweeps.methods.zero import Zero
-from ablation_sweeps.transformer import Budget, Transformer
+from ablation_sweeps.models.transformer import Transformer
+from ablation_sweeps.neurons import collect, sites
+from ablation_sweeps.neurons.hooks import ablated, reading
+from ablation_sweeps.neurons.statistics import Histogram
+from ablation_sweeps.neurons.streaming_histogram import Bracket
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 DISCONTINUOUS = ("histogram", "coarse_to_fine", "averaged", "smoothed", "global_range", "kde", "half_sample_mode")
@@ -53,7 +58,7 @@ class Given(nn.Module):
         return [layer["attn"]["proj"](part) for layer, part in zip(self.layers, x.split(self.widths, -1), strict=True)]
 
 
-def given(raw: list[np.ndarray], site, tmp_path, passes: activations.NPasses = 2) -> Fitting:
+def given(raw: list[np.ndarray], site, tmp_path, passes: collect.NPasses = 2) -> Fitting:
     """`raw`: `[tokens, neurons]` a layer. Spread over batches, the last one with padding."""
     tokens = len(raw[0])
     x = torch.from_numpy(np.concatenate(raw, 1, dtype=np.float32))
@@ -69,7 +74,7 @@ def given(raw: list[np.ndarray], site, tmp_path, passes: activations.NPasses = 2
     model = Transformer("given", "", "causal_lm", module, call, call, lambda *_: [],
                         lambda *_: batches[0], None, frozenset())  # fmt: skip
     projections = sites.find(model, site("attn_pre_out"), None)
-    statistics = functools.partial(activations.collect, model, projections, batches, tmp_path, passes=passes)
+    statistics = functools.partial(collect.collect, model, projections, batches, tmp_path, passes=passes)
     return Fitting(model, projections, statistics, 10, 0)
 
 
@@ -364,7 +369,7 @@ def test_median_of_real_weights_is_that_of_numpy(assets, job_of, site, tmp_path,
         for part in batch.parts(model.at_once):  # as they are passed on a CPU, and so rounded
             seen = plain_run(model, projections, dict(part.inputs))
             raw.append([x[part.keep.flatten()] for x in seen])
-    statistics = functools.partial(activations.collect, model, projections, batches, tmp_path, passes=passes)
+    statistics = functools.partial(collect.collect, model, projections, batches, tmp_path, passes=passes)
     values = Median(label="median", n_bins=1000).fit(Fitting(model, projections, statistics, 10, 0)).values
     for layer, of_layer in enumerate(values):
         assert_are_medians(torch.cat([x[layer] for x in raw]).numpy(), of_layer)
@@ -372,7 +377,9 @@ def test_median_of_real_weights_is_that_of_numpy(assets, job_of, site, tmp_path,
 
 def test_a_median_of_before_is_not_taken_for_the_new_one(job_of):
     """Its values have changed, and those of no other method."""
-    options = {method: job._options(job_of(f"method={method}").method) for method in ("mean", "median", "peak", "zero")}
+    options = {
+        method: identity._options(job_of(f"method={method}").method) for method in ("mean", "median", "peak", "zero")
+    }
     assert [method for method, found in options.items() if "numbers" in found] == ["median"]
 
 
@@ -436,7 +443,7 @@ def test_statistics_are_asked_for_only_where_they_are_needed(raw, site, tmp_path
     Mean(label="mean").fit(noted)
     assert asked == [()]
     peak("histogram").fit(noted)
-    assert asked[1:] == [(activations.Histogram(100),)]
+    assert asked[1:] == [(Histogram(100),)]
 
 
 # Resampling
@@ -456,7 +463,7 @@ def pictures_of(model: Transformer, n: int = 3) -> list[Batch]:
 def fitting_of(model: Transformer, site, tmp_path, name: str = "attn_pre_out", batches=None) -> Fitting:
     projections = sites.find(model, site(name), None)
     batches = batches or (pictures_of(model) if model.modality == "image" else batches_of(model))
-    statistics = functools.partial(activations.collect, model, projections, batches, tmp_path)
+    statistics = functools.partial(collect.collect, model, projections, batches, tmp_path)
     return Fitting(model, projections, statistics, max(b.labels.shape[-1] for b in batches), 7)
 
 

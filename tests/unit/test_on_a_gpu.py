@@ -10,10 +10,13 @@ import pytest
 import torch
 from pretended_gpu import OnGpu, pretended
 
-from ablation_sweeps import evaluation, job, sites
-from ablation_sweeps.ablation import ablated
-from ablation_sweeps.activations import Histogram, collect
+from ablation_sweeps.experiment import score, session
+from ablation_sweeps.experiment.run import run_job
 from ablation_sweeps.methods.zero import Zero
+from ablation_sweeps.neurons import sites
+from ablation_sweeps.neurons.collect import collect
+from ablation_sweeps.neurons.hooks import ablated
+from ablation_sweeps.neurons.statistics import Histogram
 
 FEW = ["tracking=none", "eval.tokens=600", "statistics.tokens=600", "eval.images=8", "fraction.values=[0.5,1.0]"]
 JOBS = [
@@ -33,12 +36,12 @@ JOBS = [
 def gpu(monkeypatch):
     with pretended(monkeypatch):
         yield
-    job._loaded.clear()
+    session._loaded.clear()
 
 
 def rows_of(job_of, folder, *overrides) -> pd.DataFrame:
     one = job_of(*FEW, f"results_dir={folder}", *overrides)
-    return pd.read_parquet(job.run_job(one) / "rows.parquet")
+    return pd.read_parquet(run_job(one) / "rows.parquet")
 
 
 def test_it_is_as_strict_as_a_gpu(gpu):
@@ -85,15 +88,15 @@ def test_every_kind_is_loaded_read_and_ablated_there(fresh, site, tmp_path, gpu,
 def test_ranks_among_many_equal_logits(gpu):
     logits = torch.randint(0, 6, (200, 30), generator=torch.Generator().manual_seed(0)).float()
     labels = (torch.arange(200) % 30)[:, None]
-    there = evaluation._rank(logits.cuda(), labels.cuda(), 5)
+    there = score._rank(logits.cuda(), labels.cuda(), 5)
     assert isinstance(there, OnGpu)
-    assert there.cpu().clamp(max=5).equal(evaluation._rank(logits, labels, 5).clamp(max=5))
+    assert there.cpu().clamp(max=5).equal(score._rank(logits, labels, 5).clamp(max=5))
 
 
 @pytest.mark.parametrize("overrides", JOBS, ids=" ".join)
 def test_a_job_gives_the_numbers_of_the_cpu(job_of, tmp_path, gpu, overrides):
     there = rows_of(job_of, tmp_path / "there", *overrides, "model.device=cuda")
-    (model,) = job._loaded.values()
+    (model,) = session._loaded.values()
     assert all(isinstance(parameter, OnGpu) for parameter in model.module.parameters())
     here = rows_of(job_of, tmp_path / "here", *overrides, "model.device=cpu")
     pd.testing.assert_frame_equal(there, here, check_exact=True)
@@ -108,7 +111,7 @@ def test_a_point_more_waits_for_nothing_more(job_of, tmp_path, gpu, options):
         rows_of(job_of, tmp_path, *options, "method=mean", "model.device=cuda", f"fraction.values={fractions}")
         waits.append(len(pretended_gpu.waited))
     pretended_gpu.waited.clear()
-    (model,) = job._loaded.values()
+    (model,) = session._loaded.values()
     model.logits(model.other_input("probe", 8, 0).to(model.device))
     own = len(pretended_gpu.waited)  # transformers looks whether a text is padded
     assert waits[2] - waits[1] == 3 * own
@@ -129,7 +132,7 @@ def test_what_does_not_fit_is_halved(job_of, tmp_path, gpu, monkeypatch, method)
     options = ["model=tiny_causal", f"method={method}"]
     here = rows_of(job_of, tmp_path / "here", *options)
     rows_of(job_of, tmp_path, *options, "model.device=cuda")
-    ((name, model),) = job._loaded.items()
+    ((name, model),) = session._loaded.items()
 
     def small(run):
         def or_not(batch):
@@ -140,7 +143,7 @@ def test_what_does_not_fit_is_halved(job_of, tmp_path, gpu, monkeypatch, method)
         return or_not
 
     monkeypatch.setitem(
-        job._loaded, name, dataclasses.replace(model, logits=small(model.logits), body=small(model.body))
+        session._loaded, name, dataclasses.replace(model, logits=small(model.logits), body=small(model.body))
     )
     there = rows_of(job_of, tmp_path / "there", *options, "model.device=cuda")
     pd.testing.assert_frame_equal(there, here, rtol=1e-5, atol=1e-6)
@@ -152,7 +155,7 @@ def test_a_model_may_be_spread_over_two_devices(job_of, tmp_path, gpu, method):
     from accelerate import dispatch_model
 
     here = rows_of(job_of, tmp_path / "here", "model=tiny_causal", f"method={method}")
-    (model,) = job._loaded.values()
+    (model,) = session._loaded.values()
     where = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu",
              "model.layers.2": 0, "model.layers.3": 0, "model.norm": 0, "lm_head": "cpu"}  # fmt: skip
     dispatch_model(model.module, where, main_device=torch.device("cpu"), force_hooks=True)

@@ -17,17 +17,18 @@ import torch
 from scipy import stats
 from test_comparison import noisy, runs, table
 
-from ablation_sweeps import intervals, neurons, page
-from ablation_sweeps.activations import Histogram, Moments, Statistics, bins
+from ablation_sweeps.neurons.statistics import Histogram, Moments, Statistics, bin_index
+from ablation_sweeps.report import neurons, page, plots, verdict
+from ablation_sweeps.results.study import StudyResult, analyse_study
 
 
-def study(documents: dict[tuple[str, int], pd.DataFrame], metrics=("loss", "top1")) -> intervals.Measured:
+def study(documents: dict[tuple[str, int], pd.DataFrame], metrics=("loss", "top1")) -> StudyResult:
     rows = pd.DataFrame({"metric": [*metrics, "perplexity"], "chance": 0.1})
-    return intervals.measured("a-name", "A title", "token", rows, documents)
+    return analyse_study("a-name", "A title", "token", rows, documents)
 
 
 def test_the_verdict_names_the_best_and_what_cannot_be_told_from_it():
-    said = page.verdict(study(runs()))
+    said = verdict.verdict(study(runs()))
     assert re.match(r"(mean and same|same and mean) cannot be told apart: the area under the loss of", said)
     assert "3 seeds, 40 documents" in said and said.endswith("Both do less damage than zero.")
 
@@ -43,16 +44,16 @@ def test_not_different_is_not_transitive():
     """A noisy method differs from none of two that differ from each other: these are in no set together."""
     for documents in (noisy(), noisy(n_seeds=1), noisy(noise=0.4), noisy(above=-0.1)):
         found = study(documents)
-        said, decided = page.verdict(found), found.ranking.query("better != ''")
+        said, decided = verdict.verdict(found), found.ranking.query("better != ''")
         pairs = [{row["method"], row["other"]} for row in decided.to_dict("records")]
         assert pairs and not any(pair <= group for pair in pairs for group in groups_in(said))
         for row in decided.to_dict("records"):
             worse = ({row["method"], row["other"]} - {row["better"]}).pop()
             assert "does least damage" in said or re.search(rf"{row['better']}\b.* less damage than {worse}", said)
-    said = page.verdict(study(noisy()))
+    said = verdict.verdict(study(noisy()))
     assert said.startswith("mean and same cannot be told apart, nor can same and zero: the area under the loss of mean")
     assert "mean does less damage than zero." in said
-    best = page.verdict(study(noisy(above=-0.1)))  # the noisy one
+    best = verdict.verdict(study(noisy(above=-0.1)))  # the noisy one
     assert best.startswith("same and mean cannot be told apart, nor can same and zero: ") and "mean does less" in best
     tied = {row["method"]: row["tied with"] for row in page.areas(study(noisy()))}
     assert tied == {"zero": [["same"]], "mean": [["same"]], "same": [["zero", "mean"]]}
@@ -60,7 +61,7 @@ def test_not_different_is_not_transitive():
 
 def test_all_largest_groups_without_a_decided_pair():
     pairs = lambda *texts: {frozenset(text) for text in texts}  # noqa: E731
-    groups = lambda ranked, undecided: [*page.groups_of_tied(ranked, undecided)]  # noqa: E731
+    groups = lambda ranked, undecided: [*verdict.groups_of_tied(ranked, undecided)]  # noqa: E731
     assert groups("abcd", pairs("ab", "bc", "ac", "cd")) == [["a", "b", "c"], ["c", "d"]]
     assert groups("abcd", pairs("ac", "bd")) == [["a", "c"], ["b", "d"]]
     assert groups("abc", pairs()) == []
@@ -88,7 +89,7 @@ def test_a_verdict_on_many_tied_methods_does_not_hang(decided):
     signal.signal(signal.SIGVTALRM, lambda *_: pytest.fail("it takes more than 20 seconds of a processor"))
     signal.setitimer(signal.ITIMER_VIRTUAL, 20)
     try:
-        said = page.verdict(many)
+        said = verdict.verdict(many)
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     if decided == "none":
@@ -103,7 +104,7 @@ def test_a_verdict_on_many_tied_methods_does_not_hang(decided):
 def test_the_interval_that_the_verdict_prints_leaves_out_0_where_it_decides():
     for documents in (noisy(), noisy(noise=0.4), runs(), runs(n_seeds=1)):
         found = study(documents)
-        said = page.verdict(found)
+        said = verdict.verdict(found)
         ends = re.search(r"[+-]\d\.\d{4} \[([+-]\d\.\d{4}), ([+-]\d\.\d{4})\]", said)
         low, high = float(ends[1]), float(ends[2])
         assert (low > 0 or high < 0) == ("does least damage" in said)
@@ -113,7 +114,7 @@ def test_the_interval_that_the_verdict_prints_leaves_out_0_where_it_decides():
 
 def test_the_verdict_of_a_clear_winner():
     two = {key: documents for key, documents in runs().items() if key[0] != "same"}
-    said = page.verdict(study(two))
+    said = verdict.verdict(study(two))
     measured = study(two)
     (row,) = measured.comparisons.query("metric == 'loss' and fraction != fraction").to_dict("records")
     assert said.startswith("mean does least damage: the area under the loss is ")
@@ -122,15 +123,15 @@ def test_the_verdict_of_a_clear_winner():
 
 def test_one_seed_one_method_and_half_of_the_fractions_are_said():
     one = {key: documents for key, documents in runs().items() if key[1] == 0}
-    assert page.verdict(study(one)).endswith("One seed: nothing is said about other neurons.")
-    assert "nothing to compare" in page.verdict(study({("zero", 0): one["zero", 0]}))
+    assert verdict.verdict(study(one)).endswith("One seed: nothing is said about other neurons.")
+    assert "nothing to compare" in verdict.verdict(study({("zero", 0): one["zero", 0]}))
     half = {key: documents[documents["fraction"] < 1] for key, documents in one.items()}
-    assert "the loss up to 50%" in page.verdict(study(half))
+    assert "the loss up to 50%" in verdict.verdict(study(half))
 
 
 def test_methods_with_other_seeds_are_not_compared():
     apart = {("zero", 0): runs()["zero", 0], ("mean", 1): runs()["mean", 1]}
-    assert "none is called the best" in page.verdict(study(apart))
+    assert "none is called the best" in verdict.verdict(study(apart))
 
 
 def test_areas_and_verdict_are_of_the_seeds_and_fractions_that_all_methods_have():
@@ -140,7 +141,9 @@ def test_areas_and_verdict_are_of_the_seeds_and_fractions_that_all_methods_have(
     of_one = {("zero", 0): harder(two["zero", 0]), ("mean", 0): harder(two["mean", 0])}
     apart = {**of_one, ("zero", 1): two["zero", 1], ("zero", 2): two["zero", 2]}
     found, expected = study(apart), study(of_one)
-    assert page.verdict(found) == page.verdict(expected) and page.verdict(found).startswith("mean does least damage")
+    assert verdict.verdict(found) == verdict.verdict(expected) and verdict.verdict(found).startswith(
+        "mean does least damage"
+    )
     assert str(page.areas(found)) == str(page.areas(expected))
     of_zero = {key: documents for key, documents in apart.items() if key[0] == "zero"}
     assert found.levels["loss"]["zero"] == study(of_zero).levels["loss"]["zero"]  # the curves are of all seeds
@@ -148,7 +151,7 @@ def test_areas_and_verdict_are_of_the_seeds_and_fractions_that_all_methods_have(
     shorter = {key: table[table["fraction"] < 1] if key[0] == "zero" else table for key, table in two.items()}
     both = {key: table[table["fraction"] < 1] for key, table in two.items()}
     assert str(page.areas(study(shorter))) == str(page.areas(study(both))) and study(shorter).reach == 0.5
-    assert "up to 50%" in page.verdict(study(shorter))
+    assert "up to 50%" in verdict.verdict(study(shorter))
 
 
 def test_a_point_that_one_seed_lacks_is_drawn_from_the_others():
@@ -167,8 +170,8 @@ def test_a_metric_that_a_run_has_not_measured_is_compared_where_it_was():
     old |= {(method, seed): table.drop(columns="top1") for (method, seed), table in whole.items() if method == "mean"}
     found, metrics = study(old, ("loss", "top1", "kl")), ("loss", "top1", "kl")
     expected = study(whole, metrics)
-    said = page.verdict(found)
-    assert said == page.verdict(expected) + (
+    said = verdict.verdict(found)
+    assert said == verdict.verdict(expected) + (
         " Not measured by every run, and compared on those that have it: top1 (mean), kl (zero)."
     )
     assert page.areas(found)[1]["area of top1"][0] != page.areas(found)[1]["area of top1"][0]  # NaN
@@ -178,20 +181,20 @@ def test_a_metric_that_a_run_has_not_measured_is_compared_where_it_was():
     counts = found.comparisons.dropna(subset="fraction").set_index(["metric", "method", "other"])["n_seeds"]
     assert set(counts["kl", "zero", "mean"]) == {2} and set(counts["kl", "mean", "same"]) == {3}
     assert ("top1", "zero", "mean") not in counts.index and set(counts["top1", "zero", "same"]) == {3}
-    assert "mean" not in {trace.get("name") for trace in page.figures(found)["top1|"]["data"]}
+    assert "mean" not in {trace.get("name") for trace in plots.figures(found)["top1|"]["data"]}
     assert len(page.render("t", [(found, None, {})], [])) > 1000
     without_loss = study({key: t.drop(columns="loss") for key, t in whole.items()}, metrics)
-    assert "none is called the best" in page.verdict(without_loss)
+    assert "none is called the best" in verdict.verdict(without_loss)
 
 
 def test_thin_calibration_is_part_of_the_verdict():
     rows = pd.DataFrame(
         {"metric": ["loss"], "chance": 0.1, "calibration_positions": 379.0, "calibration_asked": 5000.0}
     )
-    found = intervals.measured("a-name", "A title", "token", rows, runs())
-    assert page.verdict(found).endswith(" Statistics are of 379 positions, where 5,000 were asked for.")
+    found = analyse_study("a-name", "A title", "token", rows, runs())
+    assert verdict.verdict(found).endswith(" Statistics are of 379 positions, where 5,000 were asked for.")
     enough = rows.assign(calibration_positions=4998.0)
-    assert "positions" not in page.verdict(intervals.measured("a-name", "A title", "token", enough, runs()))
+    assert "positions" not in verdict.verdict(analyse_study("a-name", "A title", "token", enough, runs()))
 
 
 def test_a_line_from_end_to_end_is_not_taken_for_a_curve():
@@ -199,7 +202,7 @@ def test_a_line_from_end_to_end_is_not_taken_for_a_curve():
     two = {key: documents for key, documents in runs().items() if key[0] != "same"}
     ends = {key: t[t["fraction"] != 0.5] if key[0] == "mean" else t for key, t in two.items()}
     found = study(ends)
-    assert "none is called the best" in page.verdict(found) and math.isnan(found.areas["loss"]["zero"].value)
+    assert "none is called the best" in verdict.verdict(found) and math.isnan(found.areas["loss"]["zero"].value)
     assert found.comparisons["fraction"].tolist() == [1.0, 1.0]  # of loss and top1; no area
 
 
@@ -210,7 +213,7 @@ def test_one_odd_run_does_not_keep_the_others_from_being_compared():
     elsewhere = {**without, ("mean", 7): runs()["mean", 0]}
     for odd in (ends, elsewhere):
         found, expected = study(odd), study(without)
-        assert page.verdict(found) == page.verdict(expected) + (
+        assert verdict.verdict(found) == verdict.verdict(expected) + (
             " mean is left out, for want of results on the same seeds and fractions."
         )
         areas = {row["method"]: row for row in page.areas(found)}
@@ -223,7 +226,7 @@ def test_one_odd_run_does_not_keep_the_others_from_being_compared():
 def test_where_nothing_was_ablated_there_is_no_area():
     clean = {key: table[table["fraction"] == 0] for key, table in runs().items()}
     found = study(clean)
-    assert "none is called the best" in page.verdict(found) and all(
+    assert "none is called the best" in verdict.verdict(found) and all(
         math.isnan(a.value) for a in found.areas["loss"].values()
     )
 
@@ -231,7 +234,7 @@ def test_where_nothing_was_ablated_there_is_no_area():
 def test_names_are_no_markup():
     odd = {(f"<b>{method}$<!--", seed): table for (method, seed), table in runs().items()}
     found = study(odd)
-    names = {trace.get("name") for trace in page.figures(found)["loss|"]["data"]}
+    names = {trace.get("name") for trace in plots.figures(found)["loss|"]["data"]}
     assert "&lt;b&gt;zero$&lt;!--" in names
     text = page.render("t", [(found, None, {})], [("a", "failed", "got <!-- a page <script>x</script>")])
     content = text.split('id="content">')[1].split("</script>")[0]
@@ -244,7 +247,7 @@ def of(figure: dict, name: str) -> dict:
 
 
 def test_a_difference_is_that_of_the_curves_whichever_method_it_is_to():
-    figures = page.figures(study(runs()))
+    figures = plots.figures(study(runs()))
     assert set(figures) == {f"{m}|{r}" for m in ("loss", "top1") for r in ("", "zero", "mean", "same")}
     for reference, other in (("zero", "mean"), ("mean", "zero")):
         apart = np.array(of(figures[f"loss|{reference}"], other)["y"])
@@ -298,7 +301,7 @@ def statistics(layers: list[torch.Tensor]) -> Statistics:
     moments = [Moments.of(x) for x in layers]
     counts = []
     for x, m in zip(layers, moments, strict=True):
-        index = bins(x, m.minimum, m.maximum, 100)
+        index = bin_index(x, m.minimum, m.maximum, 100)
         counts.append(torch.stack([torch.bincount(row, minlength=100) for row in index]).int())
     return Statistics(moments, {Histogram(100): counts})
 
@@ -308,7 +311,7 @@ def unpacked(text: str, kind: str) -> np.ndarray:
 
 
 def test_each_neuron_has_its_moments_peak_and_histogram(activations):
-    found = neurons.of(statistics(activations), 2)
+    found = neurons.neuron_summary(statistics(activations), 2)
     x = [column for layer in activations for column in layer.T.numpy()]
     assert found["widths"] == [4, 6] and found["heads"] == 2 and found["tokens"] == 3000 and found["all"]
     np.testing.assert_allclose(unpacked(found["mean"], "<f4"), [v.mean() for v in x], atol=1e-5)
@@ -327,22 +330,22 @@ def test_each_neuron_has_its_moments_peak_and_histogram(activations):
 
 
 def test_by_layer_the_peak_is_that_far_from_the_mean(activations):
-    figure = neurons.of(statistics(activations), None)["layers"]
+    figure = neurons.neuron_summary(statistics(activations), None)["layers"]
     spread = of(figure, "spread (standard deviation)")["y"]
     assert spread == pytest.approx([float(np.median(layer.numpy().std(0))) for layer in activations], rel=1e-3)
     assert len(of(figure, "|peak - mean|")["y"]) == 2
 
 
 def test_more_calibration_data_find_the_same_peak_more_often(activations):
-    figure = neurons.of(statistics(activations), None)["stability"]
+    figure = neurons.neuron_summary(statistics(activations), None)["stability"]
     same, near = (np.array(of(figure, name)["y"]) for name in ("the same bin", "within one bin"))
     assert (near >= same).all() and same[-1] > same[0] and (same <= 100).all()
     assert of(figure, "the same bin")["x"][4] == 3000
 
 
 def test_of_a_large_model_the_least_symmetrical_are_kept(activations, monkeypatch):
-    monkeypatch.setattr(neurons, "ROOM", 300)
-    found = neurons.of(statistics(activations), None)
+    monkeypatch.setattr(neurons, "MAX_HISTOGRAM_BYTES", 300)
+    found = neurons.neuron_summary(statistics(activations), None)
     assert not found["all"] and len(found["layer"]) == len(found["index"]) == 3
     assert (1, 2) in set(zip(found["layer"], found["index"], strict=True))
     assert len(unpacked(found["heights"], "u1")) == 300

@@ -15,10 +15,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ablation_sweeps import files, launching, store, watching
-from ablation_sweeps.cli import app
-from ablation_sweeps.local import Local
-from ablation_sweeps.queue import Place
+from ablation_sweeps.base import files
+from ablation_sweeps.cli.commands import app
+from ablation_sweeps.dispatch import plan, sweep, watch
+from ablation_sweeps.dispatch.local import Local
+from ablation_sweeps.dispatch.scheduler import PackState
+from ablation_sweeps.results import run_folder
 
 
 def job(results: Path, name: str, model: str = "m") -> SimpleNamespace:
@@ -30,21 +32,21 @@ def job(results: Path, name: str, model: str = "m") -> SimpleNamespace:
 @pytest.fixture
 def jobs(monkeypatch, tmp_path) -> list[SimpleNamespace]:
     """SimpleNamespace has no hash: the plan groups by these two."""
-    monkeypatch.setattr(launching, "by_model", lambda jobs: list(range(len(jobs))))
-    monkeypatch.setattr(launching, "packed", lambda jobs, most: [
+    monkeypatch.setattr(plan, "by_model", lambda jobs: list(range(len(jobs))))
+    monkeypatch.setattr(sweep, "packed", lambda jobs, most: [
         SimpleNamespace(folders=[job.folder for job in jobs[i : i + most]]) for i in range(0, len(jobs), most)
     ])  # fmt: skip
     return [job(tmp_path, name) for name in "abcde"]
 
 
 def test_a_plan_counts_what_is_missing_and_estimates_by_what_was_run(jobs, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(store, "finished", lambda folder: folder.name == "m-d-a")
+    monkeypatch.setattr(run_folder, "finished", lambda folder: folder.name == "m-d-a")
     runs = [("sweep/m-d-a", "x", 20), ("another/m-d-x", "x", 40), ("another/n-d-x", "x", 9999), ("s/m-d-z", "more", 99)]
     for run, like, seconds in runs:
         files.write_json(tmp_path / run / "environment.json", {"like": like, "seconds": seconds})
     (tmp_path / "sweep" / "m-d-b").mkdir()
     (tmp_path / "sweep" / "m-d-b" / "progress-000000.parquet").touch()
-    launching.plan(jobs, 3, 2)
+    plan.plan(jobs, 3, 2)
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "pack 1: m on d, 3 jobs, about 90 s (1 begun already)"
     assert said[4] == "pack 2: m on d, 1 job, about 30 s"
@@ -53,14 +55,14 @@ def test_a_plan_counts_what_is_missing_and_estimates_by_what_was_run(jobs, capsy
 
 
 def test_a_plan_without_a_past_gives_no_estimate(jobs, capsys):
-    launching.plan(jobs, 5, 1)
+    plan.plan(jobs, 5, 1)
     assert "no estimate" in capsys.readouterr().out
 
 
 def test_status_is_read_from_the_files(tmp_path):
-    store.begin(tmp_path / "one", {})
-    store.finish(tmp_path / "one", pd.DataFrame({"value": [1.0]}), pd.DataFrame({"n": [1.0]}), 1.0)
-    store.write_status(tmp_path / "two", "failed", "its process died 2 times: [red]OUT_OF_MEMORY")
+    run_folder.begin(tmp_path / "one", {})
+    run_folder.finish(tmp_path / "one", pd.DataFrame({"value": [1.0]}), pd.DataFrame({"n": [1.0]}), 1.0)
+    run_folder.write_status(tmp_path / "two", "failed", "its process died 2 times: [red]OUT_OF_MEMORY")
     shown = CliRunner().invoke(app, ["status", str(tmp_path)])
     assert shown.exit_code == 0 and "1 failed, 1 finished" in shown.output
     assert "its process died 2 times: [red]OUT_OF_MEMORY" in shown.output
@@ -86,10 +88,10 @@ def test_a_job_whose_process_was_killed_does_not_run_for_ever(tmp_path):
 
 
 def test_what_waited_for_a_launcher_that_was_killed_waits_no_more(tmp_path, monkeypatch):
-    store.queue(tmp_path / "here", {}, lasts=False)
-    store.queue(tmp_path / "on a cluster", {}, lasts=True)
+    run_folder.queue(tmp_path / "here", {}, lasts=False)
+    run_folder.queue(tmp_path / "on a cluster", {}, lasts=True)
     assert "2 queued" in CliRunner().invoke(app, ["status", str(tmp_path)]).output
-    monkeypatch.setattr(store, "_gone", lambda pid, wrote: pid == os.getpid())
+    monkeypatch.setattr(run_folder, "_gone", lambda pid, wrote: pid == os.getpid())
     said = CliRunner().invoke(app, ["status", str(tmp_path)]).output
     assert "1 interrupted, 1 queued" in said and "stopped while it waited; the same command runs it" in said
 
@@ -98,16 +100,16 @@ def test_what_waited_for_a_launcher_that_was_killed_waits_no_more(tmp_path, monk
 def test_what_ran_before_it_waited_is_not_told_as_if_it_had_only_waited(tmp_path, monkeypatch, killed):
     """Stopped by a signal, launched again, and stopped once more before it was its turn: by Ctrl-C, or killed."""
     ran, waited = tmp_path / "ran", tmp_path / "waited"
-    store.begin(ran, {})
-    store.save_progress(ran, 0, pd.DataFrame({"n": [1.0]}))
-    store.fail(ran, KeyboardInterrupt())
+    run_folder.begin(ran, {})
+    run_folder.save_progress(ran, 0, pd.DataFrame({"n": [1.0]}))
+    run_folder.fail(ran, KeyboardInterrupt())
     assert "by a signal while it ran" in CliRunner().invoke(app, ["status", str(tmp_path)]).output
     for run in (ran, waited):
-        store.queue(run, {}, lasts=False)
+        run_folder.queue(run, {}, lasts=False)
     if killed:
-        monkeypatch.setattr(store, "_gone", lambda pid, wrote: True)
+        monkeypatch.setattr(run_folder, "_gone", lambda pid, wrote: True)
     else:
-        store.give_up([ran, waited])
+        run_folder.mark_interrupted([ran, waited])
     said = CliRunner().invoke(app, ["status", str(tmp_path)]).output
     of_ran, of_waited = (
         next(line for line in said.splitlines() if line.strip().startswith(run)) for run in ("ran", "wa")
@@ -116,9 +118,9 @@ def test_what_ran_before_it_waited_is_not_told_as_if_it_had_only_waited(tmp_path
 
 
 def test_what_is_cancelled_on_a_cluster_ran_or_waited(tmp_path):
-    store.begin(tmp_path / "ran", {})
-    store.queue(tmp_path / "waited", {}, lasts=True)
-    store.give_up([tmp_path / "ran", tmp_path / "waited"], killed=True)
+    run_folder.begin(tmp_path / "ran", {})
+    run_folder.queue(tmp_path / "waited", {}, lasts=True)
+    run_folder.mark_interrupted([tmp_path / "ran", tmp_path / "waited"], killed=True)
     said = CliRunner().invoke(app, ["status", str(tmp_path)]).output
     assert "2 interrupted" in said and "cancelled while it ran" in said and "stopped while it waited" in said
 
@@ -139,10 +141,10 @@ def test_a_zombie_has_ended_and_a_locked_run_has_not(tmp_path):
 
 def test_retry_leaves_alone_what_another_process_will_come_to(tmp_path, monkeypatch, caplog):
     others = tmp_path / "in order"
-    store.queue(others, {}, lasts=False)
+    run_folder.queue(others, {}, lasts=False)
     assert CliRunner().invoke(app, ["retry", str(tmp_path)]).exit_code == 0
-    assert store.status(others)["state"] == "queued" and "1 job left to the process that is at it" in caplog.text
-    monkeypatch.setattr(store, "_gone", lambda pid, wrote: True)
+    assert run_folder.status(others)["state"] == "queued" and "1 job left to the process that is at it" in caplog.text
+    monkeypatch.setattr(run_folder, "_gone", lambda pid, wrote: True)
     tried = CliRunner().invoke(app, ["retry", str(tmp_path)])
     assert "nothing there can be tried again" in str(tried.exception)
     assert "in order: left alone: model: must be given" in caplog.text
@@ -165,16 +167,16 @@ def test_a_plan_knows_how_many_packs_a_machine_runs_at_once(monkeypatch, n, opti
 def test_the_table_says_how_far_the_running_job_of_a_pack_is(tmp_path):
     from rich.console import Console
 
-    store.write_status(tmp_path / "one", "finished")
+    run_folder.write_status(tmp_path / "one", "finished")
     started = datetime.now(timezone.utc) - timedelta(seconds=100)
     files.write_json(tmp_path / "two" / "status.json",
                      {"state": "running", "started": started.isoformat(), "batches": 40, "begun_at": 18})  # fmt: skip
     for batch in range(20):
         (tmp_path / "two" / f"progress-{batch:06d}.parquet").touch()
     console = Console(width=150)
-    packs = {"p1": ([tmp_path / "one", tmp_path / "two"], Place("RUNNING", "node3", False, ""))}
+    packs = {"p1": ([tmp_path / "one", tmp_path / "two"], PackState("RUNNING", "node3", False, ""))}
     with console.capture() as captured:
-        console.print(watching.table(packs))
+        console.print(watch.table(packs))
     (row,) = [line for line in captured.get().splitlines() if "p1" in line]
     assert row.split()[:6] == ["p1", "node3", "running", "1/2", "two", "20/40"]
     assert 990 < int(row.split()[-2]) < 1100 and row.split()[-1] == "s"  # two batches in 100 seconds, 20 to go

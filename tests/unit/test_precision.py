@@ -10,8 +10,9 @@ import pytest
 import torch
 from test_evaluation import COMMON, TOP_K, VOCABULARY, D, evaluated, scored_labels, study  # noqa: F401
 
-from ablation_sweeps.data import NOT_SCORED, Batch
-from ablation_sweeps.evaluation import LEAST, metrics, ratio, uniform
+from ablation_sweeps.data.batch import NOT_SCORED, Batch
+from ablation_sweeps.experiment.chance import uniform
+from ablation_sweeps.experiment.evaluate import LEAST, metrics, ratio
 
 WINDOWS, PER_WINDOW = 6, (12, 11, 9)
 

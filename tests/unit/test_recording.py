@@ -12,10 +12,13 @@ import pytest
 import torch
 from test_activations import CountingBody, assert_equal, batches_of
 
-from ablation_sweeps import files, job, sites
-from ablation_sweeps.activations import CalibrationData, Histogram, collect
-from ablation_sweeps.data import UserError
-from ablation_sweeps.recording import Recording
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.experiment import session
+from ablation_sweeps.experiment.run import run_job
+from ablation_sweeps.neurons import sites, tensor_cache
+from ablation_sweeps.neurons.collect import CalibrationData, collect
+from ablation_sweeps.neurons.replay import Replay
+from ablation_sweeps.neurons.statistics import Histogram
 
 H = Histogram(100)
 
@@ -27,7 +30,7 @@ def study(tiny, site, tmp_path):
     projections, batches = sites.find(model, site("attn_pre_out"), None), batches_of(model)
     assert len(batches) > 1 and not all(batch.keep.all() for batch in batches)  # there is padding
 
-    def run(recording: Recording | None, *histograms: Histogram, passes: int = 2):
+    def run(recording: Replay | None, *histograms: Histogram, passes: int = 2):
         body = CountingBody(model.body)
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         counting = dataclasses.replace(model, body=body)
@@ -51,7 +54,7 @@ def test_what_is_played_is_what_was_seen(fresh, site, tmp_path, family, dtype, n
     projections = sites.find(model, site(name), None)
     batches = [model.other_input("probe", 8, seed) for seed in range(3)]
     first, second = [], []
-    data = CalibrationData(model, projections, batches, Recording(tmp_path))
+    data = CalibrationData(model, projections, batches, Replay(tmp_path))
     data.run(lambda layer, x: first.append((layer, x.clone())), "")
     data.run(lambda layer, x: second.append((layer, x.clone())), "")
     assert len(first) == len(second) >= len(projections)
@@ -61,7 +64,7 @@ def test_what_is_played_is_what_was_seen(fresh, site, tmp_path, family, dtype, n
 
 
 def test_nor_does_it_matter_how_it_lies_in_memory(tmp_path):
-    recording, x = Recording(tmp_path), torch.arange(12.0).reshape(3, 4)
+    recording, x = Replay(tmp_path), torch.arange(12.0).reshape(3, 4)
     with recording.of(lambda *_: None) as see:
         for part in (x.T, x[:, ::2], x[:0]):
             see(0, part)
@@ -73,13 +76,13 @@ def test_nor_does_it_matter_how_it_lies_in_memory(tmp_path):
 def test_two_passes_are_one_of_the_model(study, tmp_path):
     plain, passes = study(None, H, Histogram(7))
     assert passes == 2
-    found, passes = study(Recording(tmp_path), H, Histogram(7))
+    found, passes = study(Replay(tmp_path), H, Histogram(7))
     assert passes == 1
     assert_equal(plain, found, H, Histogram(7))
 
 
 def test_the_jobs_that_follow_read_it_too(study, tmp_path):
-    recording = Recording(tmp_path)
+    recording = Replay(tmp_path)
     _, passes = study(recording)  # of a mean: the moments alone
     assert passes == 1
     found, passes = study(recording, H)
@@ -88,13 +91,13 @@ def test_the_jobs_that_follow_read_it_too(study, tmp_path):
 
 
 def test_one_pass_writes_nothing(study, tmp_path):
-    recording = Recording(tmp_path)
+    recording = Replay(tmp_path)
     _, passes = study(recording, H, passes=1)
     assert passes == 1 and not recording.whole
 
 
 def test_it_leaves_no_file(study, tmp_path):
-    recording = Recording(tmp_path / "here")
+    recording = Replay(tmp_path / "here")
     study(recording, H)
     assert recording.whole and not list((tmp_path / "here").iterdir())
 
@@ -109,7 +112,7 @@ def on_a_disk_of(monkeypatch, free: int) -> None:
 
 def test_it_takes_half_of_a_disk_at_the_most(study, tmp_path, monkeypatch):
     expected, _ = study(None, H)
-    recording = Recording(tmp_path)
+    recording = Replay(tmp_path)
     study(recording, H)
     size = recording._file.seek(0, 2)
     for free, fits in ((0, False), (2 * size - 1, False), (2 * size, True)):
@@ -122,15 +125,15 @@ def test_it_takes_half_of_a_disk_at_the_most(study, tmp_path, monkeypatch):
 
 
 def test_nor_more_than_its_room(study, tmp_path):
-    assert study(Recording(tmp_path, room=10_000), H)[1] == 2
-    assert study(Recording(tmp_path, room=10**9), H)[1] == 1
+    assert study(Replay(tmp_path, room=10_000), H)[1] == 2
+    assert study(Replay(tmp_path, room=10**9), H)[1] == 1
 
 
 @pytest.mark.parametrize("room", ["two parts", "all but ten bytes"])
 def test_a_disk_that_fills_up_costs_no_result(study, tmp_path, monkeypatch, room):
     """The system refuses to write, or writes a part of what it is given."""
     plain, _ = study(None, H)
-    recording = Recording(tmp_path)
+    recording = Replay(tmp_path)
     study(recording, H)
     sizes = [4 * part.shape.numel() for part in recording._parts]
     size = {"two parts": sum(sizes[:2]), "all but ten bytes": sum(sizes) - 10}[room]
@@ -156,7 +159,7 @@ def test_a_disk_that_fills_up_costs_no_result(study, tmp_path, monkeypatch, room
 def test_a_pass_that_failed_is_not_played(tiny, site, tmp_path):
     model = tiny("llama")
     projections, batches = sites.find(model, site("attn_pre_out"), None), batches_of(model)
-    recording, seen = Recording(tmp_path), []
+    recording, seen = Replay(tmp_path), []
 
     def interrupted(batch):
         if len(seen) == len(projections):
@@ -178,7 +181,7 @@ def test_a_pass_that_failed_is_not_played(tiny, site, tmp_path):
 
 @pytest.mark.parametrize("how", ["altered", "truncated"])
 def test_a_disk_that_gives_back_something_else_is_noticed(study, tmp_path, how):
-    recording = Recording(tmp_path)
+    recording = Replay(tmp_path)
     study(recording)
     size = recording._file.seek(0, 2)
     if how == "truncated":
@@ -198,9 +201,9 @@ FEW = ["model=tiny_causal", "tracking=none", "statistics.tokens=500"]
 
 
 def test_jobs_share_it_where_they_have_the_same_data(job_of, tmp_path):
-    def recording(*options: str) -> Recording | None:
+    def recording(*options: str) -> Replay | None:
         one = job_of(*FEW, f"results_dir={tmp_path}", *options)
-        return job.recording(one, job.load(one.model))
+        return session.recording(one, session.load(one.model))
 
     first = recording("method=mean", "seed=0")
     assert recording("method=peak", "seed=1", "eval.tokens=77") is first
@@ -208,7 +211,7 @@ def test_jobs_share_it_where_they_have_the_same_data(job_of, tmp_path):
         assert recording(other) is not first
         first = recording("method=mean", "seed=0")
     first = recording()
-    job.load(job_of("model=tiny_masked").model)
+    session.load(job_of("model=tiny_masked").model)
     assert recording() is not first
 
 
@@ -217,18 +220,18 @@ def test_a_sweep_passes_its_calibration_data_once(job_of, tmp_path, monkeypatch)
     monkeypatch.setattr(CalibrationData, "_pass", lambda *arguments: passes.append(1) or original(*arguments))
     for method in ("zero", "mean", "peak", "median"):
         one = job_of(*FEW, "eval.tokens=300", "fraction.values=[0.5]", f"results_dir={tmp_path}", f"method={method}")
-        job.run_job(one)
+        run_job(one)
     assert len(passes) == 1
     (cache,) = (file.parent for file in Path(tmp_path).glob(".cache/*/moments.safetensors"))
-    played = {file.name: files.load_tensors(file) for file in cache.glob("*-*.safetensors")}
+    played = {file.name: tensor_cache.load_tensors(file) for file in cache.glob("*-*.safetensors")}
     assert sorted(name.partition("-")[0] for name in played) == ["counts", "medians"]
     shutil.rmtree(cache)
-    monkeypatch.setattr(job, "recording", lambda *_: None)
+    monkeypatch.setattr(session, "recording", lambda *_: None)
     for method in ("peak", "median"):
         one = job_of(*FEW, "eval.tokens=300", "fraction.values=[0.5]", f"results_dir={tmp_path}", f"method={method}",
                      "sweep=again")  # fmt: skip
-        job.run_job(one)
+        run_job(one)
     assert len(passes) >= 1 + 2 + 2  # peak's, and at least two more of the median
     for name, tensors in played.items():
-        again = files.load_tensors(cache / name)
+        again = tensor_cache.load_tensors(cache / name)
         assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items()) and len(again) == len(tensors)

@@ -19,12 +19,16 @@ from rich.console import Console
 from scipy import integrate, stats
 from typer.testing import CliRunner
 
-from ablation_sweeps import figures, files, metrics, page, report, store, tables
-from ablation_sweeps.cli import app
-from ablation_sweeps.curves import areas, read_curves, studies, summarise
-from ablation_sweeps.data import UserError
-from ablation_sweeps.export import export
-from ablation_sweeps.tracking import summary as summary_of_run
+from ablation_sweeps.base import hashing
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.cli.commands import app
+from ablation_sweeps.report import figures, page, write
+from ablation_sweeps.report.export import export
+from ablation_sweeps.report.tables import print_tables
+from ablation_sweeps.results import display, metrics, run_folder
+from ablation_sweeps.results.curves import areas, read_curves, studies, summarise
+from ablation_sweeps.results.sweep import read_studies
+from ablation_sweeps.tracking.wandb import summary as summary_of_run
 
 KINDS = ("png", "svg", "pdf")
 TENTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -50,15 +54,15 @@ def curve(
 
 
 def save_run(folder: Path, rows: pd.DataFrame, state: str = "finished", config: dict | None = None) -> None:
-    store.begin(folder, config or {})
-    store.finish(folder, rows, rows, 1.0)
+    run_folder.begin(folder, config or {})
+    run_folder.finish(folder, rows, rows, 1.0)
     if state != "finished":
-        store.write_status(folder, state)
+        run_folder.write_status(folder, state)
 
 
 def printed(curves: pd.DataFrame, width: int = 80, terminal: bool = False) -> str:
     file = io.StringIO()
-    tables.print_tables(curves, Console(file=file, width=width, force_terminal=terminal))
+    print_tables(curves, Console(file=file, width=width, force_terminal=terminal))
     return file.getvalue()
 
 
@@ -161,20 +165,20 @@ def save_documents(folder: Path, documents: pd.DataFrame, method: str, seed: int
     Args:
         facts: that the run has recorded.
     """
-    run_id = files.signature(folder.name)[:16]
+    run_id = hashing.signature(folder.name)[:16]
     rows = metrics.curve(documents, 10, 0, {"loss": 8.0, "top1": 0.04})
     labels = curve(method, seed, kind="masked_lm").iloc[0].drop(list(rows)).to_dict()
     folder = folder.with_name(f"{folder.name}-{run_id[:8]}")
     folder.mkdir(parents=True)
-    store.begin(folder, {"seed": seed, **{part: {"label": part} for part in ("model", "dataset", "method")}})
-    store.remember(folder, **facts)
-    store.finish(folder, rows.assign(**{**labels, "run_id": run_id}), documents, 1.0)
+    run_folder.begin(folder, {"seed": seed, **{part: {"label": part} for part in ("model", "dataset", "method")}})
+    run_folder.update_environment(folder, **facts)
+    run_folder.finish(folder, rows.assign(**{**labels, "run_id": run_id}), documents, 1.0)
 
 
 def everything(sweep: Path) -> tuple[str, pd.DataFrame, pd.DataFrame, str]:
     """What a report prints, its summary and comparisons, and the export in LaTeX."""
     file = io.StringIO()
-    report.write(sweep, console=Console(file=file, width=250))
+    write.write(sweep, console=Console(file=file, width=250))
     tex = export(sweep, sweep / "exported")[-1].read_text()
     return file.getvalue(), *(pd.read_csv(sweep / name) for name in ("summary.csv", "comparisons.csv")), tex
 
@@ -183,9 +187,11 @@ def test_one_area_and_one_interval_in_every_output(tmp_path: Path):
     """Of two seeds with other clean values, the mean of the ratios is not the ratio of the sums."""
     sweep = measured_sweep(tmp_path / "sweep", {"zero": (0, 1), "mean": (0, 1)})
     said, summary, comparisons, tex = everything(sweep)
-    ((_, found),) = report.all_measured(read_curves(sweep), sweep)
+    ((_, found),) = read_studies(read_curves(sweep), sweep)
     loss = summary.query("metric == 'loss'").set_index("method")
-    of_runs = [summary_of_run(store.result(run, "rows.parquet")) for run in store.runs(sweep) if "zero" in run.name]
+    of_runs = [
+        summary_of_run(run_folder.result(run, "rows.parquet")) for run in run_folder.runs(sweep) if "zero" in run.name
+    ]
     assert abs(np.mean([of_run["auc/loss"] for of_run in of_runs]) - loss.loc["zero", "auc"]) > 1e-2, "no test"
     for row in page.areas(found):
         for metric in ("loss", "top1", "kl"):
@@ -207,8 +213,8 @@ def test_one_area_and_one_interval_in_every_output(tmp_path: Path):
 def test_the_area_of_one_run_in_wandb_is_that_of_its_sweep(tmp_path: Path):
     sweep = measured_sweep(tmp_path / "sweep", {"zero": (1,)})
     _, summary, *_ = everything(sweep)
-    (run,) = store.runs(sweep)
-    logged = summary_of_run(store.result(run, "rows.parquet"))
+    (run,) = run_folder.runs(sweep)
+    logged = summary_of_run(run_folder.result(run, "rows.parquet"))
     assert {f"auc/{row.metric}": row.auc for row in summary.itertuples()}.items() >= {
         name: pytest.approx(value) for name, value in logged.items() if name.startswith("auc/")
     }.items()
@@ -275,9 +281,9 @@ def test_a_band_says_how_many_seeds_it_is_of():
 def test_a_metric_that_one_run_lacks_does_not_stop_the_report(tmp_path: Path):
     """It was finished before the metric was there: the others are compared in it, and what is missing is said."""
     sweep = measured_sweep(tmp_path / "sweep", {"zero": (0, 1), "mean": (0, 1)})
-    (run,) = (run for run in store.runs(sweep) if run.name.startswith("mean-s1"))
-    rows, documents = (store.result(run, f"{name}.parquet") for name in ("rows", "documents"))
-    store.finish(run, rows[~rows["metric"].isin(["kl", "top1"])], documents.drop(columns=["kl", "top1"]), 1.0)
+    (run,) = (run for run in run_folder.runs(sweep) if run.name.startswith("mean-s1"))
+    rows, documents = (run_folder.result(run, f"{name}.parquet") for name in ("rows", "documents"))
+    run_folder.finish(run, rows[~rows["metric"].isin(["kl", "top1"])], documents.drop(columns=["kl", "top1"]), 1.0)
     said, summary, comparisons, _ = everything(sweep)
     assert "kl was not measured by every run of mean" in said and "top1 was not measured by every run of mean" in said
     assert "compared on those that have it: top1 (mean), kl (mean)." in said
@@ -286,11 +292,11 @@ def test_a_metric_that_one_run_lacks_does_not_stop_the_report(tmp_path: Path):
         "loss": [2], "top1": [1], "top10": [2], "kl": [1]
     }  # fmt: skip
     assert summary.set_index(["method", "metric"]).loc[("mean", "kl"), ["n_seeds", "auc_n_seeds"]].tolist() == [1, 1]
-    for run in store.runs(sweep):  # no run has them any more, and one not even a loss
-        rows, documents = (store.result(run, f"{name}.parquet") for name in ("rows", "documents"))
+    for run in run_folder.runs(sweep):  # no run has them any more, and one not even a loss
+        rows, documents = (run_folder.result(run, f"{name}.parquet") for name in ("rows", "documents"))
         gone = ["kl", "top1", *(["loss", "perplexity"] if run.name.startswith("mean") else [])]
         columns = [name for name in gone if name in documents]
-        store.finish(run, rows[~rows["metric"].isin(gone)], documents.drop(columns=columns), 1.0)
+        run_folder.finish(run, rows[~rows["metric"].isin(gone)], documents.drop(columns=columns), 1.0)
     said, summary, *_ = everything(sweep)
     assert "none is called the best" in said and set(summary["metric"]) == {"loss", "perplexity", "top10"}
 
@@ -310,7 +316,7 @@ CUTS = {"truncated": 0.5, "almost whole": 0.98, "empty": 0.0}
 )
 def test_a_report_is_made_without_a_damaged_run_and_names_the_file(tmp_path: Path, caplog, name: str, how: str):
     sweep = measured_sweep(tmp_path / "sweep", {"zero": (0, 1), "mean": (0, 1)}, fractions=[0.0, 0.5, 1.0])
-    (run,) = (run for run in store.runs(sweep) if run.name.startswith("mean-s1"))
+    (run,) = (run for run in run_folder.runs(sweep) if run.name.startswith("mean-s1"))
     content = (run / name).read_bytes()
     changed = content[: int(len(content) * CUTS[how])] if how in CUTS else content.replace(*DAMAGE[name][how])
     assert changed != content
@@ -329,7 +335,7 @@ def test_a_report_is_made_without_a_damaged_run_and_names_the_file(tmp_path: Pat
 
 def test_where_all_runs_are_damaged_that_is_said(tmp_path: Path):
     sweep = measured_sweep(tmp_path / "sweep", {"zero": (0,)}, fractions=[0.0, 1.0])
-    (run,) = store.runs(sweep)
+    (run,) = run_folder.runs(sweep)
     (run / "documents.parquet").write_bytes(b"")
     with pytest.raises(UserError, match=r"no finished run below .*: 1 damaged; python -m .* status"):
         read_curves(sweep)
@@ -339,7 +345,7 @@ def test_a_cell_of_text_is_no_formula(tmp_path: Path):
     odd = ["=1+1", "+cmd", "-x", "@SUM(A1)", "\t=2", "zero = one"]
     for number, method in enumerate(odd):
         save_run(tmp_path / str(number), curve(method, stderr=-0.01))
-    report.write(tmp_path, console=Console(file=io.StringIO()))
+    write.write(tmp_path, console=Console(file=io.StringIO()))
     export(tmp_path, tmp_path / "exported")
     for file in (tmp_path / "summary.csv", tmp_path / "exported" / "curves.csv"):
         table = pd.read_csv(file)
@@ -409,14 +415,14 @@ def test_a_narrow_terminal_gets_fewer_columns(width: int, fractions: tuple[float
     text = printed(two_methods(fractions=fractions), width=width, terminal=True)
     assert "…" not in text and "fractions; all are in curves.parquet" in text and "AUC" in text
     lines = [re.sub(r"\x1b\[\d*m", "", line) for line in text.splitlines()]
-    tables = [line for line in lines if "nats/" in line or "─" in line or "3.000" in line]
-    assert len(tables) >= 4 and max(map(len, tables)) <= width
+    tables_module = [line for line in lines if "nats/" in line or "─" in line or "3.000" in line]
+    assert len(tables_module) >= 4 and max(map(len, tables_module)) <= width
 
 
 def test_a_log_in_ascii_is_no_crash():
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii")
-    tables.print_tables(two_methods(), Console(file=file))
+    print_tables(two_methods(), Console(file=file))
     file.flush()
     assert b"opt on pile ? attn_pre_out" in raw.getvalue()
 
@@ -427,7 +433,7 @@ def test_a_log_in_ascii_is_no_crash():
 def test_write_everything(tmp_path: Path):
     save_run(tmp_path / "a", two_methods())
     file = io.StringIO()
-    written = report.write(tmp_path, console=Console(file=file))
+    written = write.write(tmp_path, console=Console(file=file))
     names = ["curves.parquet", "summary.csv", *(f"figures/opt-pile-attn_pre_out.{kind}" for kind in KINDS)]
     assert written == [tmp_path / name for name in names]
     assert {path.name for path in (tmp_path / "figures").glob("[!.]*")} == {Path(name).name for name in names[2:]}
@@ -442,14 +448,14 @@ def test_write_everything(tmp_path: Path):
     assert "opt on pile" in file.getvalue()
 
     before = [path.read_bytes() for path in written]
-    report.write(tmp_path, console=Console(file=io.StringIO()))
+    write.write(tmp_path, console=Console(file=io.StringIO()))
     assert [path.read_bytes() for path in written] == before, "the same rows must give the same files"
 
 
 def test_two_studies_of_one_name_are_kept_apart(tmp_path: Path):
     save_run(tmp_path / "a", curve("zero", model="org/opt"))
     save_run(tmp_path / "b", curve("zero", model="org/opt", study="b" * 8))
-    written = report.write(tmp_path, console=Console(file=io.StringIO()))
+    written = write.write(tmp_path, console=Console(file=io.StringIO()))
     assert {path.name for path in written if path.suffix == ".png"} == {
         "org_opt-pile-attn_pre_out-aaaaaaaa.png",
         "org_opt-pile-attn_pre_out-bbbbbbbb.png",
@@ -462,7 +468,7 @@ def test_a_figure_of_a_study_that_is_not_shown_any_more_is_removed(tmp_path: Pat
     save_run(tmp_path / "a", curve("zero"))
 
     def figures_after_a_report() -> tuple[set[str], set[str]]:
-        written = report.write(tmp_path, console=Console(file=io.StringIO()))
+        written = write.write(tmp_path, console=Console(file=io.StringIO()))
         there = {path.name for path in (tmp_path / "figures").glob("[!.]*")}
         return there, {path.name for path in written if path.parent.name == "figures"} | {"own.png"}
 
@@ -480,7 +486,7 @@ def test_studies_of_one_name_say_in_which_options_they_differ(tmp_path: Path, mo
     dtypes = {"a": "float32", "b": "bfloat16", "c": "bfloat16"}
     for i, (name, dtype) in enumerate(dtypes.items()):
         options = {"model": {"label": f"opt{i}", "dtype": dtype}, "seed": i, "method": {"label": "zero", "n_bins": i}}
-        monkeypatch.setattr(store, "_now", lambda i=i: f"2026-01-02T02:04:0{5 + i}+00:00")
+        monkeypatch.setattr(run_folder, "_now", lambda i=i: f"2026-01-02T02:04:0{5 + i}+00:00")
         save_run(tmp_path / name, curve("zero", study=8 * name), config=options)
     *others, newer, older = [study.title.split(" · ")[-1] for study in studies(read_curves(tmp_path))]
     assert others == ["model.dtype=float32"]
@@ -558,19 +564,21 @@ def test_a_partial_schedule_is_drawn(fractions: tuple[float, ...]):
 
 
 def test_a_method_looks_the_same_in_all_figures_and_never_like_another():
-    alone = figures.looks(["peak"])["peak"]
-    many = figures.looks(["zero", "mean", "median", "peak", "peak-kde", "resample", "mine", "x", "y", "z", "w"])
+    alone = display.method_styles(["peak"])["peak"]
+    many = display.method_styles(["zero", "mean", "median", "peak", "peak-kde", "resample", "mine", "x", "y", "z", "w"])
     assert many["peak"] == alone
     assert len({(look["color"], look["linestyle"]) for look in many.values()}) == len(many)
 
 
 def test_a_method_of_ones_own_takes_no_colour_of_another_while_there_are_some():
     shipped = ("zero", "mean", "peak", "resample")
-    familiar = {look["color"] for look in figures.looks(shipped).values()}
+    familiar = {look["color"] for look in display.method_styles(shipped).values()}
     for number in range(50):
         own = f"mine class=Mine@{number:06x}"
-        assert figures.looks([own])[own]["color"] not in familiar
-        colours = [look["color"] for look in figures.looks([*shipped, own, f"{own} again", "third", "4th"]).values()]
+        assert display.method_styles([own])[own]["color"] not in familiar
+        colours = [
+            look["color"] for look in display.method_styles([*shipped, own, f"{own} again", "third", "4th"]).values()
+        ]
         assert len(set(colours)) == len(colours) == 8
 
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from ablation_sweeps.selection import Random, Schedule, granularity, masks
+from ablation_sweeps.neurons.selection import Random, Schedule, granularity, masks
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "fraction"
 WIDTHS = [64, 64, 48, 7]

@@ -13,10 +13,11 @@ from examples import logits, n_hooks, two_examples
 from families import VIT_ATTENTION
 from torch import nn
 
-from ablation_sweeps import sites
-from ablation_sweeps.ablation import ablated
-from ablation_sweeps.data import NOT_SCORED, Batch, UserError
-from ablation_sweeps.transformer import Transformer
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.data.batch import NOT_SCORED, Batch
+from ablation_sweeps.models.transformer import Transformer
+from ablation_sweeps.neurons import hooks, sites
+from ablation_sweeps.neurons.hooks import ablated
 
 SITES = ("attn_pre_out", "mlp_pre_out")
 every_site = pytest.mark.parametrize("name", SITES)
@@ -264,7 +265,7 @@ def test_no_hook_is_left_behind_by_an_exception(tiny, site):
         if layer == 1:
             raise KeyError
 
-    with pytest.raises(KeyError), sites.hooked(projections, breaks):
+    with pytest.raises(KeyError), hooks.hooked(projections, breaks):
         logits(model, two_examples(model))
     assert n_hooks(model.module) == 0
 
@@ -278,9 +279,9 @@ def test_no_hook_is_left_behind_by_an_exception(tiny, site):
 
 def test_hooks_that_never_fire_are_an_error(tiny, site):
     projections = sites.find(tiny("llama"), site("attn_pre_out"), None)
-    with pytest.raises(AssertionError, match="never fired"), sites.hooked(projections, lambda layer, x: None):
+    with pytest.raises(AssertionError, match="never fired"), hooks.hooked(projections, lambda layer, x: None):
         pass
-    with pytest.raises(AssertionError, match="every forward pass"), sites.hooked(projections, lambda layer, x: None):
+    with pytest.raises(AssertionError, match="every forward pass"), hooks.hooked(projections, lambda layer, x: None):
         projections[0].module(torch.zeros(1, 32))
 
 

@@ -19,11 +19,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ablation_sweeps import files, report, store
-from ablation_sweeps import job as job_module
-from ablation_sweeps.activations import CalibrationData
-from ablation_sweeps.cli import app
-from ablation_sweeps.job import Job, run_job
+from ablation_sweeps.base import files, hashing
+from ablation_sweeps.cli.commands import app
+from ablation_sweeps.experiment import identity, session
+from ablation_sweeps.experiment import job as job_module
+from ablation_sweeps.experiment import run as run_module
+from ablation_sweeps.experiment.job import Job
+from ablation_sweeps.experiment.run import measure, run_job
+from ablation_sweeps.neurons import tensor_cache
+from ablation_sweeps.neurons.collect import CalibrationData
+from ablation_sweeps.report import write
+from ablation_sweeps.results import run_folder
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -62,11 +68,11 @@ def make(composed, tmp_path):
 
 
 def test_a_signature_is_that_of_the_content_not_of_its_order():
-    assert files.signature({"a": 1, "b": [1.0, None]}) == files.signature({"b": [1.0, None], "a": 1})
-    assert files.signature({"a": 1}) != files.signature({"a": 1.5})
-    assert files.signature({"a": (1, 2)}) != files.signature({"a": (2, 1)})
+    assert hashing.signature({"a": 1, "b": [1.0, None]}) == hashing.signature({"b": [1.0, None], "a": 1})
+    assert hashing.signature({"a": 1}) != hashing.signature({"a": 1.5})
+    assert hashing.signature({"a": (1, 2)}) != hashing.signature({"a": (2, 1)})
     with pytest.raises(ValueError):
-        files.signature(float("nan"))
+        hashing.signature(float("nan"))
 
 
 @pytest.mark.parametrize(
@@ -102,20 +108,20 @@ def test_a_folder_counts_by_its_content_not_by_its_place(make, saved, texts, tmp
     assert moved.signature == make().signature
 
     (documents / "0.txt").write_text((documents / "0.txt").read_text() + "More.")
-    job_module._content.cache_clear()  # as in a new process
+    identity._content.cache_clear()  # as in a new process
     changed_text = make(f"model.path={models}", f"dataset.path={documents}").signature
     assert changed_text != make().signature
     weights = bytearray((models / "model.safetensors").read_bytes())
     weights[-3] ^= 1
     (models / "model.safetensors").write_bytes(weights)
-    job_module._content.cache_clear()
+    identity._content.cache_clear()
     assert make(f"model.path={models}").signature != make().signature
 
 
 def test_study_is_shared_by_jobs_that_may_be_compared(make):
-    study = files.signature(make().study)
-    assert files.signature(make("method=zero", "seed=3", "fraction=tenths").study) == study
-    assert files.signature(make("eval.tokens=50").study) != study
+    study = hashing.signature(make().study)
+    assert hashing.signature(make("method=zero", "seed=3", "fraction=tenths").study) == study
+    assert hashing.signature(make("eval.tokens=50").study) != study
 
 
 def test_folders_of_different_jobs_differ_and_have_readable_names(make):
@@ -194,20 +200,20 @@ with files.replacing(Path(sys.argv[1])):
 
 def test_tensors_come_back_as_they_were(tmp_path):
     tensors = {"a": torch.randn(3, 4), "b": torch.arange(5, dtype=torch.int32), "c": torch.tensor([0.1]).double()}
-    files.save_tensors(tmp_path / "t.safetensors", tensors)
-    found = files.load_tensors(tmp_path / "t.safetensors")
+    tensor_cache.save_tensors(tmp_path / "t.safetensors", tensors)
+    found = tensor_cache.load_tensors(tmp_path / "t.safetensors")
     assert found is not None and set(found) == set(tensors)
     assert all(torch.equal(found[key], tensors[key]) and found[key].dtype == tensors[key].dtype for key in tensors)
-    assert files.load_tensors(tmp_path / "none.safetensors") is None
+    assert tensor_cache.load_tensors(tmp_path / "none.safetensors") is None
 
 
 @pytest.mark.parametrize("place", ["other/t.safetensors", "one/u.safetensors"])
 def test_tensors_of_another_place_are_not_taken(tmp_path, caplog, place):
     """Statistics of other data, copied over those of a job, are whole and yet wrong."""
-    files.save_tensors(tmp_path / place, {"a": torch.zeros(3)})
+    tensor_cache.save_tensors(tmp_path / place, {"a": torch.zeros(3)})
     (tmp_path / "one").mkdir(exist_ok=True)
     shutil.copyfile(tmp_path / place, tmp_path / "one" / "t.safetensors")
-    assert files.load_tensors(tmp_path / "one" / "t.safetensors") is None
+    assert tensor_cache.load_tensors(tmp_path / "one" / "t.safetensors") is None
     assert "t.safetensors is damaged" in caplog.text
 
 
@@ -228,7 +234,7 @@ def test_modes_are_those_of_umask(tmp_path):
     try:
         files.write_text(tmp_path / "text", "x")
         files.write_table(tmp_path / "table", table(0))
-        files.save_tensors(tmp_path / "tensors", {"a": torch.zeros(2)})
+        tensor_cache.save_tensors(tmp_path / "tensors", {"a": torch.zeros(2)})
         with files.locked(tmp_path / "folder"):
             pass
     finally:
@@ -253,20 +259,20 @@ def test_a_status_that_cannot_be_true_is_damaged(tmp_path, content):
     run = tmp_path / "sweep" / "run"
     run.mkdir(parents=True)
     (run / "status.json").write_text(content.replace("HOST", gethostname()))
-    assert not store.finished(run)
+    assert not run_folder.finished(run)
     shown = CliRunner().invoke(app, ["status", str(run.parent)])
     assert "1 damaged" in shown.output and "status.json is damaged" in shown.output
-    store.queue(run, {}, lasts=False)
-    assert store.status(run)["state"] == "queued"
+    run_folder.queue(run, {}, lasts=False)
+    assert run_folder.status(run)["state"] == "queued"
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"notes": 5}', '{"notes": ["a"], "seconds": "5"}', '{"packages": 1}'])
 def test_a_damaged_environment_of_an_unfinished_run_is_written_again(tmp_path, content):
-    store.begin(tmp_path, {})
+    run_folder.begin(tmp_path, {})
     (tmp_path / "environment.json").write_text(content)
-    store.note(tmp_path, "less memory")
-    store.begin(tmp_path, {})
-    assert store.environment(tmp_path).get("notes") == ["less memory"]
+    run_folder.add_warning(tmp_path, "less memory")
+    run_folder.begin(tmp_path, {})
+    assert run_folder.environment(tmp_path).get("notes") == ["less memory"]
 
 
 def table(i: int) -> pd.DataFrame:
@@ -275,58 +281,60 @@ def table(i: int) -> pd.DataFrame:
 
 def test_progress_is_read_up_to_the_first_damage(tmp_path):
     for i in range(4):
-        store.save_progress(tmp_path, i, table(i))
-    assert [int(t["i"][0]) for t in store.progress(tmp_path)] == [0, 1, 2, 3]
+        run_folder.save_progress(tmp_path, i, table(i))
+    assert [int(t["i"][0]) for t in run_folder.progress(tmp_path)] == [0, 1, 2, 3]
     (damaged,) = tmp_path.glob("progress-000002-*")
     damaged.write_bytes(b"half")
-    assert [int(t["i"][0]) for t in store.progress(tmp_path)] == [0, 1]
+    assert [int(t["i"][0]) for t in run_folder.progress(tmp_path)] == [0, 1]
     assert len(list(tmp_path.glob("progress-*"))) == 2
-    store.save_progress(tmp_path, 2, table(7))
-    assert [int(t["i"][0]) for t in store.progress(tmp_path)] == [0, 1, 7]
+    run_folder.save_progress(tmp_path, 2, table(7))
+    assert [int(t["i"][0]) for t in run_folder.progress(tmp_path)] == [0, 1, 7]
 
 
 def test_progress_of_another_batch_or_run_is_not_taken(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     for i in range(3):
-        store.save_progress(one, i, table(i))
-        store.save_progress(other, i, table(10 + i))
+        run_folder.save_progress(one, i, table(i))
+        run_folder.save_progress(other, i, table(10 + i))
     shutil.copyfile(*(next(folder.glob("progress-000001-*")) for folder in (other, one)))
-    assert [int(t["i"][0]) for t in store.progress(one)] == [0]
-    store.save_progress(one, 1, table(1))
+    assert [int(t["i"][0]) for t in run_folder.progress(one)] == [0]
+    run_folder.save_progress(one, 1, table(1))
     next(one.glob("progress-000001-*")).unlink()
     taken = next(other.glob("progress-000001-*"))  # under the name that it has there
     shutil.copyfile(taken, one / taken.name)
-    assert [int(t["i"][0]) for t in store.progress(one)] == [0]
+    assert [int(t["i"][0]) for t in run_folder.progress(one)] == [0]
     last = next(other.glob("progress-000002-*"))
     last.rename(last.with_name(last.name.replace("000002", "000001")))
     taken.unlink()
-    assert [int(t["i"][0]) for t in store.progress(other)] == [10]
+    assert [int(t["i"][0]) for t in run_folder.progress(other)] == [10]
 
 
 def test_progress_of_other_documents_is_not_taken(tmp_path):
     """As that of an earlier version, which read the same data in other batches."""
-    store.begin(tmp_path, {})
+    run_folder.begin(tmp_path, {})
     batches = [["a", "b"], ["c", "d"], ["e"]]
     for i, names in enumerate(batches):
         rows = [{"fraction": fraction, "name": name} for fraction in (0.0, 0.5) for name in names]
-        store.save_progress(tmp_path, i, pd.DataFrame(rows))
-    assert len(store.progress(tmp_path, [*batches, ["f"]])) == 3 and "notes" not in store.environment(tmp_path)
-    assert len(store.progress(tmp_path, batches[:2])) == 2  # there are fewer now
-    assert len(store.progress(tmp_path, [["a", "b"], ["d", "c"], ["e"]])) == store.batches_done(tmp_path) == 1
-    assert "batches from the 2. on were of other documents" in store.environment(tmp_path)["notes"][-1]
+        run_folder.save_progress(tmp_path, i, pd.DataFrame(rows))
+    assert len(run_folder.progress(tmp_path, [*batches, ["f"]])) == 3 and "notes" not in run_folder.environment(
+        tmp_path
+    )
+    assert len(run_folder.progress(tmp_path, batches[:2])) == 2  # there are fewer now
+    assert len(run_folder.progress(tmp_path, [["a", "b"], ["d", "c"], ["e"]])) == run_folder.batches_done(tmp_path) == 1
+    assert "batches from the 2. on were of other documents" in run_folder.environment(tmp_path)["notes"][-1]
 
 
 def test_progress_with_a_gap_stops_at_the_gap(tmp_path):
     for i in range(4):
-        store.save_progress(tmp_path, i, table(i))
+        run_folder.save_progress(tmp_path, i, table(i))
     next(tmp_path.glob("progress-000001-*")).unlink()
-    assert [int(t["i"][0]) for t in store.progress(tmp_path)] == [0]
+    assert [int(t["i"][0]) for t in run_folder.progress(tmp_path)] == [0]
 
 
 def test_a_temporary_file_of_a_killed_process_is_not_taken_for_progress(tmp_path):
-    store.save_progress(tmp_path, 0, table(0))
+    run_folder.save_progress(tmp_path, 0, table(0))
     (tmp_path / ".progress-000001.parquet.123.tmp").write_bytes(b"half")
-    assert len(store.progress(tmp_path)) == 1
+    assert len(run_folder.progress(tmp_path)) == 1
 
 
 # Jobs
@@ -342,7 +350,7 @@ def state(folder: Path) -> dict:
 
 def stop_after(monkeypatch, n_batches: int) -> list[int]:
     """The process is killed when it has saved so many batches."""
-    real, count = store.save_progress, []
+    real, count = run_folder.save_progress, []
 
     def save(folder, number, sums):
         if len(count) == n_batches:
@@ -363,7 +371,7 @@ def test_a_job_that_was_stopped_goes_on_and_gives_bit_equal_rows(make, monkeypat
         with pytest.raises(KeyboardInterrupt):
             run_job(make(method))
     folder = make(method).folder
-    assert state(folder)["state"] == "interrupted" and not store.finished(folder)
+    assert state(folder)["state"] == "interrupted" and not run_folder.finished(folder)
     assert len(list(folder.glob("progress-*"))) == 2 and not (folder / "rows.parquet").exists()
 
     done = []
@@ -402,8 +410,8 @@ def empty(file: Path) -> None:
 def measured(monkeypatch) -> list[Job]:
     """The jobs that were computed."""
     jobs: list[Job] = []
-    real = job_module.measure
-    monkeypatch.setattr(job_module, "measure", lambda job, folder: jobs.append(job) or real(job, folder))
+    real = measure
+    monkeypatch.setattr(run_module, "measure", lambda job, folder: jobs.append(job) or real(job, folder))
     return jobs
 
 
@@ -416,20 +424,20 @@ def test_a_finished_job_is_computed_again_where_any_of_its_files_is_damaged(make
     names = ("config.yaml", "environment.json", "status.json", "rows.parquet", "documents.parquet")
     for n, (name, damage) in enumerate(itertools.product(names, (alter, truncate, empty, Path.unlink)), start=2):
         damage(folder / name)
-        found = store.looked_at(folder)
+        found = run_folder.current_status(folder)
         assert found["state"] == "damaged" and found.get("reason", "").startswith(f"{name} is"), damage
-        assert store.result(folder, "rows.parquet") is None
+        assert run_folder.result(folder, "rows.parquet") is None
         caplog.clear()
         run_job(job)
         assert len(measured) == n and f"{name} is" in caplog.text
-        assert store.finished(folder) and store.looked_at(folder)["state"] == "finished"
+        assert run_folder.finished(folder) and run_folder.current_status(folder)["state"] == "finished"
     pd.testing.assert_frame_equal(rows_of(folder), first, check_exact=True)
 
 
 def test_results_of_another_run_are_not_taken_for_its_own(make, measured):
     other, job = run_job(make("method=zero")), make("method=mean")
     shutil.copytree(other, job.folder)
-    assert "status.json is that of another run" in store.looked_at(job.folder).get("reason", "")
+    assert "status.json is that of another run" in run_folder.current_status(job.folder).get("reason", "")
     assert set(rows_of(run_job(job))["method"]) == {"mean"} and len(measured) == 2
 
 
@@ -441,14 +449,14 @@ def test_a_run_of_an_earlier_version_stays_valid(make, measured):
     sums = {name: status["sha256"][name] for name in ("documents.parquet", "rows.parquet")}
     files.write_json(folder / "status.json", {"state": "finished", "time": status["time"], "sha256": sums})
     run_job(job)
-    assert len(measured) == 1 and store.result(folder, "rows.parquet") is not None
+    assert len(measured) == 1 and run_folder.result(folder, "rows.parquet") is not None
     config = (folder / "config.yaml").read_text()
     for text in ("", config.replace("seed: 0", "seed: 1"), config.replace("method:", "way:"), config[:300], "- a"):
         (folder / "config.yaml").write_text(text)
-        assert store.looked_at(folder).get("reason", "").startswith("config.yaml is")
+        assert run_folder.current_status(folder).get("reason", "").startswith("config.yaml is")
     (folder / "config.yaml").write_text(config)
     (folder / "environment.json").write_text("{")
-    assert store.looked_at(folder).get("reason", "").startswith("environment.json is")
+    assert run_folder.current_status(folder).get("reason", "").startswith("environment.json is")
     run_job(job)
     assert len(measured) == 2 and "environment.json" in state(folder)["sha256"]
 
@@ -461,29 +469,29 @@ def test_a_job_that_fails_says_why(make, monkeypatch):
 
 
 def test_a_device_with_too_little_memory_is_recorded(make, monkeypatch, caplog):
-    real, job = job_module.load, make("method=mean", "batch_tokens=1000")
+    real, job = session.load, make("method=mean", "batch_tokens=1000")
 
     def logits(batch):
         if len(batch.names) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(job.model).logits(batch)
 
-    monkeypatch.setattr(job_module, "load", lambda model: dataclasses.replace(real(model), logits=logits))
+    monkeypatch.setattr(session, "load", lambda model: dataclasses.replace(real(model), logits=logits))
     folder = run_job(job)
     assert "last digit may differ" in json.loads((folder / "environment.json").read_text())["notes"][0]
     assert "last digit may differ" in caplog.text
-    store.begin(folder, {})  # started again
+    run_folder.begin(folder, {})  # started again
     assert json.loads((folder / "environment.json").read_text())["notes"]
 
 
 def test_what_was_continued_in_another_environment_says_so(tmp_path, monkeypatch):
-    store.begin(tmp_path, {})
-    store.save_progress(tmp_path, 0, table(0))
-    store.begin(tmp_path, {})
+    run_folder.begin(tmp_path, {})
+    run_folder.save_progress(tmp_path, 0, table(0))
+    run_folder.begin(tmp_path, {})
     assert "notes" not in json.loads((tmp_path / "environment.json").read_text())
-    real = store.describe()
-    monkeypatch.setattr(store, "describe", lambda: {**real, "device": "another GPU"})
-    store.begin(tmp_path, {})
+    real = run_folder.describe()
+    monkeypatch.setattr(run_folder, "describe", lambda: {**real, "device": "another GPU"})
+    run_folder.begin(tmp_path, {})
     (said,) = json.loads((tmp_path / "environment.json").read_text())["notes"]
     assert said.startswith("begun elsewhere (1 batch): ") and real["device"] in said
 
@@ -491,19 +499,19 @@ def test_what_was_continued_in_another_environment_says_so(tmp_path, monkeypatch
 def test_what_is_left_out_of_the_model_and_of_the_data_is_kept_and_shown(make, texts, monkeypatch, tmp_path, capsys):
     shutil.copytree(texts, tmp_path / "copies")
     shutil.copy(texts / "3.txt", tmp_path / "copies" / "again.txt")
-    weights, real = "model.path=llama: 2 of its weights are left out", job_module.load
-    monkeypatch.setattr(job_module, "load", lambda model: dataclasses.replace(real(model), left_out=(weights,)))
+    weights, real = "model.path=llama: 2 of its weights are left out", session.load
+    monkeypatch.setattr(session, "load", lambda model: dataclasses.replace(real(model), left_out=(weights,)))
     folder = run_job(make("method=zero", f"dataset.path={tmp_path / 'copies'}"))
     found = json.loads((folder / "environment.json").read_text())
     (copies,) = found["data_left_out"].items()
     assert found["model_left_out"] == [weights] and "1 copies of" in copies[1][0]
-    report.write(folder.parent)
+    write.write(folder.parent)
     printed, page = capsys.readouterr().out, (folder.parent / "report.html").read_text()
     for said in (weights, f"of the {copies[0]} split, {copies[1][0]}"):
-        assert f"zero: {said}" in printed and said in store.left_out(folder) and said in page
+        assert f"zero: {said}" in printed and said in run_folder.left_out(folder) and said in page
     for earlier, said in (["weights"], "weights"), ({"evaluation": ["copies"]}, "of the evaluation split, copies"):
         files.write_json(folder / "environment.json", {"left_out": earlier})
-        assert store.left_out(folder) == [said]
+        assert run_folder.left_out(folder) == [said]
 
 
 def test_statistics_are_computed_once_for_all_jobs_that_share_them(make, monkeypatch):

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from ablation_sweeps.data import NOT_SCORED, Batch, Document, Picture, UserError
-from ablation_sweeps.transformer import Budget, Transformer
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.data.batch import NOT_SCORED, Batch, Document, Picture
+from ablation_sweeps.data.encoder import Budget
+from ablation_sweeps.models.transformer import Transformer
 
 TEXTS = ["The quick brown fox", "", "ab", "Pack my box with five dozen liquor jugs", "x" * 200, "hello", "What?"]
 NO_LIMIT = Budget(None, None)

@@ -12,8 +12,8 @@ from families import VOCABULARY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ablation_sweeps.data import Batch
-from ablation_sweeps.transformer import Transformer, with_head
+from ablation_sweeps.data.batch import Batch
+from ablation_sweeps.models.transformer import Transformer, with_head
 
 Way = Callable[[nn.Module, Tensor, Tensor], Tensor]  # head, its input and the attention mask -> logits
 

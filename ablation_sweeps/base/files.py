@@ -1,0 +1,239 @@
+"""Files: atomic writes, locks, checked reads. Never pickle."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import secrets
+import stat
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from socket import gethostname
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import TypeAdapter
+
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.hashing import signature
+from ablation_sweeps.base.lazy import pd
+from ablation_sweeps.base.terminal import remedy
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_adapter = functools.cache(TypeAdapter)
+
+SAY_SECONDS = 10.0  # of waiting for a lock, before it is said
+LEFT_OVER_SECONDS = 24 * 3600.0  # a temporary file of another host that is older was left by a process that was killed
+
+# pyarrow and safetensors have errors of their own, which say the same.
+FULL = re.compile("|".join(re.escape(os.strerror(code)) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
+
+
+def files_below(folder: Path, option: str) -> list[Path]:
+    """All that is below a folder but folders, sorted.
+
+    Raises:
+        UserError: one of its folders cannot be read, so that some files would be missing.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{option}: the folder {error.filename} cannot be read ({error.strerror}); mend or remove it")
+
+    return sorted(Path(place, name) for place, _, names in os.walk(folder, onerror=refuse) for name in names)
+
+
+def check_regular(file: Path, option: str) -> None:
+    """Anything else must not be opened: a pipe waits for ever, and a device may have no end.
+
+    Raises:
+        UserError: it is no regular file, nor a link to one.
+    """
+    try:
+        mode = os.stat(file).st_mode
+    except OSError as error:  # a link to nothing, or to itself; or a folder that may not be looked into
+        raise UserError(f"{option}: {file} cannot be read ({error.strerror}); mend or remove it") from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{option}: {file} is no regular file, but a pipe, a device or a socket; remove it")
+
+
+def say_others(where: str, others: Iterable[Path]) -> None:
+    """Log, once, what kinds of files are passed over in a folder of data. Hidden files are not mentioned."""
+    kinds = Counter(file.suffix.lower() or file.name for file in others if not file.name.startswith("."))
+    if kinds:
+        named = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.most_common(5))
+        say_once(f"{where}: files of other kinds are passed over: {named}{', and more' if len(kinds) > 5 else ''}")
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    log.warning(message)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`, and moves it there once it is written whole.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{_system()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_over(path.parent)
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(mode)  # as umask has it; safetensors gives its files to their owner alone
+        os.replace(temporary, path)
+    except Exception as error:
+        if FULL.search(str(error)):
+            raise UserError(
+                f"{path}: no space is left on this disk, or in your quota; make room, and the same command goes on"
+                f"{remedy(str(path))}"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def _system() -> str:
+    """Names where process ids are unique: this host, or container, since it was started."""
+    parts = [gethostname()]
+    with suppress(OSError):  # there is no /proc
+        parts += [os.readlink("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id").read_text()]
+    return signature(parts)[:8]
+
+
+@functools.cache
+def _remove_left_over(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote; once for each folder and process."""
+    for file in folder.glob(".*.tmp"):
+        with suppress(OSError, ValueError, IndexError):  # others may remove it first, and may have files of that name
+            if _is_left_over(file):
+                file.unlink()
+
+
+def _is_left_over(file: Path) -> bool:
+    """Whether the process that wrote it has ended; elsewhere, that is not known, and a day is enough to write."""
+    import psutil
+
+    system, pid, written = file.name.split(".")[-4], int(file.name.split(".")[-3]), file.stat().st_mtime
+    if system != _system():
+        return time.time() - written > LEFT_OVER_SECONDS
+    try:
+        return psutil.Process(pid).create_time() > written + 1  # the number was given again
+    except psutil.NoSuchProcess:
+        return True
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: object) -> None:
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path, kind: type[T] = dict) -> T | None:  # type: ignore[assignment]
+    """The content of a file; None where it is absent, truncated, or not what `kind` says.
+
+    Args:
+        kind: what pydantic can check; a TypedDict says which keys there must be, and of which type.
+    """
+    try:
+        return _adapter(kind).validate_json(path.read_bytes(), strict=True)
+    except (OSError, ValueError):
+        return None
+
+
+def write_table(path: Path, table: pd.DataFrame) -> str:
+    """Returns the sha256 of the file."""
+    content = table.to_parquet(index=False)
+    write_bytes(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def read_table(path: Path, sha256: str | None) -> pd.DataFrame | None:
+    """None where the file is absent; also, with a warning, where it is not the one that was written.
+
+    Args:
+        sha256: the beginning of it, at least.
+    """
+    content = read_whole(path, sha256)
+    return None if content is None else pd.read_parquet(io.BytesIO(content))
+
+
+def read_whole(path: Path, sha256: str | None) -> bytes | None:
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    if sha256 and hashlib.sha256(content).hexdigest().startswith(sha256):
+        return content
+    log.warning("%s is damaged (truncated or altered); a launch computes it again", path)
+    return None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time, on all hosts that share the file system."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=SAY_SECONDS)
+    except Timeout:
+        log.info("%s: another process is at it; waiting for it", folder.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether some process holds the lock of a folder, as far as the file system tells."""
+    import fcntl
+
+    try:
+        with open(folder / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # and let go at once
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or locks are not to be had
+        return False
+
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a formula begins in a spreadsheet
+
+
+def write_csv(table: DataFrame, path: Path) -> None:
+    """Text that a spreadsheet would take for a formula gets an apostrophe in front; numbers are as they are."""
+    safe = lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell  # noqa: E731
+    texts = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
+    with replacing(path) as temporary:
+        table.assign(**{name: table[name].map(safe) for name in texts}).to_csv(temporary, index=False)

@@ -1,0 +1,112 @@
+"""The hub: which commit a name stands for, getting its files, and saying clearly what is missing offline."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from pathlib import Path
+from typing import Literal
+
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.files import replacing
+
+log = logging.getLogger(__name__)
+
+
+RepoType = Literal["model", "dataset"]
+REMEDY = "run the same command with prefetch=true where there is a network, with HF_HOME on a disk that both see"
+
+# Of huggingface_hub, httpx, requests, urllib3 and datasets.
+NETWORK_ERRORS = ("OfflineMode", "LocalEntryNotFound", "Connect", "MaxRetryError")
+
+
+@functools.cache
+def commit(repo: str, revision: str | None, repo_type: RepoType) -> str:
+    """The commit that a branch or tag stands for now; offline, the one that was fetched last.
+
+    It is what is loaded and what the signature holds, so that a model or dataset that changed on the hub is another
+    one. What is neither reached nor kept is told apart by the name of the revision alone.
+    """
+    from huggingface_hub import HfApi, constants
+
+    name = revision or "main"
+    if re.fullmatch(r"[0-9a-f]{40}", name):
+        return name
+    ref = Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{repo.replace('/', '--')}" / "refs" / name
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            found = HfApi().repo_info(repo, revision=name, repo_type=repo_type, timeout=10).sha
+            if found and (not ref.is_file() or ref.read_text() != found):  # for the nodes that will be offline
+                with replacing(ref) as temporary:
+                    temporary.write_text(found)
+            return found or name
+        except Exception as error:  # no network, a gated or a missing repository: loading it says which
+            log.debug("the commit of %s is not known from the hub", repo, exc_info=error)
+            if is_network_error(error):
+                log.warning("the hub cannot be reached; what was fetched before is used")
+                constants.HF_HUB_OFFLINE = True  # or every file would be asked for, and waited for
+    return ref.read_text().strip() if ref.is_file() else name
+
+
+def fetch_model(repo: str, commit: str, files: list[str], option: str = "") -> None:
+    """Gets all that loading it needs, without loading it.
+
+    Args:
+        option: as the user typed it; `model.name` by default.
+    """
+    from huggingface_hub import snapshot_download
+
+    option = option or f"model.name={repo}"
+    try:
+        folder = snapshot_download(repo, revision=commit, allow_patterns=files, ignore_patterns=["*/*"])
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        remedy = "check the name, and log in if it is gated (hf auth login)"
+        raise UserError(f"{option}: cannot be fetched: {reason}; {remedy}") from error
+    if not _has_weights(Path(folder)):
+        raise UserError(f"{option}: holds no safetensors; model.use_safetensors=null reads torch's format")
+
+
+@functools.cache
+def fetch_file(repo: str, commit: str, name: str) -> Path | None:
+    """One small file of a model; None where there is none, or it is not reached."""
+    from huggingface_hub import constants, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, name, revision=commit, local_files_only=constants.HF_HUB_OFFLINE))
+    except Exception as error:  # a model without it is an error as well
+        log.debug("%s of %s is not there", name, repo, exc_info=error)
+        return None
+
+
+def require_cached(option: str, repo: str, commit: str) -> None:
+    """Offline, a model that was never fetched is found out before anything runs."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots" / commit
+    if constants.HF_HUB_OFFLINE and not _has_weights(folder):
+        path = option.partition("=")[0].replace("name", "path")
+        remedy = f"{REMEDY}, or give a folder that holds it: {path}=FOLDER"
+        raise UserError(f"{option}: is not on this machine, which is offline; {remedy}")
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(file.suffix in (".safetensors", ".bin", ".gguf") for file in folder.glob("*"))
+
+
+def loading_error(error: BaseException, of_the_hub: bool) -> str:
+    """The reason in one line, with the remedy where the hub was not reached."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    reason = " ".join(str(error).split())[:300]
+    return f"{reason}; {REMEDY}" if of_the_hub and (HF_HUB_OFFLINE or is_network_error(error)) else reason
+
+
+def is_network_error(error: BaseException | None) -> bool:
+    """The network was off, on purpose or not, somewhere in the chain of what went wrong."""
+    while error is not None:
+        if type(error).__name__.startswith(NETWORK_ERRORS) or "couldn't connect" in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,122 @@
+"""Words on a terminal or in a log."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import sysconfig
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ablation_sweeps.base.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+log = logging.getLogger(__name__)
+
+
+class Handler(logging.Handler):
+    """Writes above the progress bar, which it does not tear apart, to stderr: stdout holds the results alone."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def terminal() -> Console:
+    """Prints to stdout. If its reader has gone (`| head`), the rest is lost and the program goes on: what it has still
+    to write is worth more."""
+    from rich.console import Console
+
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            lose_output()
+
+    return Terminal()
+
+
+def lose_output() -> None:
+    """Let whatever is printed to stdout from now on be lost, without an error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def counted(number: int, what: str, ending: str = "s") -> str:
+    return f"{number} {what}{ending if number != 1 else ''}"
+
+
+def typed_command() -> str:
+    """The command that launches, as it was typed in this process."""
+    script = Path(sys.argv[0])
+    if script.name == "launch.py":
+        return "python launch.py"
+    is_module = script.parts[-2:] == ("ablation_sweeps", "__main__.py")
+    return "python -m ablation_sweeps" if is_module else "ablation-sweeps"
+
+
+def typed_subcommand(name: str) -> str:
+    """A subcommand of the command that was typed; `launch.py` itself has none."""
+    return f"{typed_command().replace('launch.py', '-m ablation_sweeps')} {name}"
+
+
+def as_typed(value: Any) -> str:
+    """The value as it is written on the command line: null, true, [a,b]."""
+    if isinstance(value, list):
+        return f"[{','.join(as_typed(item) for item in value)}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def encodable(text: str, console: Console) -> str:
+    """A log file in ASCII gets question marks and not a traceback."""
+    return text.encode(console.encoding, "replace").decode(console.encoding)
+
+
+def plain(error: BaseException) -> str:
+    """One line that says what went wrong; for an unforeseen error, also where."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        reason = f"{error.strerror[0].lower()}{error.strerror[1:]}"
+        return f"{os.fsdecode(error.filename)}: {reason}{remedy(os.fsdecode(error.filename))}"
+    name = f"{type(error).__name__}: {text}".removesuffix(": ")
+    return f"{name}{_where(error)}" if isinstance(error, Exception) else name
+
+
+FOLDERS: dict[str, str] = {}  # the option that named each folder or file of this command: `remedy` looks it up
+
+
+def remedy(path: str) -> str:
+    """The end of a message on a file that cannot be read or written: the option that says where it lies, if known."""
+    named = {**_folders_of_the_environment(), **FOLDERS}
+    around = [folder for folder in named if os.path.commonpath([os.path.abspath(path), folder]) == folder]
+    if not around:
+        return ""
+    folder = max(around, key=len)
+    option = named[folder]
+    if option.startswith(("model.", "dataset.")):
+        return f"; it belongs to {option}={folder}"
+    return f"; if it cannot be written there, set {option}=FOLDER to another one"
+
+
+def _folders_of_the_environment() -> dict[str, str]:
+    """Where libraries keep what they download or write, and the variable that says so."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    hub = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
+    folders = {hub: "HF_HOME"}
+    for variable in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE", "WANDB_DIR", "TMPDIR"):
+        if os.environ.get(variable):
+            folders[os.environ[variable]] = variable
+    return {os.path.abspath(os.path.expanduser(folder)): variable for folder, variable in folders.items()}
+
+
+def _where(error: Exception) -> str:
+    """The last line that is no library's: it may be of a method or dataset that the reader has written."""
+    libraries = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib"))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<"))]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""

@@ -1,0 +1,112 @@
+"""Inspect, retry, report and export sweeps: ablation-sweeps status results/<sweep>"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.terminal import FOLDERS, terminal
+from ablation_sweeps.dispatch.watch import overview
+from ablation_sweeps.results import run_folder
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+Sweep = Annotated[Path, typer.Argument(help="the folder of a sweep: results/<sweep>")]
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        print(f"ablation-sweeps {version('ablation-sweeps')}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Inspect, retry, report and export sweeps."""
+
+
+@app.command()
+def status(sweep: Sweep) -> None:
+    """How far each job of a sweep is, from its files alone."""
+    runs = _runs(sweep)
+    console = terminal()
+    if not console.is_terminal:
+        console.width = 200
+    console.print(overview(runs))
+    counts = Counter(run_folder.current_status(run)["state"] for run in runs)
+    console.print(", ".join(f"{n} {state}" for state, n in sorted(counts.items())), highlight=False)
+
+
+@app.command()
+def retry(sweep: Sweep) -> None:
+    """Do what failed or was interrupted again, where and how the sweep was launched."""
+    from ablation_sweeps.dispatch import launcher
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ablation_sweeps").setLevel(logging.INFO)
+    _runs(sweep)
+    launcher.retry(sweep.absolute())
+
+
+@app.command()
+def report(
+    sweep: Sweep, more: Annotated[list[Path] | None, typer.Argument(help="sweeps to cover as well")] = None
+) -> None:
+    """Write tables, figures and report.html into the sweep's folder, and print the tables."""
+    from ablation_sweeps.report.write import KINDS, write
+
+    for folder in (sweep, *(more or ())):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: there is no such folder; name the folder of a sweep: results/<sweep>")
+    for file in write(sweep, *(more or ())):
+        if file.suffix in KINDS:
+            print(f"{KINDS[file.suffix]}: {file}")
+    if more:
+        print(f"{sweep} now has tables of {', '.join(map(str, more))}, too; report {sweep} alone takes them out again")
+
+
+@app.command()
+def export(
+    sweep: Sweep, to: Annotated[Path, typer.Option(help="folder that the files are written to")] = Path(".")
+) -> None:
+    """Write a sweep's points as csv and parquet, and its areas as a table in LaTeX."""
+    from ablation_sweeps.report import export as export_module
+
+    FOLDERS[str(to.expanduser().absolute())] = "--to"
+    for file in export_module.export(sweep, to):
+        print(file)
+
+
+@app.command("wandb")
+def send(
+    sweep: Sweep,
+    project: Annotated[str | None, typer.Option(help="instead of the one of the runs")] = None,
+    entity: Annotated[str | None, typer.Option(help="user or team")] = None,
+    again: Annotated[bool, typer.Option("--again", help="also what W&B has already")] = False,
+    view: Annotated[bool, typer.Option("--view", help="save a view of each study, curves by method")] = False,
+) -> None:
+    """Send the finished runs of a sweep to Weights & Biases, those that it does not have yet."""
+    from ablation_sweeps.tracking.publish import publish, save_views
+
+    _runs(sweep)
+    print(publish(sweep, project, entity, again))
+    for study, address in (save_views(sweep, project, entity) if view else {}).items():
+        print(f"view of {study}: {address}")
+
+
+def _runs(sweep: Path) -> list[Path]:
+    if runs := run_folder.runs(sweep):
+        return runs
+    raise UserError(f"{sweep}: no job was ever started there; name the folder of a sweep: results/<sweep>")

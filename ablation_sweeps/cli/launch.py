@@ -1,0 +1,107 @@
+"""Runs one job, or with -m a sweep: Hydra composes the configs, and a launcher of hydra_plugins runs the jobs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from ablation_sweeps.base import interrupts
+from ablation_sweeps.base.terminal import lose_output
+from ablation_sweeps.experiment.arguments import config_folders, for_hydra
+from ablation_sweeps.experiment.compose import CONF
+from ablation_sweeps.experiment.config import to_job
+from ablation_sweeps.experiment.config_choices import check_choices
+from ablation_sweeps.experiment.config_errors import one_line
+
+if TYPE_CHECKING:
+    from ablation_sweeps.experiment.job import Job
+
+
+class PastHydra(BaseException):
+    """Carries an error out of Hydra, which would print the overrides above any other exception."""
+
+
+def launch() -> None:
+    """Launch what `sys.argv` says, and leave the process with one line if that goes wrong."""
+    with_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves errors to us
+    try:
+        sys.argv[1:] = for_hydra(sys.argv[1:])
+        run()
+    except (Exception, KeyboardInterrupt, PastHydra) as error:
+        cause = error.__cause__ if isinstance(error, PastHydra) and error.__cause__ else error
+        if with_traceback:
+            raise cause  # noqa: B904
+        leave(cause)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def run(cfg: DictConfig) -> float | None:
+    """Run one job, which with -m is one of a sweep."""
+    from ablation_sweeps.experiment.job import objective
+    from ablation_sweeps.experiment.run import run_job
+
+    if HydraConfig.get().mode is RunMode.MULTIRUN:  # the launcher has checked it, and will report
+        job = job_of(cfg)
+        if job.prefetch or job.dry_run:  # a launcher of another package knows nothing of these
+            return only_do_what_is_asked(job)
+        run_job(job)
+        return objective(job)
+    from ablation_sweeps.base.errors import UserError
+    from ablation_sweeps.dispatch.sweep import Failures, end_of_sweep
+
+    try:
+        if (chosen := HydraConfig.get().runtime.choices.get("hydra/launcher")) != "in_order":
+            raise UserError(f"hydra/launcher={chosen}: launches sweeps; add -m, also for one job")
+        if HydraConfig.get().sweeper.get("params"):
+            raise UserError("hydra.sweeper.params: an experiment that is a sweep is chosen; add -m to run its jobs")
+        job = job_of(cfg)
+        job.check()
+        if job.prefetch or job.dry_run:
+            return only_do_what_is_asked(job)
+        run_job(job)
+        end_of_sweep([job], Failures())
+        return objective(job)
+    except Exception as error:
+        raise PastHydra from error
+
+
+def job_of(cfg: DictConfig) -> Job:
+    """The job of a config, whose paths begin in the folder where the command was typed: with hydra.job.chdir=true,
+    Hydra has left it."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    left = os.getcwd()
+    os.chdir(HydraConfig.get().runtime.cwd)
+    try:
+        full = OmegaConf.create({"hydra": HydraConfig.get()})
+        check_choices(full, GlobalHydra.instance().config_loader())
+        return to_job(cfg)
+    finally:
+        os.chdir(left)
+
+
+def only_do_what_is_asked(job: Job) -> None:
+    """Download or plan, as prefetch=true and dry_run=true ask for."""
+    from ablation_sweeps.dispatch.sweep import only_asked
+
+    job.check()
+    only_asked([job], None, 1)
+
+
+def leave(error: BaseException) -> NoReturn:
+    """End the process with one line on the error."""
+    if isinstance(error, BrokenPipeError):  # `| head`: its reader has seen enough
+        lose_output()
+        sys.exit(1)
+    if isinstance(error, KeyboardInterrupt):
+        interrupts.end_at_the_next()
+        print(interrupts.LINE, file=sys.stderr)
+        sys.exit(130)
+    sys.exit(f"error: {one_line(error, CONF, *config_folders(sys.argv))}")

@@ -1,0 +1,201 @@
+"""Plain types that flow from datasets through models to the measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.lazy import torch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+Split = Literal["train", "calibration", "evaluation"]
+SPLITS: tuple[Split, ...] = ("calibration", "evaluation")  # that every data set has
+Modality = Literal["text", "image"]
+
+TOO_LARGE = "the device has too little memory for {} examples at once, so they are halved: the last digit may differ"
+
+NOT_SCORED = -100  # label of a position that no metric looks at; the convention of torch's cross entropy
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text: the unit that is split, cut to the context, and resampled over in confidence intervals."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One labelled image.
+
+    Attributes:
+        read: opens and decodes it, which is not done before it is needed: many decoded images would fill the memory.
+    """
+
+    name: str
+    read: Callable[[], Image]
+    label: int
+
+
+@dataclass(frozen=True)
+class LazyPixels(Mapping[str, "Tensor"]):
+    """The inputs of a batch of pictures, made whenever they are asked for: those of all would fill the memory."""
+
+    key: str
+    make: Callable[[Sequence[Picture]], Tensor]
+    examples: Sequence[Picture]
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key != self.key:
+            raise KeyError(key)
+        return self.make(self.examples)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((self.key,))
+
+    def __len__(self) -> int:
+        return 1
+
+    def __contains__(self, key: object) -> bool:
+        return key == self.key
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The inputs of a forward pass, taken at once or in parts, and the labels that it is scored against.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward, whose first axis are the examples; token ids are called
+            `input_ids`.
+        labels: `[batch, pos]` token ids, or `[batch]` classes; NOT_SCORED where nothing is scored.
+            Already shifted: the logits at a position are scored against the label at that position.
+        keep: `[batch, pos]`, True where a position enters the statistics (no padding). None: all of them.
+        names: one document or picture a row, or one piece of a document.
+        index: the place of each row in the order of the dataset, whatever the batching.
+        documents: the place of the document that each row is a piece of: rows of one are not independent. None: each
+            row is a document.
+        apart: texts of different lengths are never passed together, since the model's scores depend on the length of
+            the longest one: a pass takes texts of one length, without padding.
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+    keep: Tensor | None
+    names: tuple[str, ...]
+    index: tuple[int, ...]
+    documents: tuple[int, ...] | None = None
+    apart: bool = False
+
+    @property
+    def size(self) -> int:
+        """Positions of text, padding included; or images."""
+        return self.labels.numel()
+
+    def to(self, device: torch.device) -> Batch:
+        return replace(
+            self,
+            inputs={key: value.to(device) for key, value in self.inputs.items()},
+            labels=self.labels.to(device),
+            keep=None if self.keep is None else self.keep.to(device),
+        )
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """The first and the last examples, padded as before. Of texts that are passed apart, those that are as long as
+        the first one and the others, without the padding that they do not need.
+
+        Raises:
+            UserError: it has but one example.
+        """
+        if len(self.names) < 2:
+            positions = self.labels.shape[-1] if self.labels.ndim > 1 else "its"
+            raise UserError(
+                f"model.device: has too little memory for one example with {positions} positions; try "
+                "model.dtype=bfloat16, shorter documents (model.max_tokens), or model.device_map=auto"
+            )
+        lengths = self._lengths() if self.apart else []
+        different = (row for row, n in enumerate(lengths) if n != lengths[0])
+        middle = next(different, (len(self.names) + 1) // 2)
+        first, last = slice(None, middle), slice(middle, None)
+        return self._part(first), self._part(last)
+
+    def fits(self, positions: int) -> bool:
+        """Whether it may be passed at once: it has no more positions (images) than that, or one example, and no lengths
+        that must be passed apart."""
+        if self.apart and len(set(self._lengths())) > 1:
+            return False
+        return self.size <= positions or len(self.names) == 1
+
+    def parts(self, positions: int) -> Iterator[Batch]:
+        """Halves of halves, until each fits."""
+        if self.fits(positions):
+            yield self
+        else:
+            for half in self.halves():
+                yield from half.parts(positions)
+
+    def _lengths(self) -> list[int]:
+        return self.inputs["attention_mask"].sum(1).tolist()
+
+    def _part(self, rows: slice) -> Batch:
+        whole = self.inputs
+        part = Batch(
+            inputs=replace(whole, examples=whole.examples[rows])
+            if isinstance(whole, LazyPixels)
+            else {key: value[rows] for key, value in whole.items()},
+            labels=self.labels[rows],
+            keep=None if self.keep is None else self.keep[rows],
+            names=self.names[rows],
+            index=self.index[rows],
+            documents=self.documents and self.documents[rows],
+            apart=self.apart,
+        )
+        if not self.apart:
+            return part
+        width = max(part._lengths())
+        return replace(
+            part,
+            inputs={key: value[:, :width] for key, value in part.inputs.items()},
+            labels=part.labels[:, :width],
+            keep=None if part.keep is None else part.keep[:, :width],
+        )
+
+
+def pad_and_stack(*batches: Batch) -> Batch:
+    """Single examples as one batch, for a probe; shorter texts are padded at the right, as attention_mask says."""
+    width = max(batch.labels.shape[-1] for batch in batches)
+
+    def stacked(rows: list[Tensor], value: int = 0) -> Tensor:
+        missing = (width - batch.labels.shape[-1] for batch in batches)
+        return torch.cat([torch.nn.functional.pad(x, (0, n), value=value) for x, n in zip(rows, missing, strict=True)])
+
+    return Batch(
+        {key: stacked([batch.inputs[key] for batch in batches]) for key in batches[0].inputs},
+        stacked([batch.labels for batch in batches], NOT_SCORED),
+        None,
+        tuple(str(i) for i in range(len(batches))),
+        tuple(range(len(batches))),
+    )
+
+
+def prefetch_batches(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Batches whose inputs are ready: while one batch is computed with, a thread makes the inputs of the next.
+
+    In main memory, and not on the model's device, whose memory is for the computing.
+    """
+    loader = ThreadPoolExecutor(1)
+    made = (loader.submit(lambda batch=batch: replace(batch, inputs=dict(batch.inputs))) for batch in batches)
+    try:
+        following = next(made, None)
+        while following is not None:
+            here, following = following, next(made, None)
+            yield here.result()
+    finally:
+        loader.shutdown(cancel_futures=True)

@@ -1,0 +1,113 @@
+"""Pictures -> batches of pixels, for image classifiers of transformers and timm."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import islice, pairwise
+
+import numpy as np
+from jaxtyping import Float
+
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.lazy import torch
+from ablation_sweeps.data.batch import NOT_SCORED, Batch, Document, LazyPixels, Picture, Split
+from ablation_sweeps.data.encoder import Budget
+from ablation_sweeps.data.intake import threads, upright
+
+MAX_PIXEL_BYTES = 1 << 30  # bytes of pixels that stay in memory, of a split
+
+
+@dataclass(frozen=True)
+class ImageEncoder:
+    """Implements `transformer.Encoder` and `transformer.OtherInput` with the model's own image transform.
+
+    Attributes:
+        transform: picture to pixels, `[channels, height, width]`.
+        key: name of the pixels in the model's forward.
+        mode: PIL's name of the colours the model sees: "RGB" or "L".
+        n_classes: labels are below it.
+        tokens: positions of one image inside the model.
+        left_out: so many at its beginning (CLS, registers) do not enter the statistics.
+    """
+
+    transform: Callable[..., torch.Tensor]
+    key: str
+    mode: str
+    n_classes: int
+    tokens: int
+    left_out: int = 0
+
+    def __call__(
+        self, examples: Iterable[Document | Picture], split: Split, budget: Budget, batch_tokens: int, seed: int
+    ) -> list[Batch]:
+        """Batches of `batch_tokens` positions; a budget in tokens is met with the last image that exceeds it."""
+        counted = self.tokens - (self.left_out if split == "calibration" else 0)  # positions of an image that do
+        limits = [budget.examples, None if budget.tokens is None else -(-budget.tokens // counted)]
+        limit = min((n for n in limits if n is not None), default=None)
+        pictures: list[Picture] = []
+        made: list[Future[torch.Tensor]] = []  # of the first pictures, whose pixels stay in memory
+        n_kept = 1
+        for example in islice(examples, limit):
+            pictures.append(self._checked(example))
+            if len(made) < n_kept:
+                made.append(threads().submit(self._pixels, pictures[-1]))
+            if len(pictures) == 1:
+                n_kept = MAX_PIXEL_BYTES // made[0].result().nbytes
+        if not pictures:
+            raise UserError(f"dataset: the {split} split has no images; check dataset.path")
+        budget.say_if_short(split, len(pictures) * counted)
+        size = max(2, batch_tokens // self.tokens)
+        starts = range(0, max(1, len(pictures) - 1), size)  # never one alone: resampling needs another example
+        rest = deque(made[:n_kept])
+        del made
+        return [self._batch(pictures, range(*ends), split, rest) for ends in pairwise([*starts, len(pictures)])]
+
+    def pixels(self, pictures: Sequence[Picture]) -> Float[torch.Tensor, "batch channels height width"]:
+        return _stacked([threads().submit(self._pixels, picture) for picture in pictures])
+
+    def _pixels(self, picture: Picture) -> torch.Tensor:
+        return self.transform(upright(picture).convert(self.mode))  # upright, as `datasets` gives them
+
+    def other_input(self, source: str, length: int, seed: int) -> Batch:
+        """Random pixels; `length` is of no use, since an image always has the same number of positions."""
+        from PIL.Image import fromarray
+
+        if source not in ("random_pixels", "probe"):
+            raise UserError(f"method.source={source}: an image classifier takes dataset or random_pixels")
+        shape = (256, 256, 3) if self.mode == "RGB" else (256, 256)
+        noise = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+        pixels = self.transform(fromarray(noise))[None]
+        return Batch({self.key: pixels}, torch.tensor([NOT_SCORED]), None, ("other",), (0,))
+
+    def _checked(self, example: Document | Picture) -> Picture:
+        if not isinstance(example, Picture):
+            raise UserError("dataset: an image classifier needs images; choose e.g. dataset=digits or image_folder")
+        if not 0 <= example.label < self.n_classes:
+            raise UserError(
+                f"dataset: {example.name} has class {example.label}, but the model knows {self.n_classes} classes; "
+                "choose data with the model's classes (of an image_folder, dataset.classes=FILE gives their order)"
+            )
+        return example
+
+    def _batch(self, pictures: list[Picture], places: range, split: Split, made: deque[Future[torch.Tensor]]) -> Batch:
+        """Args:
+        made: pixels of the pictures from here on, as far as they fit into memory; others are made when they are needed.
+            The ones of this batch are taken out.
+        """
+        some = pictures[places.start : places.stop]
+        if len(made) < len(some):
+            made.clear()
+        pixels = _stacked([made.popleft() for _ in some]) if made else None
+        inputs = LazyPixels(self.key, self.pixels, some) if pixels is None else {self.key: pixels}
+        keep = None
+        if self.left_out and split == "calibration":
+            keep = (torch.arange(self.tokens) >= self.left_out).expand(len(some), -1)
+        labels = torch.tensor([picture.label for picture in some])
+        return Batch(inputs, labels, keep, tuple(picture.name for picture in some), tuple(places))
+
+
+def _stacked(made: Sequence[Future[torch.Tensor]]) -> Float[torch.Tensor, "batch channels height width"]:
+    return torch.stack([pixels.result() for pixels in made])

@@ -1,0 +1,241 @@
+"""The examples of a dataset as they enter a job: each content once, in one split only, and no broken picture."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import struct
+import zlib
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.lazy import torch
+from ablation_sweeps.data.batch import Document, Picture, Split
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+HELD_BYTES = 1 << 28  # decoded pictures that wait for their encoder; others are decoded once more
+N_NAMED = 5  # broken pictures that a message names
+
+# PIL raises these for damaged files, depending on their format.
+DAMAGE = (SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, struct.error, zlib.error)
+
+
+@dataclass
+class Intake:
+    """Gives the examples of one split, in their order, and counts the ones that it leaves out.
+
+    Two examples are the same if their content is, whatever their names and labels: a text without the white space at
+    its ends, or the upright pixels of a picture. Of equal ones, the first is given. Only hashes are kept.
+
+    Attributes:
+        examples: as the dataset gives them; no more are read than are asked for, but for pictures that threads decode
+            ahead.
+        calibrated: contents of the calibration data, which are not evaluated.
+        threaded: pictures are decoded by threads, ahead.
+        contents: what was given so far.
+        copies, calibrated_copies: how many were left out, as copies of examples of this split, or of calibration data.
+        broken: the pictures that were left out, and why.
+    """
+
+    dataset: str
+    split: Split
+    examples: Iterable[Document | Picture]
+    calibrated: Collection[bytes] = frozenset()
+    threaded: bool = True
+    contents: set[bytes] = field(default_factory=set)
+    copies: int = 0
+    calibrated_copies: int = 0
+    broken: list[BrokenPicture] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Document | Picture]:
+        """Raises:
+        UserError: there are examples, but all of them are left out.
+        """
+        given = 0
+        for example, content in _all_hashed(self.examples, self.threaded):
+            if isinstance(content, BrokenPicture):
+                self.broken.append(content)
+            elif content in self.calibrated:
+                self.calibrated_copies += 1
+            elif content in self.contents:
+                self.copies += 1
+            else:
+                if content is not None:
+                    self.contents.add(content)
+                given += 1
+                yield example
+        if not given and self.left_out:
+            raise UserError(
+                f"dataset={self.dataset}: nothing is left of its {self.split} split: {'; '.join(self.left_out)}; give "
+                "other, or more, data"
+            )
+
+    @property
+    def left_out(self) -> list[str]:
+        """One sentence for each reason."""
+        sentences = []
+        if self.calibrated_copies or self.copies:
+            counts = {"the calibration data": self.calibrated_copies, "each other": self.copies}
+            copies = " and ".join(f"{n:,} copies of {what}" for what, n in counts.items() if n)
+            sentences.append(f"{copies} are left out (the same content counts once, whatever its name)")
+        if self.broken:
+            more = f" and {len(self.broken) - N_NAMED} more" if len(self.broken) > N_NAMED else ""
+            named = ", ".join("{} ({})".format(*error.args) for error in self.broken[:N_NAMED])
+            sentences.append(f"{len(self.broken)} pictures that cannot be used are left out: {named}{more}")
+        return sentences
+
+
+def content_of_text(text: str) -> bytes:
+    return hashlib.sha256(text.strip().encode(errors="surrogatepass")).digest()
+
+
+class BrokenPicture(UserError):
+    """A picture that no attempt will read: its file is at fault, not a disk or a network. Made of its name and why."""
+
+    def __str__(self) -> str:
+        name, reason = self.args
+        return f"dataset: the picture {name} cannot be used: {reason}; mend or remove it"
+
+
+def upright(picture: Picture) -> Image:
+    """The decoded picture, turned as its EXIF data say.
+
+    Raises:
+        BrokenPicture: it is truncated, too large, not a picture, or has more than 8 bits a pixel.
+    """
+    return _upright(picture.name, _decoded(picture))
+
+
+def _decoded(picture: Picture) -> Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = picture.read()
+        image.load()
+    except UnidentifiedImageError as error:
+        raise _broken(picture.name, "not a picture that PIL knows") from error
+    except Image.DecompressionBombError as error:
+        raise _broken(picture.name, "more pixels than PIL decodes") from error
+    except OSError as error:
+        if error.errno is None:
+            raise _broken(picture.name, error) from error
+        raise UserError(
+            f"dataset: the picture {picture.name} cannot be read: {error}; mend that, or remove it"
+        ) from error
+    except UserError:
+        raise
+    except DAMAGE as error:
+        raise _broken(picture.name, error) from error
+    return image
+
+
+def _upright(name: str, image: Image) -> Image:
+    from PIL.ImageOps import exif_transpose
+
+    if image.mode[0] in "IF":  # PIL would cut off what is above 255
+        raise _broken(name, f"more than 8 bits a pixel, PIL's mode {image.mode}; save it with 8")
+    try:
+        return exif_transpose(image)
+    except (OSError, *DAMAGE) as error:
+        raise _broken(name, error) from error
+
+
+def _broken(name: str, reason: object) -> BrokenPicture:
+    return BrokenPicture(name, " ".join(str(reason).split())[:150])
+
+
+@dataclass
+class _Handover:
+    """Reads a picture. The first time it gives the image that was decoded for its hash, unless that was let go."""
+
+    again: Callable[[], Image]
+    image: Image | None
+
+    def __call__(self) -> Image:
+        image, self.image = self.image, None
+        return self.again() if image is None else image
+
+
+Hashed = tuple[Document | Picture, bytes | BrokenPicture | None]
+
+
+def _hashed(example: Document | Picture) -> Hashed:
+    """The example and the hash of its content; no hash for blank texts, which encoders leave out."""
+    if isinstance(example, Document):
+        return example, content_of_text(example.text) if example.text.strip() else None
+    if not isinstance(example, Picture):
+        return example, None
+    try:
+        image = _decoded(example)
+        pixels = _upright(example.name, image).convert("RGB")
+    except BrokenPicture as error:
+        return example, error
+    content = hashlib.sha256(f"{pixels.size}".encode() + pixels.tobytes()).digest()
+    return replace(example, read=_Handover(example.read, image)), content
+
+
+def _all_hashed(examples: Iterable[Document | Picture], threaded: bool) -> Iterator[Hashed]:
+    """Decoded images are held until they are read, as far as HELD_BYTES go."""
+    held: deque[_Handover] = deque()
+    try:
+        for example, content in _hashed_ahead(examples) if threaded else map(_hashed, examples):
+            if isinstance(example, Picture) and isinstance(example.read, _Handover):
+                held.append(example.read)
+                while sum(map(_n_bytes, held)) > HELD_BYTES:
+                    held.popleft().image = None
+            yield example, content
+    finally:
+        for handover in held:
+            handover.image = None
+
+
+def _n_bytes(handover: _Handover) -> int:
+    image = handover.image
+    return 0 if image is None else image.width * image.height * len(image.getbands())
+
+
+def _hashed_ahead(examples: Iterable[Document | Picture]) -> Iterator[Hashed]:
+    """The same, by threads: a few pictures are read ahead. Texts are not, since hashing them takes no time.
+
+    An error of a dataset comes when its example is asked for: it may never be.
+    """
+    waiting: deque[Hashed | Future[Hashed]] = deque()
+    source: Iterator[Document | Picture] | None = iter(examples)
+    failed: Exception | None = None
+    while True:
+        while source is not None and len(waiting) <= n_threads():
+            try:
+                example = next(source)
+            except StopIteration:
+                source = None
+            except Exception as error:
+                source, failed = None, error
+            else:
+                if not isinstance(example, Picture):
+                    waiting.append(_hashed(example))
+                    break
+                waiting.append(threads().submit(_hashed, example))
+        if not waiting:
+            break
+        first = waiting.popleft()
+        yield first.result() if isinstance(first, Future) else first
+    if failed:
+        raise failed
+
+
+def n_threads() -> int:
+    """No more than torch has, since it gives each of them as many of its own."""
+    return min(8, torch.get_num_threads())
+
+
+@functools.cache
+def threads() -> ThreadPoolExecutor:
+    """They decode and resize pictures without Python's lock."""
+    return ThreadPoolExecutor(n_threads())

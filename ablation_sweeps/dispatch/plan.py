@@ -1,0 +1,65 @@
+"""What would run: packs, finished jobs and an estimate of the time."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ablation_sweeps.base.terminal import counted
+from ablation_sweeps.dispatch.packs import packed
+from ablation_sweeps.results import run_folder
+
+if TYPE_CHECKING:
+    from ablation_sweeps.experiment.job import Job
+
+
+def plan(jobs: Sequence[Job], most: int | None, at_once: int) -> None:
+    """Says what would run, and how long it may take by what like jobs took before."""
+    jobs = [jobs[i] for i in by_model(jobs)]
+    missing = {job.folder: job for job in jobs if not run_folder.finished(job.folder)}
+    packs = packed(list(missing.values()), most)
+    past = {like: seconds_of(job) for like, job in {job.like: job for job in missing.values()}.items()}
+    took: list[float | None] = []
+    for number, pack in enumerate(packs, start=1):
+        job = missing[pack.folders[0]]
+        begun = sum(run_folder.batches_done(folder) > 0 for folder in pack.folders)
+        each = past[job.like]
+        took.append(each and each * len(pack.folders))
+        about = f", about {duration(took[-1])}" if took[-1] else ""
+        print(f"pack {number}: {job.model.label} on {job.dataset.label}, {counted(len(pack.folders), 'job')}{about}"
+              + (f" ({begun} begun already)" if begun else ""))  # fmt: skip
+        for folder in pack.folders:
+            print(f"    {folder.name}")
+    finished = len(jobs) - len(missing)
+    print(f"{counted(len(jobs), 'job')}: {finished} finished, {len(missing)} to run in {counted(len(packs), 'pack')}")
+    known = [seconds for seconds in took if seconds]
+    if known and len(known) == len(took):
+        total = sum(known)
+        print(f"about {duration(total)} of computing; {duration(max(*known, total / at_once, 0))} at the least, with "
+              f"{counted(min(at_once, len(packs)), 'pack')} at once")  # fmt: skip
+    elif packs:
+        print("no estimate of the time: nothing like it was run before in this results_dir")
+
+
+def seconds_of(job: Job) -> float | None:
+    """What earlier jobs below its results_dir took, in the mean, that differ in nothing but method and seed."""
+    name = f"{job.model.label}-{job.dataset.label}-".replace("/", "--")
+    earlier = job.results_dir.glob(f"*/{glob.escape(name)}*/environment.json")
+    ran = [found for file in earlier if (found := run_folder.environment(file.parent)).get("like") == job.like]
+    took = [found["seconds"] for found in ran if "seconds" in found]  # nothing of a run that has not finished
+    return sum(took) / len(took) if took else None
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def by_model(jobs: Sequence[Job]) -> list[int]:
+    """The order in which each model is loaded once, whatever the order in which the options were typed."""
+    model_first = {job.model: i for i, job in reversed(list(enumerate(jobs)))}
+    data_first = {(job.model, job.dataset): i for i, job in reversed(list(enumerate(jobs)))}
+    place = lambda i: (model_first[jobs[i].model], data_first[jobs[i].model, jobs[i].dataset], i)  # noqa: E731
+    return sorted(range(len(jobs)), key=place)

@@ -1,0 +1,142 @@
+"""Follows submitted packs and resubmits what a dead process left."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.terminal import counted
+from ablation_sweeps.dispatch.packs import FINISHED_STATES, Pack, packed
+from ablation_sweeps.dispatch.scheduler import PackState, Scheduler
+from ablation_sweeps.dispatch.watch import Watcher
+from ablation_sweeps.results import run_folder
+
+if TYPE_CHECKING:
+    from ablation_sweeps.experiment.job import Job
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 2.0  # between two looks at the files of the jobs
+NOT_SEEN = PackState("UNKNOWN", "", False, "")  # that it is over must be said by the queue
+NOBODYS_FAULT = ("PREEMPTED", "BOOT_FAIL")
+MEMORY = re.compile(r"oom.?kill|out of memory|OutOfMemory|\bKilled\b|SIGKILL|MemoryError", re.IGNORECASE)
+
+
+@dataclass
+class Supervisor:
+    """The jobs of a launch, and the packs that hold those which are not finished."""
+
+    queue: Scheduler
+    max_attempts: int
+    jobs: dict[Path, Job]
+    packs: dict[str, list[Path]] = field(default_factory=dict)
+    deaths: Counter[Path] = field(default_factory=Counter)
+    reached: dict[Path, int] = field(default_factory=dict)  # batches of each job when it was last submitted, or died
+    over: set[str] = field(default_factory=set)  # of the packs: over when last asked
+    last: dict[str, PackState] = field(default_factory=dict)  # where they were then
+
+    def start(self, most: int | None) -> None:
+        earlier = self.queue.earlier()
+        # Only now: what ended while the queue was asked is finished, and in no pack.
+        missing = {folder: job for folder, job in self.jobs.items() if not run_folder.finished(folder)}
+        self.reached = {folder: run_folder.batches_done(folder) for folder in missing}
+        for pack, folders in earlier.items():
+            mine = [Path(folder) for folder in folders if Path(folder) in missing]
+            mine = [folder for folder in mine if run_folder.status(folder)["state"] != "failed"]  # it is past these
+            if mine:
+                self.packs[pack] = mine
+        if self.packs:
+            log.info("%s of an earlier launch in the queue still", counted(len(self.packs), "pack"))
+        queued = {folder for folders in self.packs.values() for folder in folders}
+        self._submit(packed([job for folder, job in missing.items() if folder not in queued], most))
+        log.info("%s: %d finished, %d in %s", counted(len(self.jobs), "job"), len(self.jobs) - len(missing),
+                 len(missing), counted(len(self.packs), "pack"))  # fmt: skip
+
+    def _submit(self, packs: list[Pack]) -> None:
+        for start in range(0, len(packs), self.queue.most):
+            some = packs[start : start + self.queue.most]
+            for pack in some:
+                for folder, config in pack.configs.items():
+                    run_folder.queue(Path(folder), config, self.queue.lasts)
+            try:
+                self.packs |= {name: pack.folders for name, pack in self.queue.submit(some).items()}
+            except UserError as error:
+                for folder in (folder for pack in packs[start:] for folder in pack.folders):
+                    run_folder.write_status(folder, "failed", str(error))
+                if not self.packs:
+                    raise
+                log.error("%s; %s in the queue already", error, counted(len(self.packs), "pack"))
+                return
+
+    def watch(self) -> None:
+        """Until nothing is left to wait for."""
+        with Watcher() as watcher:
+            while True:
+                places, again = self.queue.places(), []
+                for pack in list(self.packs):
+                    states = [run_folder.status(folder)["state"] for folder in self.packs[pack]]
+                    if all(state in FINISHED_STATES for state in states):
+                        del self.packs[pack]
+                    elif places is not None:
+                        place = places.get(pack, NOT_SEEN)
+                        again += self._left_by(pack, place) if self._is_over(pack, place) else []
+                self._submit(again)
+                self.last = self.last if places is None else places
+                submitted = PackState("SUBMITTED", "", False, "")
+                watcher.show({pack: (of, self.last.get(pack, submitted)) for pack, of in self.packs.items()})
+                if not self.packs:
+                    return
+                time.sleep(LOOK_SECONDS)
+
+    def _is_over(self, pack: str, place: PackState) -> bool:
+        """SLURM may say that a job is over just before it puts it into the queue again: so it is asked twice."""
+        before = pack in self.over
+        (self.over.add if place.over else self.over.discard)(pack)
+        return place.over and before
+
+    def _left_by(self, pack: str, place: PackState) -> list[Pack]:
+        """What a dead process left: the job that it was at gets a pack of its own, the others go on without it."""
+        left = {folder: run_folder.status(folder)["state"] for folder in self.packs.pop(pack)}
+        left = {folder: state for folder, state in left.items() if state not in FINISHED_STATES}
+        reason = self._reason(pack, place)
+        if place.state == "CANCELLED":
+            for folder in left:
+                run_folder.write_status(
+                    folder, "failed", "cancelled, not by this launcher; the same command runs it again"
+                )
+            return []
+        culprits = [folder for folder, state in left.items() if state in ("running", "died", "damaged")]
+        if not culprits and "interrupted" not in left.values():
+            culprits = list(left)  # it died before it came to any: is the environment of the nodes the right one?
+        for folder in culprits:
+            further = run_folder.batches_done(folder) > self.reached.get(folder, 0)
+            self.reached[folder] = run_folder.batches_done(folder)
+            self.deaths[folder] += not (further or place.state in NOBODYS_FAULT)
+        gone = [folder for folder in culprits if self.deaths[folder] >= self.max_attempts]
+        for folder in gone:
+            died = run_folder.status(folder).get("reason") if left[folder] == "died" else reason
+            run_folder.write_status(folder, "failed", f"its process died {self.deaths[folder]} times: {died}")
+            log.error("failed: %s: %s", folder.name, run_folder.status(folder).get("reason"))
+        alone = [packed([self.jobs[folder]], 1)[0] for folder in culprits if folder not in gone]
+        others = packed([self.jobs[folder] for folder in left if folder not in culprits], None)
+        if alone or others:
+            log.warning("%s is over (%s); what it left is submitted again", pack, reason)
+        return others + alone
+
+    def _reason(self, pack: str, place: PackState) -> str:
+        """The state alone says little: SLURM calls it FAILED when the kernel kills a process for memory."""
+        try:
+            lines = self.queue.log_of(pack).read_text(errors="replace").splitlines()[-30:]
+        except OSError:
+            lines = []
+        said = [line.strip() for line in lines if line.strip()]
+        found = f"{place.state} {place.why}".strip() + (f", {place.node}" if place.node else "")
+        if place.state == "OUT_OF_MEMORY" or (place.state == "FAILED" and MEMORY.search(" ".join([place.why, *said]))):
+            found += ", probably for lack of memory (hydra.launcher.mem, batch_tokens)"
+        return found + (f"; its last words: {said[-1][:200]}" if said else f"; no output in {self.queue.log_of(pack)}")

@@ -1,0 +1,150 @@
+"""What every launcher does before the first job and after the last."""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from ablation_sweeps.base.environment import code
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.terminal import counted, plain
+from ablation_sweeps.data.batch import Split
+from ablation_sweeps.dispatch.plan import plan
+from ablation_sweeps.experiment.config import to_job
+from ablation_sweeps.report import write
+from ablation_sweeps.results import run_folder
+from ablation_sweeps.tracking.publish import publish, send_tables
+
+if TYPE_CHECKING:
+    from ablation_sweeps.experiment.job import Job
+
+log = logging.getLogger(__name__)
+
+
+def check(configs: Sequence[DictConfig]) -> list[Job]:
+    """Builds all jobs of a sweep, so that a mistake in the last one is found before the first one runs."""
+    from tqdm import tqdm
+
+    code()  # as it is now; files may be edited before the sweep ends
+    jobs = []
+    for config in tqdm(configs, desc="checking the jobs", delay=2, leave=False, disable=None):
+        job = to_job(config)
+        job.check()
+        jobs.append(job)
+    return jobs
+
+
+def fetch(jobs: Sequence[Job]) -> None:
+    """All that the jobs need from the hub, once each, so that they can then run offline. Nothing is computed."""
+    splits: tuple[Split, ...] = ("calibration", "evaluation")
+    needed = {(job.model, job.dataset, *map(job.budget, splits)): job for job in jobs}
+    for i, job in enumerate(needed.values(), start=1):
+        log.info("[%d/%d] fetching %s and %s", i, len(needed), job.model.label, job.dataset.label)
+        job.fetch()
+    print("all that is needed is on this machine; without prefetch=true, the same command can run offline")
+
+
+def only_asked(jobs: Sequence[Job], most: int | None, at_once: int) -> bool:
+    """With prefetch=true or dry_run=true: does that, and nothing is to be run."""
+    if jobs[0].prefetch:
+        fetch(jobs)
+    elif jobs[0].dry_run:
+        plan(jobs, most, at_once)
+    return jobs[0].prefetch or jobs[0].dry_run
+
+
+@dataclass
+class Failures:
+    """Jobs that failed while others went on."""
+
+    reasons: list[str] = field(default_factory=list)
+    first: BaseException | None = None  # its traceback is shown where one is wanted
+
+    def add(self, what: str, error: BaseException) -> None:
+        self.reasons.append(f"{what}: {plain(error)}")
+        self.first = self.first or error
+        log.error("failed: %s", self.reasons[-1])
+        chained: BaseException | None = error
+        while chained:  # what its frames hold is let go: a model, where the next one needs the memory
+            traceback.clear_frames(chained.__traceback__)
+            chained = chained.__cause__ or chained.__context__
+
+
+def _mirror(folder: Path, tracking: Any) -> None:
+    """Where W&B has the curves, it gets the tables of the sweep, too; with tracking.sync=true, all that it lacks."""
+    if getattr(tracking, "sync", False):
+        log.info("%s to W&B", publish(folder))
+    elif getattr(tracking, "is_online", False) and any(
+        run_folder.published(r, tracking.place) for r in run_folder.runs(folder)
+    ):
+        send_tables(folder)
+
+
+@contextmanager
+def waiting(jobs: Sequence[Job]) -> Iterator[None]:
+    """`status` and `retry` know of them, also of those that this process does not come to."""
+    mine = [
+        job
+        for job in jobs
+        if run_folder.current_status(job.folder)["state"] in ("new", "interrupted", "died", "damaged")
+    ]
+    for job in mine:
+        run_folder.queue(job.folder, job.config, lasts=False)
+    try:
+        yield
+    finally:
+        run_folder.mark_interrupted(job.folder for job in mine)
+
+
+def _say_what_other_code_did(jobs: Sequence[Job]) -> None:
+    """A shipped method that was edited, say, does not change the name of a result."""
+    finished = [job.folder for job in jobs if run_folder.status(job.folder)["state"] == "finished"]
+    other = [folder.name for folder in finished if run_folder.environment(folder).get("code") != code()]
+    if other:
+        named = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
+        log.info(
+            "%d of %s finished by another version of this code, which is taken for equal (NUMBERS in job.py): %s; "
+            "results_dir=FOLDER computes anew", len(other), counted(len(jobs), "job"), named,
+        )  # fmt: skip
+
+
+def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
+    """Tables and figures of all that is finished in the sweep's folder; then, loudly, what failed.
+
+    Raises:
+        UserError: a job failed, or W&B does not take what tracking.sync=true sends.
+    """
+    for job in jobs:
+        if run_folder.status(job.folder)["state"] == "finished":
+            run_folder.remove_progress(job.folder)
+    folders = dict.fromkeys(job.folder.parent for job in jobs)
+    with_results = [folder for folder in folders if not failures.reasons or list(folder.glob("*/rows.parquet"))]
+    for folder in with_results:
+        for file in write.write(folder):
+            if file.suffix in write.KINDS:
+                print(f"{write.KINDS[file.suffix]}: {os.path.relpath(file)}")
+    _say_what_other_code_did(jobs)
+    for folder in with_results:
+        try:
+            _mirror(folder, jobs[0].tracking)
+        except UserError as error:
+            if getattr(jobs[0].tracking, "sync", False) and not failures.reasons:
+                raise
+            log.error("%s", error)  # what failed comes last, where it is seen
+    if failures.reasons:
+        n = len(failures.reasons)
+        done = sum(run_folder.status(job.folder)["state"] == "finished" for job in jobs)
+        others = "the others are" if done == len(jobs) - n else f"{done} {'is' if done == 1 else 'are'}"
+        others = f", {others} finished and kept" if done else ""
+        raise UserError(
+            f"{n} of {len(jobs)} jobs failed{others}; the same command runs only what is missing; more is in each "
+            f"folder's log. The first: {failures.reasons[0]}"
+        ) from failures.first

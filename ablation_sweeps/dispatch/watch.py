@@ -1,0 +1,99 @@
+"""How far the jobs of a sweep are, from their files: live while a launcher waits, or later."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ablation_sweeps.dispatch.packs import FINISHED_STATES
+from ablation_sweeps.dispatch.scheduler import PackState
+from ablation_sweeps.results import run_folder
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+log = logging.getLogger(__name__)
+
+
+LINE_SECONDS = 60.0  # between two lines where there is no terminal
+ROWS = 30  # packs that a terminal shows
+Packs = dict[str, tuple[list[Path], PackState]]
+
+
+class Watcher:
+    """A table that is drawn again and again; in a file a line a minute, as long as something is awaited."""
+
+    def __enter__(self) -> Watcher:
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console(stderr=True)  # stdout holds the results alone
+        self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        if self.live:
+            self.live.start()
+        self.said = time.monotonic()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def show(self, packs: Packs) -> None:
+        if self.live:
+            self.live.update(table(packs), refresh=True)
+        elif packs and time.monotonic() - self.said > LINE_SECONDS:
+            self.said = time.monotonic()
+            states = Counter(place.state.lower() for _, place in packs.values())
+            folders = [folder for folders, _ in packs.values() for folder in folders]
+            done = sum(run_folder.status(folder)["state"] == "finished" for folder in folders)
+            packs_are = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
+            whys = sorted({place.why for _, place in packs.values() if place.why and not place.over})
+            because = f" ({', '.join(whys)})" if whys else ""
+            log.info("packs: %s%s; %d of their %d jobs are finished", packs_are, because, done, len(folders))
+
+
+def table(packs: Packs) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    shown = Table("pack", "node", "state", "jobs", "at", "left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, (folders, place) in list(packs.items())[:ROWS]:
+        statuses = {folder: run_folder.status(folder) for folder in folders}
+        done = sum(status["state"] in FINISHED_STATES for status in statuses.values())
+        running = [folder for folder, status in statuses.items() if status["state"] == "running"]
+        at, left = progress(running[0], statuses[running[0]]) if running else (place.why, "")
+        shown.add_row(name, place.node, place.state.lower(), f"{done}/{len(folders)}", at, left)
+    if len(packs) > ROWS:
+        shown.add_row(f"and {len(packs) - ROWS} more", "", "", "", "", "")
+    return shown
+
+
+def progress(folder: Path, status: run_folder.Status) -> tuple[str, str]:
+    """The job and its batches; and what is left of it, if all of its batches take as long as those that are done."""
+    total, done = status.get("batches"), run_folder.batches_done(folder)
+    if not total or "started" not in status:
+        return f"{folder.name} (loading)", ""
+    spent = (datetime.now(timezone.utc) - datetime.fromisoformat(status["started"])).total_seconds()
+    lately = done - status.get("begun_at", 0)
+    left = f"{spent / lately * (total - done):.0f} s" if lately > 0 else ""
+    return f"{folder.name} {done}/{total}", left
+
+
+def overview(runs: Sequence[Path]) -> Table:
+    """One line a job."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table("job", "state", "where", "how far, or why", box=box.SIMPLE_HEAD, pad_edge=False)
+    for run in runs:
+        status = run_folder.current_status(run)
+        total = status.get("batches")
+        far = f"{run_folder.batches_done(run)}/{total} batches" if status["state"] == "running" and total else ""
+        shown.add_row(*map(Text, (run.name, status["state"], status.get("host", ""), status.get("reason", far))))
+    return shown

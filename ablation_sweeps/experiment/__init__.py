@@ -1,0 +1,1 @@
+"""One job: its options, and the experiment itself (`run.py`)."""

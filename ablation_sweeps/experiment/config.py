@@ -1,0 +1,285 @@
+"""A composed config -> a validated Job."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import importlib
+import importlib.util
+import inspect
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.moved import MOVED
+from ablation_sweeps.base.paths import absolute
+from ablation_sweeps.base.terminal import FOLDERS, as_typed, typed_command, typed_subcommand
+from ablation_sweeps.datasets.file_formats import stem
+from ablation_sweeps.experiment.config_errors import explain, first_line, near, no_such_option
+
+if TYPE_CHECKING:
+    from ablation_sweeps.experiment.job import Job
+
+
+PARTS = ("model", "dataset", "method", "fraction", "site", "selection", "statistics", "eval", "tracking")
+SCALARS = ("batch_tokens", "seed", "prefetch", "dry_run", "sweep", "results_dir", "objective")
+OPTIONS = (*PARTS, *SCALARS)
+MAY_BE_NULL = ("objective",)
+MOST = 2**63 - 1  # of any number: what tables and random generators take
+CHOICES = (*(part for part in PARTS if part not in ("statistics", "eval")), "study", "experiment")  # folders of conf/
+
+
+def to_job(cfg: DictConfig) -> Job:
+    """Builds and validates every part. Nothing heavy is loaded; see `Job.check` for what needs the disk.
+
+    Raises:
+        UserError: one line that names the option.
+    """
+    return from_dict(to_dict(cfg))
+
+
+def from_dict(config: dict[str, Any]) -> Job:
+    """The same from a resolved config, as `Job.config` keeps it: what is shipped to another process."""
+    from ablation_sweeps.experiment.job import Job
+
+    for option in ("study", "experiment"):
+        if option in config:
+            raise UserError(
+                f"{option}={as_typed(config[option])}: its yaml must be a mapping of options, and begin with the line "
+                "# @package _global_"
+            )
+    for option in config.keys() - set(OPTIONS):
+        raise UserError(f"{option}: there is no such option{near(option, list(OPTIONS))}; see {typed_command()} --help")
+    for option in OPTIONS:
+        if config.get(option) is None and option not in MAY_BE_NULL:
+            raise UserError(f"{option}: must be given; leave it out of the command to get its default")
+    config = {**config, "objective": config.get("objective")}
+    parts = {part: build(part, config[part]) for part in PARTS}
+    config |= {part: _with_numbers(config[part], built) for part, built in parts.items()}
+    for option, least in (("batch_tokens", 1), ("seed", 0)):
+        config[option] = _whole_number(option, config[option], least)
+    for option in ("prefetch", "dry_run"):
+        config[option] = _flag(option, config[option])
+    results_dir, sweep = option_places(config["results_dir"], config["sweep"])
+    FOLDERS[results_dir] = "results_dir"
+    return Job(
+        **parts,
+        batch_tokens=config["batch_tokens"],
+        seed=config["seed"],
+        prefetch=config["prefetch"],
+        dry_run=config["dry_run"],
+        sweep=sweep,
+        results_dir=Path(results_dir),
+        objective=config["objective"],
+        config=config,
+    )
+
+
+def option_places(results_dir: object, sweep: object) -> tuple[str, str]:
+    """The folder of all sweeps, from the root, and the name of the sweep's own.
+
+    Raises:
+        UserError: it is no name, or not that of one folder.
+    """
+    for option, value in (("results_dir", results_dir), ("sweep", sweep)):
+        if value in ("", None):
+            raise UserError(f"{option}=: must be a name, e.g. {option}=my_{option}")
+    if "/" in str(sweep) or str(sweep).startswith(".") or "\0" in str(sweep) or len(os.fsencode(str(sweep))) > 255:
+        raise UserError(f"sweep={sweep}: must be the name of one folder; where it lies is results_dir=FOLDER")
+    return absolute(str(results_dir)), str(sweep)
+
+
+def _with_numbers(options: dict[str, Any], built: object) -> dict[str, Any]:
+    """The options, with the number or truth value where one was given as text, as `${oc.env:N}` gives it."""
+    fields = {key: getattr(built, key, value) for key, value in options.items() if isinstance(value, str)}
+    return options | {key: value for key, value in fields.items() if isinstance(value, int | float)}
+
+
+def _whole_number(option: str, value: object, least: int) -> int:
+    """The number, also where it is given as text, as `seed=${oc.env:SEED}` gives it."""
+    number = int(value) if isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d{1,30}\s*", value) else value
+    if type(number) is not int or number < least:
+        raise UserError(f"{option}={as_typed(value)}: must be a whole number of at least {least}")
+    if number > MOST:
+        raise UserError(f"{option}={as_typed(value)}: must be at most {MOST}")
+    return number
+
+
+def _flag(option: str, value: object) -> bool:
+    given = {"true": True, "false": False}.get(value.strip().lower(), value) if isinstance(value, str) else value
+    if type(given) is not bool:
+        raise UserError(f"{option}={as_typed(value)}: must be true or false")
+    return given
+
+
+def to_dict(cfg: DictConfig) -> dict[str, Any]:
+    """Resolved, without Hydra's own settings."""
+    options = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    try:
+        return OmegaConf.to_container(options, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def build(part: str, options: Any) -> Any:
+    """An object of the class that `_target_` names, with the rest of the options as its fields."""
+    from pydantic import ValidationError
+
+    if not isinstance(options, dict):
+        raise UserError(
+            f"{part}={as_typed(options)}: is no mapping; its options are set one by one; {typed_command()} --help "
+            "shows them"
+        )
+    if not options.get("_target_"):
+        raise UserError(f"{part}: its yaml has no _target_, the class that implements it")
+    fields = {key: value for key, value in options.items() if key != "_target_"}
+    for key, value in fields.items():
+        if isinstance(value, str) and os.sep in value:
+            FOLDERS[absolute(value)] = f"{part}.{key}"
+        _check_size(part, key, value, value)
+    path = str(options["_target_"])
+    target = _find(part, MOVED.get(path, path))
+    known = list(inspect.signature(target).parameters)
+    for key in fields.keys() - set(known):  # which pydantic does not mind, unless it is told to
+        raise UserError(no_such_option(part, key, known))
+    try:
+        built = target(**fields)
+    except ValidationError as error:
+        empty = {e["loc"] for e in error.errors() if e["type"] == "too_short"}
+        errors = [e for e in error.errors() if not (e["loc"] in empty and fields.get(str(e["loc"][0])))]
+        raise UserError("; ".join(explain(part, fields, e) for e in errors)) from error
+    except (TypeError, ValueError) as error:  # of a class that pydantic does not check
+        raise UserError(f"{part}: {first_line(error)}") from error
+    for key in fields:
+        _check_size(part, key, fields[key], getattr(built, key, None))
+    if part in ("model", "dataset"):
+        try:
+            hash(built)  # what is loaded is kept under it
+        except TypeError as error:
+            raise UserError(
+                f"{part}._target_={options['_target_']}: {error}; declare the field that holds it a tuple, and take "
+                "pydantic.dataclasses.dataclass, which makes it one"
+            ) from error
+    return built
+
+
+def _check_size(part: str, key: str, given: object, value: object) -> None:
+    """Check the size of a number, or of each one in a list."""
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(number, float) and not isinstance(value, list | tuple) and not math.isfinite(number):
+            raise UserError(f"{part}.{key}={as_typed(given)}: must be a finite number")
+        if isinstance(number, int) and abs(number) > MOST:
+            raise UserError(f"{part}.{key}={as_typed(given)}: must be at most {MOST}")
+
+
+def _find(part: str, path: str) -> Any:
+    """The class of that path, which has what a part needs."""
+    try:
+        module, _, name = path.rpartition(".")
+        target = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{part}._target_={path}: there is no such class ({first_line(error)}); give it as package.module.Class of "
+            "something that Python can import here"
+        ) from error
+    if part not in ("model", "dataset", "method"):
+        return target
+    if not dataclasses.is_dataclass(target) or target.__hash__ is None:
+        raise UserError(
+            f"{part}._target_={path}: is no frozen dataclass, whose fields are its options; put "
+            "@dataclass(frozen=True) before its class"
+        )
+    does = {"model": "load", "dataset": "examples", "method": "fit"}[part]
+    if not hasattr(target, does):
+        raise UserError(f"{part}._target_={path}: has no {does}(); see the README, Adding")
+    if "label" not in {*target.__dataclass_fields__, *dir(target)}:
+        raise UserError(
+            f"{part}._target_={path}: has no name for tables, figures and folders; give its class `label: str`, and "
+            "its yaml `label: NAME`"
+        )
+    return target
+
+
+NUMBER = r"(?:[-+]?(?:[.\d][.\deE+-]*|inf|nan))"
+
+
+def number_fractions(arguments: list[str]) -> list[str]:
+    """`fraction=0.1,0.5` -> `fraction.values=[0.1],[0.5]`, since Hydra takes no numbers for a group."""
+    rewritten = []
+    for argument in arguments:
+        match = re.fullmatch(rf"fraction=(\[?)({NUMBER}(?:\s*,\s*{NUMBER})*)\]?", argument)
+        if match and match[1]:
+            argument = f"fraction.values=[{match[2]}]"
+        elif match:
+            argument = "fraction.values=" + ",".join(f"[{value.strip()}]" for value in match[2].split(","))
+        rewritten.append(argument)
+    return rewritten
+
+
+def _embedded(name: str) -> str:
+    """Folder of a model that ships with this package."""
+    return str(Path(__file__).parents[1] / "assets" / name)
+
+
+def _package_folder(name: str, remedy: str) -> str:
+    """Folder of an installed package that carries a model."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise UserError(f"model: the package {name} is not installed; get it with: {remedy}")
+    return str(Path(spec.origin).parent)
+
+
+def _label_of(name: str | None, path: str | None) -> str:
+    """The last part of the path or of the name on the hub; of text without its suffix, of a glob what is no pattern."""
+    if path is None:
+        return (name or "unnamed").split("/")[-1]
+    whole = Path(os.path.abspath(os.path.expanduser(path)))
+    plain = whole if whole.exists() else Path(*(part for part in whole.parts if not glob.has_magic(part)))
+    return stem(plain)
+
+
+def _python_version() -> str:
+    """The Python whose documentation and source code are data: each version has other ones."""
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _tagged(label: str, variant: str | int | None, default: str | None) -> str:
+    """`peak`, `peak-smoothed`: the variant is named where it is not the default."""
+    return label if variant == default else f"{label}-{variant}"
+
+
+def _read_times_as_text() -> None:
+    """`time: 10:00:00` in a yaml is text, as on the command line; YAML 1.1 has it as 36000, to the base of 60."""
+    import yaml
+
+    plain = re.compile(r"^[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$")
+    resolvers = yaml.SafeLoader.yaml_implicit_resolvers
+    for start, found in resolvers.items():
+        resolvers[start] = [(tag, plain if tag == "tag:yaml.org,2002:int" else regexp) for tag, regexp in found]
+
+
+_read_times_as_text()
+
+
+def _folder_of_sweep(results_dir: str, sweep: str) -> str:
+    """Hydra makes it before it runs a job: a name that is refused makes none."""
+    return os.path.join(*option_places(results_dir, sweep))
+
+
+OmegaConf.register_new_resolver("folder_of_sweep", _folder_of_sweep, replace=True)
+OmegaConf.register_new_resolver("label_of", _label_of, replace=True)
+OmegaConf.register_new_resolver("tagged", _tagged, replace=True)
+OmegaConf.register_new_resolver("python_version", _python_version, replace=True)
+OmegaConf.register_new_resolver("embedded", _embedded, replace=True)
+OmegaConf.register_new_resolver("package_folder", _package_folder, replace=True)
+OmegaConf.register_new_resolver("typed_command", typed_command, replace=True)
+OmegaConf.register_new_resolver("typed_subcommand", typed_subcommand, replace=True)

@@ -1,0 +1,244 @@
+"""Batches x fractions -> sums of every metric for every document -> rows with standard errors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from tqdm import tqdm
+
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.lazy import pd, torch
+from ablation_sweeps.data.batch import NOT_SCORED, TOO_LARGE, Batch, prefetch_batches
+from ablation_sweeps.experiment.chance import _chance
+from ablation_sweeps.experiment.clean_passes import CleanPasses, PartKey
+from ablation_sweeps.experiment.score import _clean, _sums, _targets
+from ablation_sweeps.methods.method import Replacement, values_of
+from ablation_sweeps.models.transformer import Transformer
+from ablation_sweeps.neurons.hooks import Projection, ablated, reading
+from ablation_sweeps.results.metrics import SUMS, curve, ratio
+
+if TYPE_CHECKING:
+    from ablation_sweeps.experiment.chance import ChanceModel
+
+log = logging.getLogger(__name__)
+
+
+LEAST = 32  # documents or images that a standard error is taken from, before it decides about more
+
+
+def evaluate(
+    model: Transformer,
+    projections: list[Projection],
+    batches: Sequence[Batch],
+    masks: dict[float, list[Bool[torch.Tensor, " _neurons"]]],
+    replacement: Replacement,
+    common: Int[torch.Tensor, " common"],
+    top_k: int,
+    done: Sequence[pd.DataFrame],
+    save: Callable[[int, pd.DataFrame], None],
+    note: Callable[[str], None] = log.warning,
+    target_stderr: float | None = None,
+    clean: CleanPasses | None = None,
+) -> pd.DataFrame:
+    """One clean pass over each batch, at once or in parts, then one for every fraction that is not precise enough yet.
+
+    Args:
+        masks: for each fraction; fraction 0 is the clean pass and needs none.
+        done: what earlier batches gave, if the job was interrupted; these are not run again.
+        save: called with the number of each batch and its sums, as soon as they are there.
+        note: told when the device has too little memory for a batch, which is then halved.
+        target_stderr: of the mean loss, in nats; a fraction that reaches it gets no more batches. None: all get all.
+        clean: passes over these batches that an earlier job has left.
+
+    Returns:
+        one row a document and fraction with the columns `SUMS`: sums over the document's scored positions. With a
+        `target_stderr`, each fraction has the first so many documents: any two curves share those of the shorter one.
+
+    Raises:
+        UserError: the model gives logits that are not finite, or nothing is scored.
+    """
+    device = model.device
+    masks = {fraction: [mask.to(device) for mask in layers] for fraction, layers in masks.items()}
+    target_stderr = target_stderr if masks else None  # it is one of points
+    clean = clean or CleanPasses(model)
+    passes = Passes(model, projections, masks, replacement, common.to(device), top_k, clean, model.at_once, note)
+    parts = list(done)
+    bar = tqdm(batches, desc=f"{model.label}, {len(masks) + 1} passes a batch", delay=2, leave=False, disable=None)
+    to_do = prefetch_batches(batches[len(done) :])
+    for number, batch in enumerate(bar):
+        if number >= len(done):
+            with torch.inference_mode():
+                sums = passes.sums(next(to_do).to(device), (number,))
+            _check_finite(sums, model)
+            parts.append(_frame(sums, batch))
+            save(number, parts[-1])
+        if target_stderr is not None and _are_first(batches[: number + 1]):
+            passes.masks = _imprecise(passes.masks, parts[: number + 1], target_stderr)
+            if not passes.masks:
+                break
+    pieces = pd.concat(parts, ignore_index=True).groupby(["fraction", "document"], as_index=False)
+    documents = pieces.agg({"name": "first", **dict.fromkeys(SUMS, "sum")})
+    if target_stderr is not None:
+        scored = sum(int((batch.labels != NOT_SCORED).sum()) for batch in batches)
+        share = documents.loc[documents["fraction"] > 0, "n"].sum() / scored / len(masks)
+        missed = ", ".join(f"{fraction:.0%}" for fraction in _imprecise(masks, parts, target_stderr))
+        result = f"taken, and not enough at {missed}" if missed else "enough"
+        log.info("eval.target_stderr=%g: %.0f %% of the data was %s", target_stderr, 100 * share, result)
+    if not documents["n"].sum():
+        raise UserError("dataset: nothing is scored in the evaluation split; give longer or more documents")
+    return documents
+
+
+def _are_first(batches: Sequence[Batch]) -> bool:
+    """Whether these hold the first documents of the data: a batch of the longest is no fair sample."""
+    places = [place for batch in batches for place in batch.index]
+    return len(places) >= LEAST and max(places) + 1 == len(places)
+
+
+def _imprecise(
+    masks: dict[float, list[Bool[torch.Tensor, " _neurons"]]], parts: list[pd.DataFrame], target_stderr: float
+) -> dict[float, list[Bool[torch.Tensor, " _neurons"]]]:
+    """Those of the fractions that need more documents."""
+    loss = pd.concat(parts).groupby("fraction")
+    stderr = {fraction: ratio(group["loss"].to_numpy(), group["n"].to_numpy())[1] for fraction, group in loss}
+    return {fraction: layers for fraction, layers in masks.items() if not stderr[fraction] <= target_stderr}
+
+
+ScoreSums = dict[float, Float[np.ndarray, "batch sums"]]  # of each fraction
+
+
+@dataclass
+class Passes:
+    """All forward passes over one batch: the clean one, then one for each fraction. See `evaluate`.
+
+    Attributes:
+        at_once: positions, or images, that a pass takes; fewer, once the device has had too little memory for them.
+    """
+
+    model: Transformer
+    projections: list[Projection]
+    masks: dict[float, list[Bool[torch.Tensor, " _neurons"]]]
+    replacement: Replacement
+    common: Int[torch.Tensor, " common"]
+    top_k: int
+    clean: CleanPasses
+    at_once: int
+    note: Callable[[str], None]
+
+    def sums(self, batch: Batch, part: PartKey, values: list[torch.Tensor] | None = None) -> ScoreSums:
+        """Of `SUMS`; over a batch that is too large for one pass, half by half.
+
+        Args:
+            values: what is written, of this part; None of a whole batch, of which it is computed once.
+        """
+        if values is None and not self.replacement.reads_clean:
+            values = self._values(batch, [])
+        if batch.fits(self.at_once):
+            try:
+                return self._of_all_at_once(batch, part, values)
+            except torch.OutOfMemoryError:
+                self._too_large(batch)
+        # Not inside of `except`, whose error holds on to the memory of the pass that failed.
+        if values is None:
+            values = self._values(batch.to(torch.device("cpu")), self._clean_activations(batch, part))
+        n, (first, last) = len(batch.names), batch.halves()
+        sums = [
+            self.sums(first, (*part, 0), _rows(values, slice(None, len(first.names)), n, first)),
+            self.sums(last, (*part, 1), _rows(values, slice(len(first.names), None), n, last)),
+        ]
+        return {fraction: np.concatenate([of_half[fraction] for of_half in sums]) for fraction in sums[0]}
+
+    def _values(self, batch: Batch, clean: list[torch.Tensor]) -> list[torch.Tensor]:
+        return values_of(self.replacement, batch, clean, len(self.projections))
+
+    def _of_all_at_once(self, batch: Batch, part: PartKey, values: list[torch.Tensor] | None) -> ScoreSums:
+        size, targets = len(batch.names), _targets(batch)
+        if values is None:
+            with reading(self.projections, size) as clean_activations:
+                logits = self.model.logits_at(batch, targets.rows)
+            values = self._values(batch, clean_activations)
+            del clean_activations
+        else:
+            logits = self.clean.logits(part, batch, targets.rows)
+        clean = _clean(logits)
+        sums = {0.0: _sums(logits, clean, targets, self.common, self.top_k)}
+        for fraction, layers in self.masks.items():
+            del logits  # of which there is no room for two
+            with ablated(self.projections, layers, values, size):
+                logits = self.model.logits_at(batch, targets.rows)
+            sums[fraction] = _sums(logits, clean, targets, self.common, self.top_k)
+        # Not before the last pass: a GPU stands still when its numbers are waited for.
+        return dict(zip(sums, torch.stack(list(sums.values())).cpu().numpy(), strict=True))
+
+    def _clean_activations(self, batch: Batch, part: PartKey) -> list[torch.Tensor]:
+        """Of all examples, `[batch, rows, neurons]` a layer, though only some of them fit into one pass; in main
+        memory, since it may be they that did not fit."""
+        if batch.fits(self.at_once):
+            try:
+                with reading(self.projections, len(batch.names)) as activations:
+                    if part in self.clean.kept:
+                        self.model.body(batch)
+                    else:  # which is needed next
+                        self.clean.logits(part, batch, _targets(batch).rows)
+                return [x.cpu() for x in activations]
+            except torch.OutOfMemoryError:
+                self._too_large(batch)
+        halves = enumerate(batch.halves())
+        first, last = (self._clean_activations(half, (*part, i)) for i, half in halves)
+        return [_stacked(*both) for both in zip(first, last, strict=True)]
+
+    def _too_large(self, batch: Batch) -> None:
+        n = len(batch.names)
+        self.note(TOO_LARGE.format(n))
+        self.at_once = (n + 1) // 2 * (batch.size // n)
+
+
+def _rows(values: list[torch.Tensor], rows: slice, n: int, part: Batch) -> list[torch.Tensor]:
+    """The part of the values for some examples of a batch of `n`; values may be the same for all of them, and texts
+    that are passed apart have fewer positions."""
+    own = [value[rows] if value.ndim == 3 and len(value) == n else value for value in values]
+    width = part.labels.shape[-1]
+    return [value[:, :width] if value.ndim == 3 and part.apart else value for value in own]
+
+
+def _stacked(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Activations of all examples, `[batch, rows, neurons]`, padded where texts were passed apart."""
+    width = max(first.shape[1], last.shape[1])
+    padded = (torch.nn.functional.pad(x, (0, 0, 0, width - x.shape[1])) for x in (first, last))
+    return torch.cat([*padded])
+
+
+def _check_finite(sums: ScoreSums, model: Transformer) -> None:
+    for fraction, values in sums.items():
+        if not np.isfinite(values).all():
+            if fraction:
+                raise UserError(
+                    f"method: gives NaN or infinite logits with {fraction:.0%} of the neurons ablated; check the "
+                    "values that it writes, and try model.dtype=float32"
+                )
+            raise UserError(
+                f"model={model.label}: gives NaN or infinite logits before anything is ablated; check its weights and "
+                "model.dtype"
+            )
+
+
+def _frame(sums: ScoreSums, batch: Batch) -> pd.DataFrame:
+    frames = [
+        pd.DataFrame({"fraction": fraction, "document": batch.documents or batch.index, "name": batch.names}).join(
+            pd.DataFrame(values, columns=list(SUMS))
+        )
+        for fraction, values in sums.items()
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def metrics(
+    documents: pd.DataFrame, guess: ChanceModel, labels: Int[torch.Tensor, " scored"], top_k: int
+) -> pd.DataFrame:
+    """The metrics at every fraction (see `metrics.curve`), with the chance level of each."""
+    return curve(documents, top_k, len(guess.common), _chance(guess, labels, top_k))

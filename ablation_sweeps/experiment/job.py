@@ -1,0 +1,225 @@
+"""One job is one curve: its options, checked, with nothing loaded."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as validated
+
+from ablation_sweeps.base import hashing
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.data.batch import SPLITS, Split
+from ablation_sweeps.data.encoder import Budget
+from ablation_sweeps.data.intake import Intake
+from ablation_sweeps.experiment import evaluate
+from ablation_sweeps.experiment.identity import RESULTS_VERSION, _class, _content, _numbers, _options
+from ablation_sweeps.experiment.session import _encode, _of, load
+from ablation_sweeps.methods.method import Method
+from ablation_sweeps.models.transformer import Transformer
+from ablation_sweeps.neurons import collect, sites, streaming_histogram
+from ablation_sweeps.neurons.selection import Random, Schedule
+from ablation_sweeps.results import run_folder
+from ablation_sweeps.results.metrics import MAIN
+from ablation_sweeps.tracking.wandb import summary
+
+NO_SPECIAL = 2  # likewise, for model.tokens=no_special alone
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Calibration:
+    """Attributes:
+    tokens: positions that the statistics are taken over; for images, their patches.
+    documents: at most so many documents or images; None is no limit.
+    passes: over the data: 2 gives exact histograms, 1 takes half of the time where the second one is of the model, too.
+    """
+
+    tokens: Annotated[int, Field(ge=2)]
+    documents: Annotated[int | None, Field(ge=1)]
+    passes: collect.NPasses = 2
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Evaluation:
+    """Attributes:
+    tokens: of text that are evaluated; None is all there are.
+    documents: at most so many; None is no limit.
+    images: that are evaluated; None is all there are.
+    top_k, top_k_images: the k of the second accuracy, for tokens and for classes.
+    skip: this many of the most common tokens are left out of the skip metrics.
+    target_stderr: of the loss, in nats: a point that is as precise as that after some number of documents or images
+        needs no more of them. Texts are looked at 32 by 32; None: all points get all.
+    """
+
+    tokens: Annotated[int | None, Field(ge=2)]
+    documents: Annotated[int | None, Field(ge=1)]
+    images: Annotated[int | None, Field(ge=1)]
+    top_k: Annotated[int, Field(ge=1)]
+    top_k_images: Annotated[int, Field(ge=1)]
+    skip: Annotated[int, Field(ge=0)]
+    target_stderr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One curve. Its parts are built and checked; nothing is loaded."""
+
+    model: Any  # a class of ablation_sweeps.models, or one of your own: see the README, "Adding"
+    dataset: Any
+    method: Method
+    fraction: Schedule
+    site: sites.Site
+    selection: Random
+    statistics: Calibration
+    eval: Evaluation
+    tracking: Any
+    batch_tokens: int
+    seed: int
+    prefetch: bool  # fetch what is needed, and stop
+    dry_run: bool  # say what would run, and stop
+    sweep: str
+    results_dir: Path
+    objective: str | None  # what the sweeper optimises
+    config: dict[str, Any]  # as composed and resolved: what config.yaml keeps
+
+    def check(self) -> None:
+        """All that can be found out before a model is loaded."""
+        if self.model.modality != self.dataset.modality:
+            fits = "dataset=digits or dataset=image_folder" if self.model.modality == "image" else "dataset=python_docs"
+            raise UserError(
+                f"dataset={self.dataset.label}: holds {self.dataset.modality}s, but model={self.model.label} takes "
+                f"{self.model.modality}s; choose e.g. {fits}"
+            )
+        for option, part in (("model.path", self.model), ("dataset.path", self.dataset)):
+            path = Path(os.path.realpath(getattr(part, "path", None) or "/nowhere"))
+            if Path(os.path.realpath(self.results_dir)).is_relative_to(path):
+                raise UserError(
+                    f"results_dir={self.results_dir}: lies in {option}={path}, so that results would be taken for what "
+                    "belongs there; give results_dir=FOLDER outside of it"
+                )
+        for part in (self.model, self.dataset, self.method):
+            check = getattr(part, "check", None)  # most methods have nothing to check
+            if check is not None:
+                check(self.model.modality)
+        if self.eval.target_stderr and getattr(self.model, "pack", None) == "concatenate":
+            raise UserError(
+                "eval.target_stderr: the pieces of model.pack=concatenate come document by document, so that the first "
+                "ones are no fair sample; leave it null, or take model.pack=documents"
+            )
+        if self.objective:
+            _check_objective(self.objective, self.fraction.values)
+        _check_examples(self.dataset)
+
+    def check_unchanged(self) -> None:
+        """The files are still those of the signature: what is loaded, and kept for later jobs, is what it says."""
+        for option, part in (("model", self.model), ("dataset", self.dataset)):
+            if _content.__wrapped__(part) != _content(part):
+                raise UserError(
+                    f"{option}={part.label}: its files were changed while they were computed with; the same command "
+                    "again takes them as they are then"
+                )
+
+    def budget(self, split: Split) -> Budget:
+        if split == "calibration":
+            return Budget(self.statistics.tokens, self.statistics.documents)
+        if self.model.modality == "image":
+            return Budget(None, self.eval.images)
+        return Budget(self.eval.tokens, self.eval.documents, evaluate.LEAST if self.eval.target_stderr else None)
+
+    def fetch(self) -> None:
+        """Gets all that the job needs from the hub, and computes nothing."""
+        if hasattr(self.model, "prefetch"):
+            self.model.prefetch()
+        encode = self.model.encoder() if hasattr(self.model, "encoder") else load(self.model).encode
+        calibrated: Collection[bytes] = frozenset()
+        for split in SPLITS:
+            intake = Intake(self.dataset.label, split, self.dataset.examples(split), calibrated)
+            encode(iter(intake), split, self.budget(split), self.batch_tokens, 0)
+            calibrated = intake.contents
+
+    @functools.cached_property
+    def data(self) -> dict[str, Any]:
+        """What the statistics depend on."""
+        return {
+            "numbers": RESULTS_VERSION,
+            "model": {"class": _class(self.model), **_content(self.model)},
+            "dataset": {"class": _class(self.dataset), **_content(self.dataset)},
+            "site": asdict(self.site),
+            "statistics": _numbers(self.statistics)
+            | ({"growing": streaming_histogram.COUNTS_VERSION} if self.statistics.passes == 1 else {})
+            | ({"no_special": NO_SPECIAL} if getattr(self.model, "tokens", "all") == "no_special" else {}),
+            "batch_tokens": self.batch_tokens,
+        }
+
+    @functools.cached_property
+    def study(self) -> dict[str, Any]:
+        """What is the same for all jobs that may be compared."""
+        return {**self.data, "selection": _options(self.selection), "eval": _numbers(self.eval)}
+
+    @functools.cached_property
+    def signature(self) -> str:
+        """Of everything that can change the numbers."""
+        own = {"method": _options(self.method), "fractions": self.fraction.values, "seed": self.seed}
+        return hashing.signature({**self.study, **own})
+
+    @functools.cached_property
+    def like(self) -> str:
+        """The same for jobs that take about as long: all but method and seed."""
+        return hashing.signature([self.study, self.fraction.values])[:16]
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        name = f"{self.model.label}-{self.dataset.label}-{self.method.label}-s{self.seed}-{self.signature[:8]}"
+        return self.results_dir / self.sweep / name.replace("/", "--")
+
+
+def _check_objective(name: str, fractions: tuple[float, ...]) -> None:
+    kind, _, metric = name.partition("/")
+    if kind not in ("auc", "at_50") or metric not in MAIN:
+        raise UserError(
+            f"objective={name}: must be one of {', '.join(f'{k}/{m}' for k in ('auc', 'at_50') for m in MAIN)}, or null"
+        )
+    if kind == "auc" and (len(fractions) < 2 or fractions[-1] != 1):
+        raise UserError(f"objective={name}: needs a curve up to 1.0 with a fraction below, such as fraction=tenths")
+    if kind == "at_50" and 0.5 not in fractions:
+        raise UserError(f"objective={name}: needs the fraction 0.5, such as fraction=half")
+
+
+def objective(job: Job) -> float | None:
+    """The number of a finished curve that `objective` names: what a sweeper such as Optuna's optimises.
+
+    Raises:
+        UserError: the curve has no such number.
+    """
+    if job.objective is None:
+        return None
+    rows = run_folder.result(job.folder, "rows.parquet")
+    value = None if rows is None else summary(rows).get(job.objective)
+    if value is None:
+        raise UserError(f"objective={job.objective}: {job.folder.name} has no such value")
+    return value
+
+
+def left_out(job: Job, model: Transformer) -> dict[str, list[str]]:
+    """What was left out of the data, and why, by split."""
+    found = {split: _encode(*_of(job, model, split))[1].left_out for split in SPLITS}
+    return {split: sentences for split, sentences in found.items() if sentences}
+
+
+@functools.lru_cache(maxsize=64)
+def _check_examples(dataset: Any) -> None:
+    """There is something to calibrate on and something to evaluate, as far as that is seen without a tokenizer."""
+    calibrated: Collection[bytes] = frozenset()
+    for split in SPLITS:
+        intake = Intake(dataset.label, split, dataset.examples(split), calibrated, threaded=False)
+        if not any(len(getattr(example, "text", "of a picture")) > 1 for example in intake):
+            raise UserError(
+                f"dataset={dataset.label}: nothing to score in its {split} split: no example, or all documents are "
+                "shorter than two tokens; give longer or more documents"
+            )
+        calibrated = intake.contents  # its first example is calibrated on, whatever the budget

@@ -1,0 +1,410 @@
+"""Loading from a hub name or a local folder with transformers, and saying clearly why not."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import asdict, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ConfigDict, field_validator, model_validator
+from pydantic.dataclasses import dataclass as validated
+
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.files import read_json
+from ablation_sweeps.base.hashing import fingerprint_of_file, names_in, signature
+from ablation_sweeps.base.hub import commit, fetch_file, fetch_model, loading_error, require_cached
+from ablation_sweeps.base.lazy import torch
+from ablation_sweeps.data.batch import Modality
+from ablation_sweeps.models.adapters import CONFIG, WEIGHTS, Adapter, no_adapters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a model on the hub: weights, tokenizer, options
+
+STRETCHING = ("longrope", "su", "dynamic")  # schemes of positions that follow the longest text
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Pretrained:
+    """Where a pretrained model comes from and how it is loaded.
+
+    Attributes:
+        label: its name in folders, tables and figures.
+        name: name on the hub; of no use where `path` is given.
+        path: a local folder that holds the model.
+        revision: branch, tag or commit on the hub.
+        gguf_file: file inside the folder or repository, for models in llama.cpp's format.
+        dtype: `auto` is that of the checkpoint.
+        device: `auto` takes the first GPU if there is one.
+        device_map: `auto` and the like spread a model over the devices there are, as in transformers and accelerate.
+        quantize: weights of so many bits, by bitsandbytes.
+        attn_implementation: as in transformers; None lets the model choose.
+        use_safetensors: True refuses anything else; None falls back on torch's format, read with `weights_only`.
+        tokens: positions that enter the statistics: all, or all but BOS, CLS, SEP, registers and the like.
+        site_paths: module paths or patterns, for a model whose projections are not found by themselves.
+        adapter: a folder, or a name on the hub, with an adapter of peft, which is merged into the weights.
+    """
+
+    label: str
+    name: str | None
+    path: str | None
+    revision: str | None
+    gguf_file: str | None
+    dtype: DType
+    device: str
+    device_map: str | None
+    quantize: Literal["8bit", "4bit"] | None
+    attn_implementation: str | None
+    use_safetensors: Literal[True] | None
+    trust_remote_code: bool
+    site_paths: tuple[str, ...] | None
+    tokens: Literal["all", "no_special"]
+    adapter: str | None = field(default=None, kw_only=True)
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> Pretrained:
+        if not (self.name or self.path):
+            raise ValueError("give model.name (a name on the hub) or model.path (a local folder)")
+        return self
+
+    @property
+    def source(self) -> str:
+        return self.path or self.name or ""
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        return path and str(Path(path).expanduser().absolute())
+
+    @field_validator("adapter")
+    @classmethod
+    def _absolute_folder(cls, adapter: str | None) -> str | None:
+        path = Path(adapter or "").expanduser()
+        return str(path.absolute()) if adapter and path.is_dir() else adapter
+
+    @property
+    def option(self) -> str:
+        """As the user typed it."""
+        return f"model.path={self.path}" if self.path else f"model.name={self.name}"
+
+    def check(self, modality: Modality) -> None:
+        """What can be known before the model is loaded."""
+        if self.path and not Path(self.path).is_dir():
+            raise UserError(
+                f"model.path={self.path}: there is no such folder; give the folder that holds the model's files"
+            )
+        if self.path and not self.name and not self.gguf_file and not (Path(self.path) / "config.json").is_file():
+            if (Path(self.path) / CONFIG).is_file():
+                raise UserError(
+                    f"model.path={self.path}: holds an adapter alone; give the model that it was trained on as "
+                    f"model.path or model.name, and model.adapter={self.path}"
+                )
+            raise UserError(
+                f"model.path={self.path}: there is no config.json in this folder; give the folder of a model as "
+                "transformers and timm save them"
+            )
+        if self.path and self.gguf_file and not (Path(self.path) / self.gguf_file).is_file():
+            raise UserError(f"model.gguf_file={self.gguf_file}: there is no such file in {self.path}")
+        try:
+            if self.device != "auto":
+                torch.device(self.device)  # its name; a cluster's nodes may have others
+        except RuntimeError as error:
+            raise UserError(f"model.device={self.device}: there is no such device; give auto, cpu or cuda") from error
+        if self.quantize and importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(f"model.quantize={self.quantize}: needs bitsandbytes; install it: pip install bitsandbytes")
+        if self.quantize and self.gguf_file:
+            raise UserError(f"model.quantize={self.quantize}: a GGUF file is quantized already; leave one of them out")
+        if self.adapter and self.quantize:
+            raise UserError(
+                f"model.adapter={self.adapter}: is merged into whole weights, so it does not go with "
+                f"model.quantize={self.quantize}; leave one of them out"
+            )
+        if self.adapter:
+            Adapter(self.adapter).check()
+        if not self.path:
+            require_cached(self.option, self.repository, str(self.commit))
+
+    def identity(self) -> dict[str, Any]:
+        """All that can change the numbers. A folder counts by what is in it, not by where it lies."""
+        elsewhere = ("label", "path", "device", "device_map", "adapter")  # where it runs is no part of what is computed
+        named = ("revision", "use_safetensors")  # of the same commit, whatever it is called
+        options = {key: value for key, value in asdict(self).items() if key not in (*elsewhere, *named)}
+        adapter = {"adapter": Adapter(self.adapter).identity()} if self.adapter else {}
+        files = fingerprint(self.path) if self.path else self.commit
+        return {**options, **adapter, **self._computed_otherwise(), "files": files}
+
+    def _computed_otherwise(self) -> dict[str, str]:
+        """What is not done with such files as earlier code did it, whose results are not taken for these."""
+        found = {}
+        if self.file(CONFIG) and not self.adapter:  # it was applied where peft was installed
+            found["adapter"] = "left out"
+        config = self.file("config.json")
+        if config and _follows_the_longest(read_json(config) or {}, getattr(self, "max_tokens", 0)):
+            found["texts"] = "apart"
+        return found
+
+    def file(self, name: str) -> Path | None:
+        """A small file of the model, fetched from the hub if it is there; None if there is none."""
+        found = Path(self.path) / name if self.path else fetch_file(self.repository, str(self.commit), name)
+        return found if found and found.is_file() else None
+
+    @property
+    def repository(self) -> str:
+        """Where the hub has it."""
+        return str(self.name)
+
+    @property
+    def commit(self) -> str | None:
+        """Of the hub; the same for all files of a model, and for what its signature says."""
+        return None if self.path else commit(self.repository, self.revision, "model")
+
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        """Of every `from_pretrained`, be it of the model, its configuration, tokenizer or processor."""
+        options = {"revision": self.commit, "gguf_file": self.gguf_file, "trust_remote_code": self.trust_remote_code}
+        return {key: value for key, value in options.items() if value is not None}
+
+    def prefetch(self) -> None:
+        """Gets all that loading it needs, without loading it."""
+        if self.adapter:
+            Adapter(self.adapter).prefetch()
+        if self.path:
+            return
+        files = [*FILES]
+        if self.gguf_file:
+            files.append(self.gguf_file)
+        if not self.use_safetensors:
+            files.append("*.bin")
+        if self.trust_remote_code:
+            files.append("*.py")
+        fetch_model(self.repository, str(self.commit), files)
+
+    def from_pretrained(self, auto_model: Any) -> tuple[torch.nn.Module, tuple[str, ...]]:
+        """The unmodified model on its device, in eval mode, with the adapter that was asked for; weights from
+        safetensors or GGUF alone. Also, in one line each, what its files hold but was left out."""
+        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        where = device(self.device)  # before the weights are read
+        options: dict[str, Any] = {"dtype": dtype, "device_map": self.device_map}
+        options["attn_implementation"] = self.attn_implementation
+        if not self.gguf_file:
+            options["use_safetensors"] = self.use_safetensors
+        if self.quantize:
+            options["quantization_config"] = _bits(self.quantize, dtype)
+            options["device_map"] = self.device_map or {"": str(where)}
+        with no_adapters():
+            module, info = self.guarded(
+                lambda: auto_model.from_pretrained(
+                    self.source,
+                    output_loading_info=True,
+                    **self.hub_options,
+                    **{key: value for key, value in options.items() if value is not None},
+                )
+            )
+        if info["missing_keys"]:
+            raise UserError(
+                f"{self.option}: has no weights for {sorted(info['missing_keys'])[0]}, which would be random; "
+                "choose the kind of model that it was trained as (model=causal_lm, masked_lm or image_classifier)"
+            )
+        if getattr(module.config, "attention_type", None) == "block_sparse":
+            raise UserError(
+                f"{self.option}: has block-sparse attention, which becomes full attention for good at the first short "
+                'text; say "attention_type": "original_full" in its config.json, and give its folder: model.path=FOLDER'
+            )
+        if getattr(module.config, "chunk_size_feed_forward", 0):
+            raise UserError(
+                f"{self.option}: calls its feed-forward layers several times (chunk_size_feed_forward), so that calls "
+                "and layers are not told apart; set it to 0 in its config.json, which changes no result"
+            )
+        log.debug("attention implementation: %s", getattr(module.config, "_attn_implementation", None))
+        module = module if options["device_map"] is not None else module.to(where)
+        if self.adapter:
+            adapter = Adapter(self.adapter)
+            module = self.guarded(lambda: adapter.merge_into(module), adapter.option)
+        left_out = self._left_out(sorted(info["unexpected_keys"]), type(module).__name__)
+        for what in left_out:
+            log.warning("%s", what)
+        return module.eval(), left_out
+
+    def _left_out(self, unused: list[str], kind: str) -> tuple[str, ...]:
+        """One line for each thing that lies in the model's files but is not in the model.
+
+        Args:
+            unused: names of weights.
+        """
+        said, config = [], self.file("config.json")
+        # What was fetched of a model on the hub lies in one folder.
+        folder = Path(self.path) if self.path else config.parent if config else None
+        if unused:
+            names = [*dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in unused)]
+            more = ", ..." if len(names) > 5 else ""
+            said.append(
+                f"{self.option}: {len(unused)} of its weights are left out, since {kind} has no such: "
+                f"{', '.join(names[:5])}{more}"
+            )
+        if self.file(CONFIG) and self.adapter != self.source:
+            said.append(
+                f"{self.option}: the adapter beside its weights is left out; model.adapter={self.source} applies it"
+            )
+        others = [] if self.gguf_file or not folder else _other_weights(folder)
+        if others:
+            said.append(
+                f"{self.option}: its weights are read from other files, so these are left out: {', '.join(others)}"
+            )
+        return tuple(said)
+
+    def guarded(self, load: Callable[[], Any], option: str | None = None) -> Any:
+        """Runs `load`; what goes wrong with the source becomes one line that names it.
+
+        Args:
+            option: which names the source, if it is not the model's own.
+        """
+        with quiet():
+            try:
+                return load()
+            except UserError:
+                raise
+            except Exception as error:  # transformers, timm, safetensors: each has its own
+                remedy = "" if self.path else "; or give a folder that holds it: model.path=FOLDER"
+                if option:
+                    raise UserError(f"{option}: cannot be loaded: {loading_error(error, False)}") from error
+                raise UserError(
+                    f"{self.option}: cannot be loaded: {loading_error(error, not self.path)}{remedy}"
+                ) from error
+
+
+@functools.cache
+def load_tokenizer(model: Pretrained) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer = model.guarded(lambda: AutoTokenizer.from_pretrained(model.source, **model.hub_options))
+    tokenizer.truncation_side = "right"  # the beginning of a document is what is evaluated
+    return tokenizer
+
+
+def _bits(quantize: str, dtype: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    computes = torch.bfloat16 if dtype == "auto" else dtype
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computes)
+
+
+def _follows_the_longest(config: dict[str, Any], max_tokens: int) -> bool:
+    """Whether the positions of a text depend on how long the longest one is beside it, as its configuration says."""
+    config = {**config, **(config.get("text_config") or {})}
+    ends = config.get("max_position_embeddings") or max_tokens
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = config.get(name) or {}
+        for scheme in (rope, *rope.values()):  # layers of several kinds have one each
+            if isinstance(scheme, dict) and scheme.get("rope_type", scheme.get("type")) in STRETCHING:
+                key = "original_max_position_embeddings"
+                if min(max_tokens, ends) > (config.get(key) or scheme.get(key) or ends):
+                    return True
+    return False
+
+
+def _other_weights(folder: Path) -> list[str]:
+    """Files of weights that transformers does not read: it takes the first of these that is there."""
+    kinds = ("*.safetensors", "*.gguf", "pytorch_model*.bin")
+    weights = sorted(file.name for kind in kinds for file in folder.glob(kind))
+    names = ("model.safetensors", "pytorch_model.bin")
+    for first in (one for name in names for one in (name, f"{name}.index.json")):
+        if (folder / first).is_file():
+            index = (read_json(folder / first) or {}).get("weight_map", {}) if first.endswith(".json") else {}
+            read = {first, *index.values(), WEIGHTS}
+            return [name for name in weights if name not in read]
+    return []
+
+
+def fingerprint(path: str) -> str:
+    """Of the content of all files of a model but its documentation."""
+    names = [name for name in names_in(path) if name.suffix not in (".md", ".pyc")]
+    return signature([(str(name), fingerprint_of_file(Path(path) / name)) for name in names])
+
+
+def device(name: str) -> torch.device:
+    """`auto`: the first GPU, else the CPU.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.device={name}: cannot be used here ({reason}); give auto or cpu") from error
+
+
+@contextmanager
+def quiet():
+    """Hides the loaders' chatter, not their errors. Their progress bars are for terminals."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    elsewhere = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    try:
+        with warnings.catch_warnings(), elsewhere:
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+@functools.cache
+def load_config(model: Pretrained) -> Any:
+    from transformers import AutoConfig
+
+    return model.guarded(lambda: AutoConfig.from_pretrained(model.source, **model.hub_options))
+
+
+def auto_model(model: Pretrained, kind: str, *names: str) -> Any:
+    """The first of these auto classes of transformers that knows the model.
+
+    Args:
+        kind: of model, as the user chose it.
+
+    Raises:
+        UserError: none of them does.
+    """
+    import transformers
+
+    config, classes = load_config(model), [getattr(transformers, name) for name in names]
+    known = [one for one in classes if type(config) in one._model_mapping]
+    if known or getattr(config, "auto_map", None):  # the latter: code that comes with it
+        return (known or classes)[0]
+    what = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "a model of another kind"
+    raise UserError(
+        f"{model.option}: {type(config).__name__} is {what}, which {names[0]} (model={kind}) does not know; take a "
+        "decoder (model=causal_lm) or an encoder with a masked-LM head (model=masked_lm)"
+    )
+
+
+def context_length(model: Pretrained) -> int:
+    """What both the model and its tokenizer can take; read from the configuration, without the weights."""
+    config = load_config(model).get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    return min([load_tokenizer(model).model_max_length, *(limit for limit in limits if limit and limit > 0)])
+
+
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask a bot of the hub to convert
+logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)

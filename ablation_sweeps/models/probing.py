@@ -1,0 +1,354 @@
+"""Probes of a language model that has just been loaded, so that no score depends on what is passed beside a text.
+
+What a text scores must be the same as if it were passed alone, first, and within the positions that the model has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.lazy import torch
+from ablation_sweeps.data.batch import Batch, pad_and_stack
+from ablation_sweeps.data.text import TextEncoder
+from ablation_sweeps.models.transformer import Transformer
+
+log = logging.getLogger(__name__)
+
+
+SHORT = 8  # tokens of the longer one of two short texts
+FLOORS = 2  # times what rounding does: more than that is no rounding
+WATCHED = 64  # positions of a text whose scores are compared, its last ones
+SMALL = 1 << 20  # elements of a tensor that may be state: weights and masks are larger
+
+
+def fit_vocabulary(encoder: TextEncoder, module: torch.nn.Module, option: str) -> TextEncoder:
+    """The encoder, knowing which token ids the model has.
+
+    Args:
+        option: of the model, as the user typed it.
+
+    Raises:
+        UserError: the model has no embedding of the mask token.
+    """
+    try:
+        n_tokens = len(module.get_input_embeddings().weight)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return encoder
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    n_tokens = min(n_tokens, getattr(head, "out_features", n_tokens))
+    mask = encoder.tokenizer.mask_token_id
+    if encoder.masking and isinstance(mask, int) and mask >= n_tokens:
+        raise UserError(
+            f"{option}: its tokenizer's mask token has the id {mask}, but the model knows {n_tokens} tokens; give a "
+            "folder whose tokenizer belongs to the model: model.path=FOLDER"
+        )
+    return dataclasses.replace(encoder, n_tokens=n_tokens, option=option)
+
+
+def isolate(model: Transformer, encoder: TextEncoder, option: str) -> Transformer:
+    """The model, made such that a text scores what it scores alone, whatever is passed before it or beside it.
+
+    A short text is passed alone, beside a longer one, beside the longest there may be, and alone again. Longer texts
+    are looked at as well, see `_length_matters`: few tokens show little of a scheme of positions. If scores
+    depend on the length of the others, texts of different lengths are passed apart. If the model changes its own state
+    from pass to pass, each pass begins with the state that it was loaded with. If it has fewer positions than its
+    configuration says, texts are cut to those.
+
+    Raises:
+        UserError: its scores depend on something else, or texts do not pass.
+    """
+    n = min(SHORT, encoder.max_tokens)
+    short, longer, longest = (
+        model.other_input("probe", n, seed) for seed, n in enumerate((max(2, n // 2), n, encoder.max_tokens))
+    )
+    exact = all(p.dtype in (torch.float32, torch.float64) for p in model.module.parameters())
+    differ = functools.partial(_differ, exact=exact)
+    state = State(model.module)
+    alone, again = _scores(model, short), _scores(model, short)
+    if alone.isnan().any():  # another error, which names the cause
+        return model
+    try:
+        beside = [_scores(model, short, longer), _scores(model, short, longest)]
+        changes = state.changes()
+        depends = any(differ(scores, alone) for scores in beside)
+        depends = depends or _length_matters(_restored(model, changes), longest, encoder.max_tokens)
+        changes = state.changes()
+    except torch.OutOfMemoryError:
+        log.warning("%s: has too little memory to see whether texts in a batch affect each other", option)
+        return model
+    except Exception as error:
+        if not _is_of_length(error) or not _passes(model, n):
+            raise _failed(encoder.max_tokens, option, error) from error
+        context = _context(model, encoder.max_tokens, option)
+        encoder = dataclasses.replace(encoder, max_tokens=context)
+        cut = (*model.texts, f"cut to {context} tokens")
+        return isolate(dataclasses.replace(model, encode=encoder, texts=cut), encoder, option)
+    if changes and (depends or differ(again, alone) or _remembers(model, encoder.max_tokens, changes)):
+        model = _restored(model, changes)
+    if differ(_scores(model, short), alone):
+        raise UserError(
+            f"{option}: gives other logits when the same text is passed again, so that no damage can be told from "
+            "chance; use another model, or another model.attn_implementation"
+        )
+    if not depends:
+        return model
+    if differ(_scores(model, short, model.other_input("probe", max(2, n // 2), 2)), alone):
+        if exact:
+            raise UserError(
+                f"{option}: what it says of a text depends on the other texts of its batch, even of the same length; "
+                "use another model, or another model.attn_implementation"
+            )
+        log.warning("%s: what it says of a text depends a little on the others of its batch", option)
+    log.info("%s: what it says of a text depends on how long the others are: lengths are passed apart", option)
+    return dataclasses.replace(model, encode=dataclasses.replace(encoder, apart=True), texts=(*model.texts, "apart"))
+
+
+def _length_matters(model: Transformer, longest: Batch, n: int) -> bool:
+    """Whether a text scores something else beside the longest one, by more than rounding does.
+
+    Texts half as long as the longest one, a quarter as long and so on are looked at, so that one of them is near the
+    length at which a scheme of positions changes. In a causal model they are the beginnings of the longest text, which
+    is then passed once.
+
+    Args:
+        n: tokens of the longest text.
+    """
+    causal = model.kind == "causal_lm"
+    lengths = [length for k in range(1, n.bit_length()) if (length := n >> k) > SHORT][:: 1 if causal else 2]
+    if not lengths:
+        return False
+    texts = [_beginning(longest, length) for length in lengths]
+    alone = [_scores(model, text) for text in texts]
+    if causal:
+        beside = _scores_of_beginnings(model, longest, lengths)
+    else:
+        beside = [_scores(model, text, longest) for text in texts]
+    limit = max(_least(model), FLOORS * _floor(model, texts[0], alone[0]))
+    return any(_error(found, expected) > limit for found, expected in zip(beside, alone, strict=True))
+
+
+def _beginning(text: Batch, length: int) -> Batch:
+    inputs = {key: x[:, :length] for key, x in text.inputs.items()}
+    return dataclasses.replace(text, inputs=inputs, labels=text.labels[:, :length], keep=None)
+
+
+def _floor(model: Transformer, text: Batch, scores: torch.Tensor) -> float:
+    """What rounding alone does to the scores of a text: all that the parts of the model give is changed by chance, by
+    as much as the last digit. Passes of another shape may round alike, so that they would show too little.
+    """
+    generator = torch.Generator().manual_seed(0)  # of the CPU: every device sees the same noise
+
+    def perturb(_: torch.nn.Module, __: Any, given: Any) -> Any:
+        if not isinstance(given, torch.Tensor) or not given.is_floating_point():
+            return given
+        chance = torch.rand(given.shape, generator=generator).to(given.device) * 2 - 1
+        return (given.float() * (1 + chance * torch.finfo(given.dtype).eps)).to(given.dtype)
+
+    parts = [part for part in model.module.modules() if next(part.children(), None) is None]
+    handles = [part.register_forward_hook(perturb) for part in parts]
+    try:
+        return _error(_scores(model, text), scores)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _least(model: Transformer) -> float:
+    """The least error of most positions that is not taken for rounding, for the coarsest type of the weights."""
+    types = {p.dtype for p in model.module.parameters() if p.dtype.is_floating_point}
+    return max([1e-3, *(2 * torch.finfo(dtype).eps for dtype in types)])
+
+
+def _failed(n: int, option: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:300]
+    return UserError(f"{option}: fails on a text of {n} tokens: {type(error).__name__}: {reason}")
+
+
+def _is_of_length(error: Exception) -> bool:
+    """Whether a model may say this where it has no such position."""
+    words = ("size", "shape", "length", "position", "index", "dimension", "expand", "broadcast")
+    said = str(error).lower()
+    return isinstance(error, IndexError) or (
+        isinstance(error, RuntimeError | ValueError | AssertionError) and any(word in said for word in words)
+    )
+
+
+def _context(model: Transformer, fails: int, option: str) -> int:
+    """The longest text that passes."""
+    works, said = SHORT, fails
+    while fails - works > 1:
+        middle = (works + fails) // 2
+        works, fails = (middle, fails) if _passes(model, middle) else (works, middle)
+    if works <= SHORT:
+        raise UserError(f"{option}: fails on texts of more than {SHORT} tokens; give model.max_tokens={SHORT}")
+    log.warning("%s: has %d positions, not %d as its configuration says: texts are cut to them", option, works, said)
+    return works
+
+
+def _remembers(model: Transformer, longest: int, changes: Changes) -> bool:
+    """Whether a long text scores something else after a longer one."""
+    text, longer = (model.other_input("probe", n, seed) for seed, n in enumerate((longest * 3 // 4, longest)))
+    restore(changes)
+    first = _scores(model, text)
+    restore(changes)
+    _scores(model, longer)
+    return _error(_scores(model, text), first) > _least(model)
+
+
+def _scores(model: Transformer, text: Batch, *others: Batch) -> torch.Tensor:
+    """Log probabilities at the last positions of the first text, `[pos, d_vocab]`."""
+    return _scores_of_beginnings(model, text, [text.labels.shape[-1]], *others)[0]
+
+
+def _scores_of_beginnings(model: Transformer, text: Batch, lengths: list[int], *others: Batch) -> list[torch.Tensor]:
+    """Log probabilities at the last positions of each beginning of the first text, passed as a whole."""
+    places = [torch.arange(max(0, length - WATCHED), length) for length in lengths]
+    with torch.inference_mode(), _checked_lookups():
+        logits = model.logits_at(pad_and_stack(text, *others).to(model.device), torch.cat(places).to(model.device))
+        return [of_one.cpu().double().log_softmax(-1) for of_one in logits.split([len(own) for own in places])]
+
+
+def _differ(found: torch.Tensor, expected: torch.Tensor, exact: bool) -> bool:
+    """Whether two predictions differ by more than rounding. In half precision, rounding may send single positions to
+    another expert: most of them must differ."""
+    errors = _errors(found, expected)
+    return bool(errors.max() > 1e-3 if exact else errors.median() > 0.05)
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """By how much two predictions differ at most positions."""
+    return float(_errors(found, expected).median())
+
+
+def _errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """By how much two predictions differ at each position, where the difference between positions is 1."""
+    finite = expected.isfinite()  # some models rule classes out
+    if not torch.equal(found.isfinite(), finite):
+        return torch.full(expected.shape[:1], torch.inf)
+    a, b = found.where(finite, 0), expected.where(finite, 0)
+    spread = (b - b.mean(0)).square().sum(-1).mean().sqrt()
+    return (a - b).norm(dim=-1) / spread
+
+
+def _passes(model: Transformer, n: int) -> bool:
+    """Whether a text of so many tokens passes."""
+    try:
+        with torch.inference_mode(), _checked_lookups():
+            model.body(model.other_input("probe", n, 0).to(model.device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if not _is_of_length(error):
+            raise
+        return False
+    return True
+
+
+def _checked_lookups() -> Any:
+    """Raises IndexError before a table is read behind its end: a GPU could not be used any more afterwards."""
+    from torch.overrides import TorchFunctionMode
+
+    class Checked(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.embedding:
+                _check_lookup(len(args[1]), args[0])
+            elif func in (torch.index_select, torch.Tensor.index_select) and len(args) == 3:
+                _check_lookup(args[0].shape[args[1]], args[2])
+            elif func is torch.Tensor.__getitem__ and isinstance(args[1], torch.Tensor):
+                _check_lookup(len(args[0]), args[1])
+            return func(*args, **(kwargs or {}))
+
+    return Checked()
+
+
+def _check_lookup(n_rows: int, index: Any) -> None:
+    whole = isinstance(index, torch.Tensor) and index.dtype in (torch.int32, torch.int64) and index.numel()
+    if whole and index.max() >= n_rows:
+        raise IndexError(f"index {int(index.max())} of a table of {n_rows} rows")
+
+
+# State
+
+
+Place = tuple[Any, str, bool]  # a module, a name, and whether it is a buffer
+Changes = dict[Place, Any]  # what was there before; ABSENT if nothing was
+ABSENT = object()
+
+
+class State:
+    """What a module had beside its weights when this was made: buffers, and plain values such as the longest text."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.module = module
+        self.values = {place: _copy(value) for place, value in _values(module)}
+
+    def changes(self) -> Changes:
+        now = dict(_values(self.module))
+        places = {**self.values, **now}
+        return {
+            place: self.values.get(place, ABSENT)
+            for place in places
+            if not _equal(self.values.get(place, ABSENT), now.get(place, ABSENT))
+        }
+
+
+def restore(changes: Changes) -> None:
+    for (module, name, is_buffer), value in changes.items():
+        where = module._buffers if is_buffer else module.__dict__
+        if value is ABSENT:
+            where.pop(name, None)
+        else:
+            where[name] = _copy(value)
+
+
+def _values(module: torch.nn.Module) -> list[tuple[Place, Any]]:
+    internal = set(torch.nn.Module().__dict__)
+    found = []
+    for part in module.modules():
+        found += [((part, name, True), value) for name, value in part._buffers.items() if _is_state(value)]
+        own = {name: value for name, value in part.__dict__.items() if name not in internal}
+        found += [((part, name, False), value) for name, value in own.items() if _is_state(value)]
+    return found
+
+
+def _is_state(value: object) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() <= SMALL and value.device.type != "meta" and not isinstance(value, torch.nn.Parameter)
+    return value is None or isinstance(value, int | float | str)
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other.to(one.device))
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return False
+    return one is other or one == other
+
+
+def _restored(model: Transformer, changes: Changes) -> Transformer:
+    """The model, with the state that it was loaded with at the beginning of each pass."""
+    if not changes:
+        return model
+    return dataclasses.replace(
+        model,
+        logits=_from_the_start(model.logits, changes),
+        body=_from_the_start(model.body, changes),
+        texts=(*model.texts, "state restored"),
+    )
+
+
+def _from_the_start(run: Callable[[Batch], Any], changes: Changes) -> Callable[[Batch], Any]:
+    def run_from_the_start(batch: Batch) -> Any:
+        restore(changes)
+        return run(batch)
+
+    return run_from_the_start

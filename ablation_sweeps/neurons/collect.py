@@ -1,0 +1,419 @@
+"""Passes over the calibration data -> statistics of every neuron. Streaming: raw activations are never kept."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from jaxtyping import Float, Int
+from tqdm import tqdm
+
+from ablation_sweeps.base import files
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.lazy import torch
+from ablation_sweeps.data.batch import TOO_LARGE, Batch, prefetch_batches
+from ablation_sweeps.models.transformer import Transformer
+from ablation_sweeps.neurons import tensor_cache
+from ablation_sweeps.neurons.hooks import Projection, as_rows, hooked, rows_at_a_time
+from ablation_sweeps.neurons.replay import ActivationSink, Replay
+from ablation_sweeps.neurons.statistics import Histogram, Moments, Statistics, bin_index
+from ablation_sweeps.neurons.streaming_histogram import (
+    N_STREAMING_BINS,
+    Bracket,
+    StreamingHistogram,
+)
+
+log = logging.getLogger(__name__)
+
+
+MOMENTS_FILE, BOTH = "moments.safetensors", "moments-and-fine-counts.safetensors"
+MEDIANS = "medians-"  # and the number of bins: beginning of a file's name
+TOO_LARGE_KEY = "too_large"  # in a file from passes over halved batches
+
+NPasses = Literal[1, 2]
+
+TOLERANCE = 1e-3  # of medians, in distances between quartiles
+MOST_PASSES = 6  # for medians; by then, even neighbouring values of float32 are told apart
+
+
+class Medians(NamedTuple):
+    """The median of each neuron, which takes two passes more, or a third one where values are very unevenly spread.
+
+    Attributes:
+        n_bins: in which each pass looks for it; memory is proportional to it.
+    """
+
+    n_bins: int
+
+
+def collect(
+    model: Transformer,
+    projections: list[Projection],
+    batches: Sequence[Batch],
+    cache: Path,
+    *wanted: Histogram | Medians,
+    passes: NPasses = 2,
+    note: Callable[[str], None] = log.warning,
+    recording: Replay | None = None,
+) -> Statistics:
+    """In two passes over the same batches: one for the moments and the range, a second one for the exact counts. In one
+    pass, moments and range are the same; the counts are put together from finer ones, whose range grows.
+
+    They are kept under `cache`, whose name holds the signature of the model, the data and the site, and are shared by
+    all jobs that need them; a lock sees to it that they are computed once. A file from passes over halved batches says
+    so, to whoever reads it.
+
+    Args:
+        wanted: beside the moments.
+        note: told when the device has too little memory for the batches, which are then halved.
+        recording: of a pass over the same batches, or empty: where one is whole, two passes are one of the model.
+
+    Raises:
+        UserError: an activation is not finite, there is no calibration data, or one pass is not enough for so many
+            bins.
+    """
+    if not batches:
+        raise UserError("the dataset's calibration split is empty; give more documents, or dataset.calibration_path")
+    batches = [part for batch in batches for part in batch.parts(model.at_once)]
+    histograms = [one for one in wanted if isinstance(one, Histogram)]
+    medians = [one for one in wanted if isinstance(one, Medians)]
+    too_large = None
+    while True:
+        data = CalibrationData(model, projections, batches, None if passes == 1 else recording, too_large)
+        try:
+            with files.locked(cache):
+                found = (_in_one_pass if passes == 1 else _in_two_passes)(data, cache, histograms)
+                for one in medians:
+                    _add_medians(found, data, cache, one)
+            break
+        except torch.OutOfMemoryError:
+            too_large = max(len(batch.names) for batch in batches)
+        # From the start, and not inside of `except`, whose error holds on to the memory of the pass that failed. An
+        # example that is alone cannot be split, and says so if it was the largest.
+        batches = [
+            part for batch in batches
+            for part in (batch.halves() if len(batch.names) > 1 or too_large == 1 else (batch,))
+        ]  # fmt: skip
+    found.too_large = found.too_large or _too_large_before(cache)
+    if found.too_large:
+        note(
+            f"statistics: {TOO_LARGE.format(found.too_large)}, and where an estimator is not continuous, as most of "
+            "peak's, another bin may be taken"
+        )
+    return found
+
+
+def _too_large_before(cache: Path) -> int | None:
+    """The mark of earlier versions, which hold for all files there."""
+    file = cache / "halved.txt"
+    found = (
+        re.search(r"for (\d+) examples", file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else None
+    )
+    return int(found[1]) if found else None
+
+
+def load_cached_statistics(cache: Path, histogram: Histogram) -> Statistics | None:
+    """The statistics that jobs have left under `cache`, if the histogram is among it."""
+    both = tensor_cache.load_tensors(cache / BOTH)
+    if both is not None:
+        moments, fine = _from_tensors(both)
+        found = _at_once_in_bins(moments, fine, [histogram])
+    else:
+        moments = tensor_cache.load_tensors(cache / MOMENTS_FILE)
+        counts = tensor_cache.load_tensors(_counts_file(cache, histogram))
+        if moments is None or counts is None:
+            return None
+        found = Statistics(_to_moments(moments), {histogram: _in_order(counts)})
+    medians = (tensor_cache.load_tensors(file) for file in sorted(cache.glob(f"{MEDIANS}*.safetensors")))
+    found.medians = next((_in_order(tensors) for tensors in medians if tensors is not None), [])
+    return found
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """The data, and the model that they are passed through.
+
+    Attributes:
+        too_large: examples that did not fit at once, if the batches had to be halved.
+    """
+
+    model: Transformer
+    projections: list[Projection]
+    batches: Sequence[Batch]
+    recording: Replay | None = None
+    too_large: int | None = None
+
+    def run(self, see: ActivationSink, title: str) -> None:
+        """One pass; `see` is given each layer's activations at all positions that count, some of them at a time."""
+        if self.recording is None:
+            self._pass(see, title)
+        elif self.recording.whole:
+            self.recording.play(see)
+        else:
+            with self.recording.of(see) as see_and_record:
+                self._pass(see_and_record, title)
+
+    def _pass(self, see: ActivationSink, title: str) -> None:
+        batches = prefetch_batches(self.batches)
+        for batch in tqdm(batches, desc=title, total=len(self.batches), delay=2, leave=False, disable=None):
+            keep = batch.keep
+            counted = None if keep is None or keep.all() else keep.flatten().nonzero()[:, 0].to(self.model.device)
+            at = functools.partial(self._see_layer, see, batch, counted)
+            with torch.inference_mode(), hooked(self.projections, at):
+                self.model.body(batch.to(self.model.device))
+
+    def _see_layer(
+        self,
+        see: ActivationSink,
+        batch: Batch,
+        counted: Int[torch.Tensor, " counted"] | None,
+        layer: int,
+        x: torch.Tensor,
+    ) -> None:
+        """Args:
+        counted: places of the positions that count, in all of the batch; None: all of them do.
+        """
+        rows, keep = as_rows(x, len(batch.names)), batch.keep
+        if keep is not None and rows.shape[1] != keep.shape[1]:  # it pads by itself, or leaves padding out
+            raise UserError(
+                f"model={self.model.label}: has {rows.shape[1]} rows in layer {layer} where its input has "
+                f"{keep.shape[1]} positions, so that it is not known which of them are padding; use another model"
+            )
+        rows = rows.flatten(0, 1)
+        if counted is not None:
+            rows = rows[counted.to(x.device)]
+        for some in rows.split(_part_size(rows)):
+            see(layer, some)
+
+
+def _part_size(rows: Float[torch.Tensor, "tokens neurons"]) -> int:
+    return max(256, rows_at_a_time(rows.shape[1], rows.device))
+
+
+def _in_two_passes(data: CalibrationData, cache: Path, histograms: Sequence[Histogram]) -> Statistics:
+    tensors = _cached(
+        cache / MOMENTS_FILE, data, lambda: _from_moments(moments_of(data, "statistics, pass 1"))
+    )  # fmt: skip
+    statistics = Statistics(_to_moments(tensors), too_large=_too_large(tensors))
+    missing = []
+    for histogram in dict.fromkeys(histograms):
+        found = tensor_cache.load_tensors(_counts_file(cache, histogram))
+        if found is None:
+            missing.append(histogram)
+        else:
+            statistics.counts[histogram] = _in_order(found)
+            statistics.too_large = statistics.too_large or _too_large(found)
+    if missing:
+        statistics.counts |= _counts(data, statistics, missing)
+        statistics.too_large = statistics.too_large or data.too_large
+        for histogram in missing:
+            counts = _numbered(statistics.counts[histogram])
+            tensor_cache.save_tensors(_counts_file(cache, histogram), counts | _mark(data))
+    return statistics
+
+
+def _in_one_pass(data: CalibrationData, cache: Path, histograms: Sequence[Histogram]) -> Statistics:
+    for histogram in histograms:
+        if histogram.n_bins > N_STREAMING_BINS:
+            raise UserError(
+                f"statistics.passes=1: cannot tell {histogram.n_bins:,} bins apart, which this method asks for; use "
+                "statistics.passes=2"
+            )
+    tensors = _cached(cache / BOTH, data, lambda: _to_tensors(_at_once(data)))
+    statistics = _at_once_in_bins(*_from_tensors(tensors), histograms)
+    statistics.too_large = _too_large(tensors)
+    return statistics
+
+
+def _add_medians(statistics: Statistics, data: CalibrationData, cache: Path, wanted: Medians) -> None:
+    moments = statistics.moments
+    file = cache / f"{MEDIANS}{wanted.n_bins}.safetensors"
+    tensors = _cached(file, data, lambda: _numbered(medians_of(data, moments, wanted.n_bins)))
+    statistics.medians = _in_order(tensors)
+    statistics.too_large = statistics.too_large or _too_large(tensors)
+
+
+def _cached(
+    path: Path, data: CalibrationData, compute: Callable[[], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """The tensors kept at `path`, or computed and kept there, with a mark where that took halved batches."""
+    return tensor_cache.cached(path, dict, dict, lambda: compute() | _mark(data))
+
+
+def _mark(data: CalibrationData) -> dict[str, torch.Tensor]:
+    return {TOO_LARGE_KEY: torch.tensor(data.too_large)} if data.too_large else {}
+
+
+def _too_large(tensors: dict[str, torch.Tensor]) -> int | None:
+    return int(tensors[TOO_LARGE_KEY]) if TOO_LARGE_KEY in tensors else None
+
+
+def _at_once_in_bins(
+    moments: list[Moments], fine: list[StreamingHistogram], histograms: Sequence[Histogram]
+) -> Statistics:
+    statistics = Statistics(moments)
+    for histogram in histograms:
+        ranges = (statistics.range(histogram, layer) for layer in range(len(fine)))
+        statistics.counts[histogram] = [
+            of_layer.in_bins(*ends, histogram.n_bins) for of_layer, ends in zip(fine, ranges, strict=True)
+        ]
+    return statistics
+
+
+def moments_of(
+    data: CalibrationData,
+    title: str,
+    also: Callable[[int, Float[torch.Tensor, "tokens neurons"], Moments], None] = lambda *_: None,
+) -> list[Moments]:
+    """`also` is given the activations, and their own moments."""
+    moments: list[Moments | None] = [None] * len(data.projections)
+
+    def see(layer: int, x: Float[torch.Tensor, "tokens neurons"]) -> None:
+        new, old = Moments.of(x), moments[layer]
+        if old is None:  # later ones are checked at the end: each time, a GPU would be waited for
+            _check_finite(data.model, layer, new)
+        moments[layer] = new if old is None else old + new
+        also(layer, x, new)
+
+    data.run(see, title)
+    found = [m for m in moments if m is not None]
+    for layer, of_layer in enumerate(found):
+        _check_finite(data.model, layer, of_layer)
+    return found
+
+
+def _check_finite(model: Transformer, layer: int, moments: Moments) -> None:
+    finite = torch.isfinite(moments.minimum) & torch.isfinite(moments.maximum)  # NaN is in both
+    if not finite.all():
+        neuron = int((~finite).nonzero()[0])
+        raise UserError(
+            f"model={model.label}: the activation of neuron {neuron} in layer {layer} is not finite on the "
+            "calibration data; try model.dtype=float32, and check the weights"
+        )
+
+
+def medians_of(data: CalibrationData, moments: list[Moments], n_bins: int) -> list[Float[torch.Tensor, " _neurons"]]:
+    """See `Statistics.medians`. Each pass leaves one bin in `n_bins` of where it may lie, until that is narrow enough.
+
+    It begins at one standard deviation on either side of the mean, where every median lies.
+    """
+    brackets = [[_around_mean(of_layer, n_bins)] for of_layer in moments]
+    spread = [torch.zeros(len(of_layer.total), dtype=torch.float64) for of_layer in moments]
+
+    def see(layer: int, x: Float[torch.Tensor, "tokens neurons"]) -> None:
+        for bracket in brackets[layer]:
+            bracket.add(x)
+
+    for number in range(MOST_PASSES):
+        data.run(see, f"medians, pass {number + 1}")
+        narrow_enough = True
+        for layer, of_layer in enumerate(moments):
+            n, counted = of_layer.n, brackets[layer]
+            quartiles = torch.stack([bracket.distance(n // 4, 3 * n // 4).cpu() for bracket in counted]).amax(0)
+            spread[layer] = torch.maximum(spread[layer], quartiles)
+            ranks = dict.fromkeys([(n - 1) // 2, n // 2])  # of an even number, there are two in the middle
+            pairs = zip(counted * len(ranks) if len(counted) == 1 else counted, ranks, strict=True)
+            brackets[layer] = [bracket.narrowed(rank) for bracket, rank in pairs]
+            widths = torch.stack([(bracket.high - bracket.low).double().cpu() for bracket in brackets[layer]])
+            narrow_enough &= bool((widths <= spread[layer] * TOLERANCE).all())
+        if narrow_enough:
+            break
+    middles = [[(b.low.double() + b.high.double()).cpu() / 2 for b in of_layer] for of_layer in brackets]
+    return [torch.stack(of_layer).mean(0).float() for of_layer in middles]
+
+
+def _around_mean(moments: Moments, n_bins: int) -> Bracket:
+    low, high, mean = moments.minimum.double(), moments.maximum.double(), moments.mean
+    reach = (moments.variance + 1e-10 * moments.squares / moments.n).sqrt() * 1.01  # rounding of the variance
+    ends = torch.maximum(low, mean - reach).float(), torch.minimum(high, mean + reach).float()
+    return Bracket(*ends, moments.minimum, moments.maximum, n_bins)
+
+
+Both = tuple[list[Moments], list[StreamingHistogram]]
+
+
+def _at_once(data: CalibrationData) -> Both:
+    fine: dict[int, StreamingHistogram] = {}
+    widths = [projection.width for projection in data.projections]
+    # In one piece: many small ones between a pass's own allocations leave holes, which cost half as much memory again.
+    zeros = torch.zeros(sum(widths), N_STREAMING_BINS, dtype=torch.int32).split(widths)
+
+    def count(layer: int, x: Float[torch.Tensor, "tokens neurons"], moments: Moments) -> None:
+        if layer not in fine:
+            fine[layer] = StreamingHistogram.between(moments.minimum, moments.maximum, zeros[layer].to(x.device))
+        fine[layer].add(x, moments.minimum, moments.maximum)
+
+    moments = moments_of(data, "statistics", count)
+    return moments, [fine[layer] for layer in range(len(data.projections))]
+
+
+def _counts(
+    data: CalibrationData, statistics: Statistics, histograms: list[Histogram]
+) -> dict[Histogram, list[torch.Tensor]]:
+    widths = [projection.width for projection in data.projections]
+    ranges = {h: [statistics.range(h, layer) for layer in range(len(widths))] for h in histograms}
+    counts = {h: [torch.zeros(width, h.n_bins, dtype=torch.int32) for width in widths] for h in histograms}
+
+    def see(layer: int, x: Float[torch.Tensor, "tokens neurons"]) -> None:
+        for h in histograms:
+            # A model may be spread over devices: what belongs to a layer goes where its activations are.
+            low, high = ranges[h][layer]
+            low, high = ranges[h][layer] = low.to(x.device), high.to(x.device)
+            here = counts[h][layer] = counts[h][layer].to(x.device)
+            index = bin_index(x, low, high, h.n_bins)
+            here.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
+
+    data.run(see, "statistics, pass 2")
+    return {h: [c.cpu() for c in layers] for h, layers in counts.items()}
+
+
+def _counts_file(cache: Path, histogram: Histogram) -> Path:
+    return cache / f"counts-{histogram.n_bins}{'-one-range' if histogram.one_range else ''}.safetensors"
+
+
+def _numbered(tensors: Sequence[torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
+    return {f"{prefix}{layer:04d}": tensor.contiguous().cpu() for layer, tensor in enumerate(tensors)}
+
+
+def _in_order(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    return [tensors[key] for key in sorted(tensors) if key != TOO_LARGE_KEY]
+
+
+MOMENTS = ("total", "squares", "minimum", "maximum")
+
+
+def _from_moments(moments: list[Moments]) -> dict[str, torch.Tensor]:
+    named = {"n": torch.tensor([m.n for m in moments])}
+    for what in MOMENTS:
+        named |= _numbered([getattr(m, what) for m in moments], f"{what}.")
+    return named
+
+
+def _to_moments(tensors: dict[str, torch.Tensor]) -> list[Moments]:
+    return [
+        Moments(int(n), *(tensors[f"{what}.{layer:04d}"] for what in MOMENTS)) for layer, n in enumerate(tensors["n"])
+    ]
+
+
+FINE_COUNTS = ("low", "width", "counts")
+
+
+def _to_tensors(both: Both) -> dict[str, torch.Tensor]:
+    moments, fine = both
+    named = _from_moments(moments)
+    for what in FINE_COUNTS:
+        named |= _numbered([getattr(of_layer, what) for of_layer in fine], f"{what}.")
+    return named
+
+
+def _from_tensors(tensors: dict[str, torch.Tensor]) -> Both:
+    moments = _to_moments(tensors)
+    fine = [
+        StreamingHistogram(*(tensors[f"{what}.{layer:04d}"] for what in FINE_COUNTS)) for layer in range(len(moments))
+    ]
+    return moments, fine

@@ -1,0 +1,227 @@
+"""Find the projections of a model, check them, hook them, always unhook."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import re
+from collections import defaultdict
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as validated
+
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.lazy import torch
+from ablation_sweeps.data.batch import Batch, pad_and_stack
+from ablation_sweeps.models.transformer import Transformer
+from ablation_sweeps.neurons import proposals
+from ablation_sweeps.neurons.hooks import Projection, as_rows
+
+log = logging.getLogger(__name__)
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Site:
+    """Where neurons are read and replaced: the input of a projection, one in each layer.
+
+    Attributes:
+        name: `attn_pre_out` or `mlp_pre_out`; a name of your own for a pattern of your own.
+        projection: regular expression for the path of the projection inside its layer.
+        by_head: the width must be a multiple of the number of heads.
+    """
+
+    name: str
+    projection: str
+    by_head: bool
+
+
+def find(model: Transformer, site: Site, paths: tuple[str, ...] | None) -> list[Projection]:
+    """The site's projections in the order in which a forward pass calls them, one a layer.
+
+    They are found by structure, and checked by forward passes over a probe: every hook fires, as often as every other
+    one, the width fits the heads, and each example has rows of its own. What cannot be found is refused, never skipped.
+
+    Args:
+        paths: module paths or patterns such as `model.layers.*.self_attn.o_proj`, instead of the search.
+
+    Raises:
+        UserError: nothing found, several towers found, a module whose hook never fires, or one whose input mixes
+            the examples.
+    """
+    found = _by_path(model.module, paths) if paths else _by_structure(model, site)
+    calls = _checked_calls(model, site, found)
+    times = len(calls) // len(found)
+    if times > 1:
+        log.info("%s: one module serves %d layers; its calls are told apart by their order", site.name, times)
+    alone = _layers_without(model.module, found)
+    if alone:
+        patterns = ", ".join(dict.fromkeys(map(proposals.pattern_of, found)))
+        log.warning("%s: layers without %s are left alone: %s", site.name, patterns, ", ".join(alone))
+    return [Projection(path, found[path], x.shape[-1]) for path, x in calls]
+
+
+def _checked_calls(model: Transformer, site: Site, found: dict[str, torch.nn.Module]) -> list[tuple[str, torch.Tensor]]:
+    one, other = _probes(model)
+    calls = _calls(model, site, found, pad_and_stack(one, other))
+    swapped = _calls(model, site, found, pad_and_stack(other, one))
+    _check(found, [(path, x.shape) for path, x in calls], site, model.n_heads)
+    _check_examples(calls, swapped, site)
+    return calls
+
+
+def _probes(model: Transformer) -> list[Batch]:
+    return [model.other_input("probe", 8, seed) for seed in (0, 1)]
+
+
+def _calls(
+    model: Transformer, site: Site, found: dict[str, torch.nn.Module], batch: Batch
+) -> list[tuple[str, torch.Tensor]]:
+    """Path and input of each call of a projection in one forward pass, in order."""
+    calls: list[tuple[str, torch.Tensor]] = []
+    paths_of = {module: path for path, module in found.items()}
+
+    def note(module: torch.nn.Module, args: tuple) -> None:
+        if not args or not isinstance(args[0], torch.Tensor):
+            raise UserError(
+                f"site={site.name}: {paths_of[module]} is not called with a tensor as its first argument, so it is no "
+                "projection; set model.site_paths to the linear layers themselves"
+            )
+        calls.append((paths_of[module], args[0].clone()))
+
+    handles = [module.register_forward_pre_hook(note) for module in found.values()]
+    try:
+        with torch.inference_mode():
+            model.body(batch.to(model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _by_path(module: torch.nn.Module, paths: tuple[str, ...]) -> dict[str, torch.nn.Module]:
+    """The modules that the patterns match, each under its first path: layers may share one."""
+    modules = dict(module.named_modules(remove_duplicate=False))
+    found: dict[torch.nn.Module, str] = {}
+    for pattern in paths:
+        names = fnmatch.filter(modules, pattern)
+        if not names:
+            near = ", ".join(proposals.near_misses(pattern, module))
+            remedy = f"near it: {near}" if near else "print the model to see its paths"
+            raise UserError(f"model.site_paths={list(paths)}: no module has the path {pattern}; {remedy}")
+        for name in names:
+            found.setdefault(modules[name], name)
+    return {path: part for part, path in found.items()}
+
+
+def _by_structure(model: Transformer, site: Site) -> dict[str, torch.nn.Module]:
+    """Projections inside the numbered layers of a tower: a classifier head of the same name is in no layer."""
+    pattern = re.compile(site.projection)
+    towers: dict[str, dict[str, torch.nn.Module]] = defaultdict(dict)
+    for path, candidate in model.module.named_modules():
+        layer = re.match(r"(.*\.)?\d+\.(?=\D)", path)
+        is_projection = getattr(candidate, "weight", None) is not None and not list(candidate.children())
+        if layer and is_projection and pattern.fullmatch(path[layer.end() :]):
+            towers[proposals.pattern_of(path)][path] = candidate
+    if len(towers) > 1:
+        towers = _called(model, site, towers)
+    kind = type(model.module).__name__
+    if len(towers) > 1:
+        remedy = _remedy(model, site, list(towers))
+        raise UserError(f"site={site.name}: {kind} has several: {', '.join(towers)}; {remedy}")
+    if not towers:
+        body = lambda: model.body(pad_and_stack(*_probes(model)).to(model.device))  # noqa: E731
+        after = proposals.projections_after("attention" if site.by_head else "activation", model.module, body)
+        if site.by_head and after is None:
+            raise UserError(
+                f"site={site.name}: {kind} has no attention, as far as a pass over a probe shows, and so no projection "
+                "of its heads; use a model that has, or name a linear layer of your own choice: model.site_paths=[PATH]"
+            )
+        raise UserError(
+            f"site={site.name}: {kind} has no projection that matches {site.projection!r} inside a numbered layer; "
+            f"{_remedy(model, site, after or [])}"
+        )
+    ((_, found),) = towers.items()
+    return found
+
+
+def _called(
+    model: Transformer, site: Site, towers: dict[str, dict[str, torch.nn.Module]]
+) -> dict[str, dict[str, torch.nn.Module]]:
+    """The towers that a forward pass calls: a model of text and pictures does not call both. All, if it calls none."""
+    every = {path: part for tower in towers.values() for path, part in tower.items()}
+    calls = {path for path, _ in _calls(model, site, every, pad_and_stack(*_probes(model)))}
+    called = {name: tower for name, tower in towers.items() if calls & set(tower)}
+    return called or towers
+
+
+def _remedy(model: Transformer, site: Site, patterns: list[str]) -> str:
+    """Options that can be typed: the paths of this model that pass the checks, as options that can be pasted."""
+    options = [f"'model.site_paths=[{pattern}]'" for pattern in patterns[:8] if _fits(model, site, pattern)]
+    if not options:
+        return "print the model, and give the paths of its projections: model.site_paths=[PATH,...]"
+    return f"give {' or '.join(options)}"
+
+
+def _fits(model: Transformer, site: Site, pattern: str) -> bool:
+    found = _by_path(model.module, (pattern,))
+    try:
+        return {*map(proposals.pattern_of, found)} == {pattern} and bool(_checked_calls(model, site, found))
+    except UserError:
+        return False
+
+
+def _layers_without(module: torch.nn.Module, found: dict[str, torch.nn.Module]) -> list[str]:
+    """Layers beside the found ones that hold no such projection, as in hybrids with linear attention.
+
+    Layers of layers (the blocks of a stage) are compared with those of their own class.
+    """
+    projections, alone = set(found.values()), set()
+    for path in found:
+        outermost, names = True, path.split(".")
+        for depth, name in enumerate(names[:-1]):
+            stem = name.rstrip("0123456789")
+            if stem == name:
+                continue
+            before = ".".join(names[:depth])
+            children = dict(module.get_submodule(before).named_children())
+            for sibling, layer in children.items():
+                alike = sibling != sibling.rstrip("0123456789") and sibling.rstrip("0123456789") == stem
+                of_class = outermost or type(layer) is type(children[name])
+                if alike and of_class and not projections & set(layer.modules()):
+                    alone.add(f"{before}.{sibling}".removeprefix("."))
+            outermost = False
+    return proposals.natural_order(alone)
+
+
+def _check(
+    found: dict[str, torch.nn.Module], calls: list[tuple[str, torch.Size]], site: Site, n_heads: int | None
+) -> None:
+    fired = [path for path, _ in calls]
+    never = [path for path in found if path not in fired]
+    if never:
+        raise UserError(
+            f"site={site.name}: the hook of {never[0]} never fires (its weight is used without calling it), "
+            "so nothing would be ablated; set model.site_paths to modules that are called, or use another model"
+        )
+    times = {fired.count(path) for path in found}
+    if len(times) > 1:
+        raise UserError(f"site={site.name}: some projections are called more often than others; set model.site_paths")
+    wrong = [path for path, shape in calls if site.by_head and n_heads and shape[-1] % n_heads]
+    if wrong:
+        raise UserError(f"site={site.name}: the width of {wrong[0]} is no multiple of the {n_heads} heads")
+
+
+def _check_examples(calls: list[tuple[str, torch.Tensor]], swapped: list[tuple[str, torch.Tensor]], site: Site) -> None:
+    """When two examples change places, so must their rows: `as_rows` takes the examples to be the outermost axis."""
+    for (path, x), (_, y) in zip(calls, swapped, strict=False):
+        rows_fit = x.shape == y.shape and x.numel() % (2 * x.shape[-1]) == 0
+        if rows_fit:
+            there, back = as_rows(x.float(), 2), as_rows(y.float(), 2).flip(0)
+            # Rows of other positions differ by more than the spread, the same rows by rounding alone.
+            spread = (there - there.mean((0, 1))).norm()
+            rows_fit = not (there - back).norm() > 0.5 * spread + 1e-3 * there.norm()  # NaN is not told here
+        if not rows_fit:
+            raise UserError(
+                f"site={site.name}: the rows of {path} are not grouped by example, so what belongs to which example "
+                "cannot be told; set model.site_paths to modules that keep the examples outermost"
+            )

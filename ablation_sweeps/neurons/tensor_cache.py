@@ -1,0 +1,69 @@
+"""Tensors in safetensors files that carry a checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ablation_sweeps.base.files import replacing
+from ablation_sweeps.base.hashing import sha256_at
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ablation_sweeps.base.files import T
+
+log = logging.getLogger(__name__)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file with a checksum of its content and its place, so that a reader knows it is whole and belongs
+    there."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"sha256": sha256_at(path, _checksum(tensors))})
+
+
+def load_tensors(path: Path) -> dict[str, Tensor] | None:
+    """None where the file is absent; also, with a warning, where its content is not what was written to this place."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+            content = _checksum(tensors)  # alone, in files of earlier versions
+            if (file.metadata() or {}).get("sha256") in (sha256_at(path, content), content):
+                return tensors
+    except (SafetensorError, OSError, ValueError):
+        pass
+    log.warning("%s is damaged (truncated or altered), or of another place; a launch computes it again", path)
+    return None
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(f"{key}{tuple(tensors[key].shape)}".encode())
+        digest.update(tensors[key].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cached(
+    path: Path,
+    to_tensors: Callable[[T], dict[str, Tensor]],
+    from_tensors: Callable[[dict[str, Tensor]], T],
+    compute: Callable[[], T],
+) -> T:
+    """The value kept at `path`, or computed and kept there. Hold the folder's lock."""
+    tensors = load_tensors(path)
+    if tensors is not None:
+        return from_tensors(tensors)
+    tensors = to_tensors(compute())
+    save_tensors(path, tensors)
+    return from_tensors(tensors)  # so that what was computed and what was read lie on the same device

@@ -1,0 +1,56 @@
+"""The numbers of a sweep for other programs: csv, parquet, and a table for a paper in LaTeX."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from ablation_sweeps.base import files
+from ablation_sweeps.base.files import write_csv
+from ablation_sweeps.base.lazy import pd
+from ablation_sweeps.results.curves import read_curves
+from ablation_sweeps.results.metrics import metric_named
+from ablation_sweeps.results.study import StudyResult
+from ablation_sweeps.results.sweep import read_studies
+
+
+def export(sweep: Path, to: Path) -> list[Path]:
+    """Writes curves.csv and curves.parquet, every point, and areas.tex, one table a study. Returns their paths."""
+    curves = read_curves(sweep)
+    paths = [to / name for name in ("curves.csv", "curves.parquet", "areas.tex")]
+    write_csv(curves, paths[0])
+    files.write_table(paths[1], curves)
+    files.write_text(paths[2], "\n".join(_table(found) for _, found in read_studies(curves, sweep)))
+    return paths
+
+
+def _table(study: StudyResult) -> str:
+    """The area of each metric and method, above its interval; needs the package booktabs."""
+    lines, rarer = [], ""
+    for metric in study.levels:
+        found = [study.area(metric, method) for method in study.methods]
+        name = re.sub(r" \(.*?\)", "", metric_named(metric).label_in(study.unit))  # areas have another unit
+        name, _, skipped = name.partition(", without")
+        if skipped:  # too long for a column
+            name, rarer = f"{name}, rarer tokens", f" Rarer tokens: without{skipped}."
+        lines.append([_escaped(name), *(f"{area.value:.3f}" for area in found)])
+        if not all(math.isnan(area.low) for area in found):
+            lines.append(["", *(rf"\scriptsize [{area.low:.3f}, {area.high:.3f}]" for area in found)])
+    caption = (
+        f"{study.title}. Areas under the curves up to {100 * study.reach:.4g}%, as a share of the clean value (KL: "
+        f"nats), with 95 % intervals over {study.basis}.{rarer}"
+    )
+    table = pd.DataFrame(lines, columns=["", *map(_escaped, study.methods)])
+    text = table.to_latex(index=False, caption=_escaped(caption), label=f"tab:{study.name}", position="htbp",
+                          column_format="l" + "r" * len(study.methods))  # fmt: skip
+    return text.replace("\\caption", "\\centering\n\\footnotesize\n\\setlength{\\tabcolsep}{4pt}\n\\caption", 1)
+
+
+SPECIAL = {character: "\\" + character for character in "&%$#_{}"}
+SPECIAL |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+
+
+def _escaped(text: str) -> str:
+    text = "".join(SPECIAL.get(character, character) for character in text)
+    return text.replace("·", r"\textperiodcentered{}").replace("‖", r"\textbar\textbar{}")

@@ -1,0 +1,89 @@
+"""A sweep as one page, report.html, that needs no network: verdict, curves, differences, areas, neurons, failures."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ablation_sweeps.report.plots import figures
+from ablation_sweeps.report.verdict import verdict
+from ablation_sweeps.results.display import display_order, method_styles
+from ablation_sweeps.results.metrics import metric_named
+from ablation_sweeps.results.study import StudyResult
+
+if TYPE_CHECKING:
+    pass
+
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+
+
+def areas(study: StudyResult) -> list[dict[str, Any]]:
+    """A row for each method: the area of each metric with its interval, where half of the accuracy is gone (%), how
+    many other methods it beats, and is beaten by, in the area under the loss, and which ones it cannot be told from."""
+    rows = []
+    won = study.ranking
+    for method in study.methods:
+        row: dict[str, Any] = {"method": method, "colour": method_styles(study.methods)[method]["color"]}
+        row["beats"] = [int((won["better"] == method).sum())]
+        mine = won[(won["method"] == method) | (won["other"] == method)]
+        row["beaten by"] = [int(((mine["better"] != "") & (mine["better"] != method)).sum())]
+        tied = mine[mine["better"] == ""]
+        row["tied with"] = [display_order({*tied["method"], *tied["other"]} - {method})]
+        for metric in study.levels:
+            found = study.area(metric, method)
+            row[f"area of {metric}"] = [found.value, found.low, found.high]
+            if metric == "top1":
+                row["half gone"] = [100 * study.half_gone[metric].get(method, math.nan)]
+        rows.append(row)
+    return rows
+
+
+# The page
+
+
+ReportEntry = tuple[StudyResult, dict[str, Any] | None, dict[str, Any]]
+
+
+def render(title: str, studies: list[ReportEntry], failures: list[tuple[str, str, str]]) -> str:
+    """The whole page.
+
+    Args:
+        studies: each with what is known of its neurons, and with its configuration and environment.
+        failures: run, state and reason of all that is not finished.
+    """
+    from plotly.offline import get_plotlyjs
+
+    content = {
+        "studies": [
+            {
+                "name": study.name, "title": study.title, "verdict": verdict(study), "methods": study.methods,
+                "metrics": {metric: metric_named(metric).label_in(study.unit) for metric in study.levels},
+                "figures": figures(study), "areas": areas(study), "neurons": about, "setup": setup,
+                "reach": study.reach, "basis": study.basis,
+            }
+            for study, about, setup in studies
+        ],
+        "failures": failures,
+    }  # fmt: skip
+    text = json.dumps(_plain(content), ensure_ascii=False).replace("<", "\\u003c")  # no tag, and no comment, begins
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=html.escape(title), plotly=get_plotlyjs(), content=text
+    )
+
+
+def _plain(content: Any) -> Any:
+    """Json has neither arrays nor NaN."""
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple | np.ndarray):
+        return [_plain(value) for value in content]
+    if isinstance(content, np.generic):
+        content = content.item()
+    return None if isinstance(content, float) and not math.isfinite(content) else content

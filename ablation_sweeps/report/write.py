@@ -1,0 +1,162 @@
+"""Everything that a sweep's folder tells: curves.parquet, summary.csv, comparisons.csv, figures and report.html."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import TypedDict
+
+from ablation_sweeps.base import files
+from ablation_sweeps.base.files import write_csv
+from ablation_sweeps.base.terminal import encodable, terminal
+from ablation_sweeps.neurons.collect import load_cached_statistics
+from ablation_sweeps.neurons.statistics import Histogram
+from ablation_sweeps.report import neurons, page, verdict
+from ablation_sweeps.report.figures import draw, save
+from ablation_sweeps.report.tables import print_tables
+from ablation_sweeps.results import run_folder
+from ablation_sweeps.results.curves import Study, read_curves, studies, summarise
+from ablation_sweeps.results.record import flatten
+from ablation_sweeps.results.sweep import comparisons, folders_by_id, read_study, runs_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+KINDS = {".png": "figure", ".html": "page"}  # of what is written, those that are looked at
+FOUND_BY = ("status.json", "rows.parquet")  # a run has one of them, at least
+DIFFER = "runs differ in"  # beside method and seed
+NOTES = "notes"  # that the runs have left
+
+
+def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[Path]:
+    """Write curves.parquet, summary.csv, comparisons.csv, report.html and a figure for each study; print the tables.
+
+    Args:
+        sweep_dir: where all of it goes.
+        more: other sweeps that it shall cover as well.
+    """
+    from rich.text import Text
+
+    sweep_dir = Path(sweep_dir)
+    curves = read_curves(sweep_dir, *more)
+    folders = folders_by_id(sweep_dir, *more)
+    of_sweep = studies(curves)
+    runs = [runs_of(study, folders) for study in of_sweep]
+    doubts = _doubts(chain(*(own.values() for own in runs)))
+    both = [(study, found) for study, own in zip(of_sweep, runs, strict=True) if (found := _shown(study, own, doubts))]
+    measured_ = {study.rows["study"].iloc[0]: found for study, (found, _, _) in both}
+    files.write_table(sweep_dir / "curves.parquet", curves)
+    write_csv(summarise(curves, measured_), sweep_dir / "summary.csv")
+    written = [sweep_dir / "curves.parquet", sweep_dir / "summary.csv"]
+    for study in of_sweep:
+        figure = draw(study.rows, study.title, study.unit)
+        for suffix in ("png", "svg", "pdf"):
+            written.append(sweep_dir / "figures" / f"{study.name}.{suffix}")
+            with files.replacing(written[-1]) as temporary:
+                save(figure, temporary, suffix)
+    _remove_figures_of_before(sweep_dir / "figures", [file.name for file in written[2:]])
+    console = console or terminal()
+    print_tables(curves, console, measured_)
+    shown = [found for _, found in both]
+    if not shown:
+        return written
+    for found, _, setup in shown:
+        for note in setup[NOTES]:
+            note = f"{found.title}: {note}" if len(shown) > 1 else note
+            console.print(Text(encodable(note, console), style="dim"), soft_wrap=True)
+        said = verdict.verdict(found)
+        said = f"{found.title}: {said}" if len(shown) > 1 else said
+        said += f" Its runs differ in {setup[DIFFER]}." if setup[DIFFER] else ""
+        console.print(Text(encodable(said, console)), soft_wrap=True)
+    write_csv(comparisons([(study, found) for study, (found, _, _) in both]), sweep_dir / "comparisons.csv")
+    failures = [
+        (run.name, found["state"], str(found.get("reason", "")))
+        for sweep in (sweep_dir, *more)
+        for run in sorted({path.parent for name in FOUND_BY for path in Path(sweep).rglob(name)})  # as deep as curves
+        if (found := run_folder.current_status(run))["state"] != "finished"
+    ]
+    files.write_text(sweep_dir / "report.html", page.render(sweep_dir.absolute().name, shown, failures))
+    return [*written, sweep_dir / "comparisons.csv", sweep_dir / "report.html"]
+
+
+class Written(TypedDict):
+    """What .written.json holds: the names of the figures that are ours."""
+
+    names: list[str]
+
+
+def _remove_figures_of_before(folder: Path, names: list[str]) -> None:
+    """Of studies that are not shown any more, or under another name; what others have put there is left alone."""
+    ours = folder / ".written.json"
+    for name in set((files.read_json(ours, Written) or {"names": []})["names"]) - set(names):
+        (folder / Path(name).name).unlink(missing_ok=True)
+    files.write_json(ours, {"names": names})
+
+
+def _shown(study: Study, runs: dict[str, Path], doubts: dict[Path, str]) -> page.ReportEntry | None:
+    found, folders = read_study(study, runs), [*runs.values()]
+    return found and (found, _neurons(folders), {NOTES: _notes(study, runs, doubts), **_setup(folders)})
+
+
+def _doubts(runs: Iterable[Path]) -> dict[Path, str]:
+    """A sentence on each run that passed texts together, as earlier versions did, where other runs of the same model
+    show that its scores depend on that."""
+    texts = {run: run_folder.texts_of(run) for run in runs}
+    if set(texts.values()) <= {run_folder.TOGETHER}:
+        return {}
+    models = {run: _model(run) for run in texts}
+    otherwise = {models[run]: passed for run, passed in texts.items() if passed != run_folder.TOGETHER}
+    return {
+        run: f"texts were passed together, but other runs of this model pass them {otherwise[models[run]]}, since its "
+        "scores depend on that: these may be wrong, and are not compared with those; results_dir=FOLDER computes them "
+        "anew"
+        for run, passed in texts.items()
+        if passed == run_folder.TOGETHER and models[run] in otherwise
+    }
+
+
+def _model(run: Path) -> str:
+    """All options of a run's model that can change what it computes."""
+    elsewhere = ("label", "device", "device_map")
+    options = run_folder.config(run).get("model", {})
+    return json.dumps({key: value for key, value in options.items() if value is not None and key not in elsewhere})
+
+
+def _notes(study: Study, runs: dict[str, Path], doubts: dict[Path, str]) -> list[str]:
+    """Why numbers may be wrong, notes in the records of the runs (see `store.note`), and what they left out of the
+    model's files and of the data, each behind the methods that it is about."""
+    methods: dict[str, list[str]] = {}
+    for run in study.rows.drop_duplicates(["method", "run_id"]).to_dict("records"):
+        folder = runs[run["run_id"]]
+        doubt = [doubts[folder]] if folder in doubts else []
+        for note in [*doubt, *run_folder.environment(folder).get("notes", []), *run_folder.left_out(folder)]:
+            methods.setdefault(note, []).append(run["method"])
+    return [f"{', '.join(dict.fromkeys(noted))}: {note}" for note, noted in methods.items()]
+
+
+def _neurons(runs: list[Path]) -> dict[str, Any] | None:
+    """From the statistics that one of the runs has left in the cache beside its sweep; None where none has."""
+    for run in runs:
+        cache = run_folder.statistics_of(run)
+        if cache is not None and (found := load_cached_statistics(cache, Histogram(neurons.N_BINS))) is not None:
+            by_head = run_folder.config(run)["site"]["by_head"]
+            return neurons.neuron_summary(found, run_folder.environment(run).get("n_heads") if by_head else None)
+    return None
+
+
+def _setup(runs: list[Path]) -> dict[str, Any]:
+    """Of one run, for all that it is compared with: they differ in method and seed, and in what is said here."""
+    environments = [run_folder.environment(run) for run in runs]
+    parts = [
+        flatten({"code": e.get("code"), "packages": e.get("packages"), "device": e.get("device"),
+                 "on": str(e.get("model_device", "")).split(":")[0]}) for e in environments
+    ]  # fmt: skip
+    # Earlier versions did not keep all of it.
+    values = {key: sorted({str(part[key]) for part in parts if part.get(key)}) for key in dict.fromkeys(chain(*parts))}
+    differ = [f"{key} ({', '.join(found)})" for key, found in values.items() if len(found) > 1]
+    return {DIFFER: ", ".join(differ), "configuration": run_folder.config(runs[0]), "environment": environments[0]}

@@ -1,0 +1,321 @@
+"""Comparison of methods: which is better, by how much, and is it luck? Paired differences with intervals over documents
+and seeds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from ablation_sweeps.base.lazy import pd
+from ablation_sweeps.results.metrics import mean_height, metric_named, safe_divide
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+DRAWS = 2000
+MAX_WEIGHTS = 1 << 24  # weights of documents in memory, 8 bytes each
+LEVEL = 0.95
+
+DocumentSums = Float[np.ndarray, "seeds fractions documents"]
+Values = Float[np.ndarray, "draws points"]
+Weights = Float[np.ndarray, "draws _units"]  # how often each seed, or each document, is taken
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The curve of one method and metric, for every seed: the sums over each document, from fraction 0 on. A document
+    that was not evaluated at a fraction has a count of 0 there."""
+
+    fractions: tuple[float, ...]
+    totals: DocumentSums
+    counts: DocumentSums
+
+    @property
+    def n_documents(self) -> Int[np.ndarray, " fractions"]:
+        """Number of documents evaluated at each fraction."""
+        return (self.counts > 0).any(0).sum(1)
+
+    def values(
+        self, seeds: Float[np.ndarray, "draws seeds"], documents: Float[np.ndarray, "draws documents"]
+    ) -> Values:
+        """The curve, with each seed and each document taken so many times."""
+        return _mean(self.totals, self.counts, seeds, documents)
+
+    def clean(self, seeds: Float[np.ndarray, "draws seeds"], documents: Float[np.ndarray, "draws documents"]) -> Values:
+        """The clean values likewise, of each point on its own documents."""
+        here = self.counts > 0
+        if (here == here[:, :1]).all():  # all points have the same: the usual case
+            return np.repeat(_mean(self.totals[:, :1], self.counts[:, :1], seeds, documents), here.shape[1], 1)
+        return _mean(self.totals[:, :1] * here, self.counts[:, :1] * here, seeds, documents)
+
+
+def _mean(
+    totals: DocumentSums,
+    counts: DocumentSums,
+    seeds: Float[np.ndarray, "draws seeds"],
+    documents: Float[np.ndarray, "draws documents"],
+) -> Values:
+    total, count = (np.einsum("sfr,rs->rf", sums @ documents.T, seeds, optimize=True) for sums in (totals, counts))
+    return safe_divide(total, count)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval.
+
+    Attributes:
+        low, high: ends of the 95 % interval.
+        p: two-sided, of being 0; the interval leaves out 0 where it is below 0.05.
+        stderr, freedom: standard error and degrees of freedom of the t-interval.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+    stderr: float = math.nan
+    freedom: float = math.nan
+
+    def interval(self, level: float) -> tuple[float, float]:
+        """Ends of the interval at another confidence level."""
+        from scipy.special import stdtrit  # as scipy.stats does, which takes a second to import
+
+        if not self.stderr > 0:
+            return self.low, self.high
+        half = float(stdtrit(self.freedom, (1 + level) / 2)) * self.stderr
+        return self.value - half, self.value + half
+
+
+def levels(curve: Curve, metric: str, seed: int = 0) -> tuple[list[Estimate], Estimate]:
+    """The curve at each fraction, and the area under it (see `metrics.area`).
+
+    Variances come from two bootstraps, over documents and over seeds, and are added; the interval is Student's t with
+    the degrees of freedom of Satterthwaite: quantiles of the draws themselves would be too narrow for a few seeds. With
+    one seed it is over documents alone, and says nothing about other neurons.
+
+    Args:
+        seed: of the bootstrap, whose draws are the same for all methods.
+    """
+    return _estimates(lambda *weights: _points_and_area(curve, metric, *weights), curve, seed)
+
+
+def differences(a: Curve, b: Curve, metric: str, seed: int = 0) -> tuple[list[Estimate], Estimate]:
+    """Differences of two methods, `a - b`, on the same neurons and documents; otherwise as `levels`."""
+    return _estimates(
+        lambda *weights: _points_and_area(a, metric, *weights) - _points_and_area(b, metric, *weights), a, seed
+    )
+
+
+def _points_and_area(curve: Curve, metric: str, seeds: Weights, documents: Weights) -> Values:
+    ratios = curve.values(seeds, documents), curve.clean(seeds, documents)
+    values, clean = (metric_named(metric).of_ratio(x) for x in ratios)
+    return np.concatenate([values, mean_height(curve.fractions, values, clean, metric)[:, None]], 1)
+
+
+def _estimates(statistic: Callable[..., Values], like: Curve, seed: int) -> tuple[list[Estimate], Estimate]:
+    """Args:
+    statistic: of weights of the seeds and of the documents, `[draws, seeds]` and `[draws, documents]`.
+    """
+    n_seeds, _, n_documents = like.totals.shape
+    rng = np.random.default_rng(seed)
+    of_points = like.n_documents.tolist()
+    of_points.append(min(of_points))  # of the area
+    all_seeds, all_documents = np.ones((1, n_seeds)), np.ones((1, n_documents))
+    values = statistic(all_seeds, all_documents)[0]
+    over_documents = _variance(n_documents, rng, lambda w: statistic(np.repeat(all_seeds, len(w), 0), w))
+    over_seeds = np.zeros_like(values)
+    if n_seeds > 1:
+        over_seeds = _variance(n_seeds, rng, lambda w: statistic(w, np.repeat(all_documents, len(w), 0)))
+    found = [
+        _with_interval(value, of_documents, of_seeds, n, n_seeds)
+        for value, of_documents, of_seeds, n in zip(values, over_documents, over_seeds, of_points, strict=True)
+    ]
+    return found[:-1], found[-1]
+
+
+def half_gone_at(fractions: Sequence[float], values: Sequence[float]) -> float:
+    """The fraction at which a curve that begins at fraction 0 first falls to half of its first value, by linear
+    interpolation; NaN if it never does, or does not begin there."""
+    if fractions[0] != 0:
+        return math.nan
+    target = values[0] / 2
+    points = zip(fractions, values, strict=True)
+    for (left, above), (right, below) in itertools.pairwise(points):
+        if below <= target < above:
+            return left + (right - left) * (above - target) / (above - below)
+    return math.nan
+
+
+def _variance(n: int, rng: np.random.Generator, statistic: Callable[..., Values]) -> Float[np.ndarray, " points"]:
+    """Over draws of `n` out of `n`, with replacement; without the bias that this has when `n` is small."""
+    if n < 2:
+        return np.full_like(statistic(np.ones((1, n)))[0], math.nan)
+    at_once = max(1, MAX_WEIGHTS // n)
+    sizes = [min(at_once, DRAWS - start) for start in range(0, DRAWS, at_once)]
+    draws = [statistic(rng.multinomial(n, np.full(n, 1 / n), size).astype(float)) for size in sizes]
+    return np.concatenate(draws).var(0, ddof=1) * n / (n - 1)
+
+
+def _with_interval(value: float, of_documents: float, of_seeds: float, n_documents: int, n_seeds: int) -> Estimate:
+    from scipy.special import stdtr
+
+    variance = of_documents + of_seeds
+    if n_documents < 2 or math.isnan(variance):
+        return Estimate(float(value), math.nan, math.nan, 1.0 if value == 0 else math.nan)
+    if variance == 0:  # the same at every draw, as the clean values are
+        return Estimate(float(value), float(value), float(value), float(value == 0), 0.0, math.inf)
+    freedom = variance**2 / (of_documents**2 / (n_documents - 1) + of_seeds**2 / max(n_seeds - 1, 1))
+    stderr = math.sqrt(variance)
+    found = Estimate(float(value), math.nan, math.nan, float(2 * stdtr(freedom, -abs(value) / stderr)), stderr, freedom)
+    low, high = found.interval(LEVEL)
+    return replace(found, low=low, high=high)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Adjusted p-values of a family of tests (Holm 1979); NaN stays, and does not count."""
+    known = sorted((value, i) for i, value in enumerate(p) if not math.isnan(value))
+    adjusted, highest = list(p), 0.0
+    for rank, (value, i) in enumerate(known):
+        highest = max(highest, min(1.0, value * (len(known) - rank)))
+        adjusted[i] = highest
+    return adjusted
+
+
+def levels_of(p: Sequence[float]) -> list[float]:
+    """Confidence levels of a family of intervals, such that each leaves out 0 exactly where Holm's p is below 0.05.
+
+    They are simultaneous (Bonferroni's: 1 - 0.05/m for m tests), which is wide enough to hold 0 wherever Holm's
+    procedure decides nothing. Where it decides and Bonferroni's would not, it is the level at which Holm's tests.
+    """
+    adjusted, alpha = holm(p), 1 - LEVEL
+    known = sorted((i for i, value in enumerate(p) if not math.isnan(value)), key=lambda i: p[i])
+    tests = [max(len(known), 1)] * len(p)
+    for rank, i in enumerate(known):
+        if adjusted[i] < alpha <= p[i] * len(known):
+            tests[i] = len(known) - rank
+    return [1 - alpha / n for n in tests]
+
+
+Documents = Mapping[tuple[str, int], "DataFrame"]
+
+
+def compare(documents: Documents, metrics: Sequence[str], common: Mapping[str, Documents] | None = None) -> DataFrame:
+    """All pairs of methods of one study.
+
+    Args:
+        documents: the sums of each document (see `metrics.SUMS`) for every method and seed.
+        common: those of a metric that areas are taken over, where both methods are among them; else what the two share.
+
+    Returns:
+        one row for each metric, pair and fraction, and one for the area, whose `fraction` is NaN: `metric`, `method`,
+        `other`, `fraction`, `difference` (method - other), `low`, `high` (its interval at the confidence `level`),
+        `p_holm` (over all pairs of a metric: those of the areas are one family, those of all fractions another),
+        `better` (the method that is better, where p_holm < 0.05, which is where the interval leaves out 0; else
+        empty), `n_seeds`, `n_documents`; and of this one difference alone, not adjusted: `p`, `low_unadjusted`,
+        `high_unadjusted`.
+    """
+    methods = list(dict.fromkeys(method for method, _ in documents))
+    rows: list[dict[str, Any]] = []
+    found: list[Estimate] = []
+    for metric, pair in itertools.product(metrics, itertools.combinations(methods, 2)):
+        known = {key: table for key, table in documents.items() if key[0] in pair and metric_named(metric).is_in(table)}
+        for fraction, estimate, n_seeds, n_documents in _of_pair(known, pair, metric, (common or {}).get(metric, {})):
+            labels = dict(zip(("metric", "method", "other"), (metric, *pair), strict=True))
+            rows.append({**labels, "fraction": fraction, "n_seeds": n_seeds, "n_documents": n_documents})
+            found.append(estimate)
+    table = pd.DataFrame(rows, columns=["metric", "method", "other", "fraction", "n_seeds", "n_documents"])
+    table["difference"] = [one.value for one in found]
+    table["p"] = [one.p for one in found]
+    table["low_unadjusted"], table["high_unadjusted"] = [one.low for one in found], [one.high for one in found]
+    families = table.groupby(["metric", table["fraction"].isna()])["p"]
+    table["p_holm"], table["level"] = (
+        families.transform(lambda p, adjust=adjust: adjust(p.tolist())) if len(table) else table["p"]
+        for adjust in (holm, levels_of)
+    )
+    ends = [one.interval(level) for one, level in zip(found, table["level"], strict=True)]
+    table["low"], table["high"] = [low for low, _ in ends], [high for _, high in ends]
+    first = (table["difference"] < 0) == table["metric"].map(lambda name: metric_named(name).less_is_better)
+    table["better"] = table["method"].where(first, table["other"]).where(table["p_holm"] < 1 - LEVEL, "")
+    first_columns = ["metric", "method", "other", "fraction", "difference", "low", "high", "level", "p_holm", "better"]
+    last_columns = ["n_seeds", "n_documents", "p", "low_unadjusted", "high_unadjusted"]
+    return table.loc[:, [*first_columns, *last_columns]]
+
+
+def _of_pair(
+    documents: Documents, pair: tuple[str, str], metric: str, common: Documents
+) -> Iterator[tuple[float, Estimate, int, int]]:
+    """Fraction, difference, number of seeds and of documents: at each fraction, and for the area (fraction NaN)."""
+    first, second = pair
+    seeds = [seed for method, seed in documents if method == first and (second, seed) in documents]
+    if not seeds:
+        return
+    one, other = paired([[documents[method, seed] for seed in seeds] for method in pair], metric)
+    if len(one.fractions) < 2:
+        return
+    at_fractions, in_area = differences(one, other, metric)
+    for fraction, found, n_documents in zip(one.fractions, at_fractions, one.n_documents.tolist(), strict=True):
+        if fraction != 0:  # nothing is ablated: all methods are the same
+            yield fraction, found, len(seeds), n_documents
+    if {first, second} <= {method for method, _ in common}:
+        shared_seeds = [seed for method, seed in common if method == first]
+        one, other = paired([[common[method, seed] for seed in shared_seeds] for method in pair], metric)
+        _, in_area = differences(one, other, metric)
+    elif are_too_few(one.fractions, [documents[method, seed] for method in pair for seed in seeds]):
+        return
+    yield math.nan, in_area, len(one.totals), int(one.n_documents.min())
+
+
+def are_too_few(fractions: Collection[float], tables: Sequence[DataFrame]) -> bool:
+    """For an area, where these are all that the tables share: a line between two points is no curve of a method that
+    was measured between them."""
+    return len(fractions) < 3 and any(
+        (~table["fraction"].isin(fractions) & (table["fraction"] < max(fractions))).any() for table in tables
+    )
+
+
+def shared(tables: Sequence[DataFrame]) -> list[DataFrame]:
+    """The tables without the documents that one of them lacks, at each fraction. At fraction 0, each also keeps those
+    that it has at another one: their clean values are what its points are shares of."""
+    common: dict[float, set[int]] = {}
+    for table in tables:
+        for fraction, documents in table.groupby("fraction")["document"]:
+            common[fraction] = common.get(fraction, set(documents)) & set(documents)  # type: ignore[index,arg-type]
+    found = []
+    for table in tables:
+        is_common = np.array([d in common[f] for f, d in zip(table["fraction"], table["document"], strict=True)])
+        own = table.loc[is_common & (table["fraction"] > 0), "document"]
+        found.append(table.loc[is_common | ((table["fraction"] == 0) & table["document"].isin(own))])
+    return found
+
+
+def paired(of_methods: Sequence[Sequence[DataFrame]], metric: str) -> list[Curve]:
+    """The curves of some methods, at the fractions and on the documents that all of their runs have."""
+    tables = [table for of_seeds in of_methods for table in of_seeds]
+    fractions = sorted(set.intersection(*(set(table["fraction"]) for table in tables)))
+    documents = sorted(set.union(*(set(table["document"]) for table in tables)))
+    columns = metric_named(metric).total, metric_named(metric).count
+    arrays = np.array([
+        [
+            [table.pivot(index="fraction", columns="document", values=column)
+             .reindex(index=fractions, columns=documents).to_numpy() for table in of_seeds]
+            for of_seeds in of_methods
+        ]
+        for column in columns
+    ])  # fmt: skip
+    missing = np.isnan(arrays).any((0, 1, 2))  # a document that one of them lacks at a fraction counts for none there
+    totals, counts = np.where(missing, 0.0, arrays)
+    return [Curve(tuple(fractions), *sums) for sums in zip(totals, counts, strict=True)]
+
+
+def seen_from(row: dict[Any, Any], method: str) -> Estimate:
+    """Of a row of `compare`: this method minus the other one."""
+    sign = 1 if row["method"] == method else -1
+    low, high = sorted((sign * row["low"], sign * row["high"]))
+    return Estimate(sign * row["difference"], low, high, row["p"])

@@ -1,0 +1,275 @@
+"""Rows of a sweep's runs -> curves that may be compared, and what sums them up."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.base.lazy import pd
+from ablation_sweeps.base.terminal import as_typed, typed_subcommand
+from ablation_sweeps.results import run_folder
+from ablation_sweeps.results.comparison import half_gone_at, shared
+from ablation_sweeps.results.metrics import (
+    is_whole,
+    metric_named,
+    normalised_auc,
+    point,
+    pooled,
+    safe_divide,
+    with_clean,
+)
+from ablation_sweeps.results.record import flatten
+from ablation_sweeps.results.study import NOT_MEASURED, StudyResult, of_calibration, thin_calibration
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+STUDY = ["study", "kind", "model", "dataset", "site", "selection", "options"]
+NAME = ["model", "dataset", "site"]
+WITHIN_A_STUDY = ("method", "fraction", "seed", "tracking", "sweep", "results_dir", "prefetch", "dry_run", "objective")
+CALIBRATION = ["calibration_positions", "calibration_asked"]
+POINT = ["study", "method", "seed", "fraction", "metric"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """The rows of all runs that may be compared."""
+
+    name: str  # of its figure's file; unique in a sweep
+    title: str
+    unit: str  # "token" or "image"
+    rows: DataFrame
+
+
+def read_curves(*sweeps: str | Path) -> DataFrame:
+    """Rows of all finished runs below some folders, one for each study, method, seed, fraction and metric. A run with a
+    damaged file is left out, and a warning names the file.
+
+    Runs of one study are compared on the same documents: where a run has more of them at a fraction than another one
+    (see eval.target_stderr), its rows are those of the documents that all have.
+
+    Raises:
+        UserError: no finished run lies there.
+    """
+    paths = sorted(path for sweep in sweeps for path in Path(sweep).rglob("rows.parquet"))
+    read = {path.parent: run_folder.result(path.parent, path.name) for path in paths}
+    whole = {folder: _filled(rows, run_folder.environment(folder)) for folder, rows in read.items() if rows is not None}
+    if not whole:
+        raise UserError(_nothing_below(sweeps))
+    by_study: dict[str, list[Path]] = {}
+    for folder, rows in whole.items():
+        by_study.setdefault(rows["study"].iloc[0], []).append(folder)
+    for folders in by_study.values():
+        whole |= _on_the_same_documents({folder: whole[folder] for folder in folders})
+    rows = _distinguish(pd.concat(whole.values(), ignore_index=True))
+    rows["options"] = rows["study"].map(_differing(by_study, rows))
+    return rows.drop_duplicates(POINT).sort_values(POINT).reset_index(drop=True)
+
+
+def _nothing_below(sweeps: Sequence[str | Path]) -> str:
+    states = Counter(
+        run_folder.current_status(run)["state"] for sweep in sweeps for run in run_folder.runs(Path(sweep))
+    )
+    remedy = "name the folder of a sweep (results/<sweep>) that has run"
+    if states:
+        known = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
+        remedy = f"{known}; {typed_subcommand('status')} {sweeps[0]} tells more"
+    return f"no finished run below {', '.join(map(str, sweeps))}: {remedy}"
+
+
+def _filled(rows: DataFrame, environment: Mapping[str, Any]) -> DataFrame:
+    """The rows with the number of positions that statistics were taken from, and that were asked for, if they are
+    recorded.
+
+    Earlier versions did not keep the clean value on the documents of each point: that of all documents.
+    """
+    rows = rows.assign(**{key: float(environment.get(key) or math.nan) for key in CALIBRATION})
+    if "clean" in rows:
+        return rows
+    return rows.assign(clean=rows["metric"].map(rows[rows["fraction"] == 0].set_index("metric")["value"]))
+
+
+def _on_the_same_documents(runs: dict[Path, DataFrame]) -> dict[Path, DataFrame]:
+    sizes = {point for rows in runs.values() for point in zip(rows["metric"], rows["fraction"], rows["n"], strict=True)}
+    if len(sizes) == len({(metric, fraction) for metric, fraction, _ in sizes}):
+        return runs  # all the same: the usual case, in which documents.parquet need not be read
+    tables = [table for folder in runs if (table := run_folder.result(folder, "documents.parquet")) is not None]
+    if len(tables) < len(runs):
+        return runs
+    found = {}
+    for (folder, rows), table in zip(runs.items(), shared(tables), strict=True):
+        at = with_clean(table)
+        measured = [point(*at[f], metric) for f, metric in zip(rows["fraction"], rows["metric"], strict=True)]
+        found[folder] = rows.assign(**{key: [m[key] for m in measured] for key in ("value", "stderr", "n", "clean")})
+    return found
+
+
+def _distinguish(rows: DataFrame) -> DataFrame:
+    """Name the parameters in which methods of one label differ: one label must not hide two experiments."""
+    for _, same in rows.groupby(["study", "method"]):
+        variants = {text: json.loads(text) for text in same["method_params"].unique()}
+        keys = sorted({key for params in variants.values() for key in params})
+        differing = [key for key in keys if len({json.dumps(params.get(key)) for params in variants.values()}) > 1]
+        for text, params in variants.items() if differing else ():
+            index = same.index[same["method_params"] == text]
+            own = ",".join(f"{key}={params[key]}" for key in differing if key in params)
+            rows.loc[index, "method"] += f" {own}" if own else ""
+    return rows
+
+
+def _differing(runs: dict[str, list[Path]], rows: DataFrame) -> dict[str, str]:
+    """The options in which each study differs from others of the same labels, as typed, and how texts were passed, if
+    that differs; where all of it is the same (it is the model's or the data's files that differ), when it was finished;
+    "" if it is the only one.
+
+    Args:
+        runs: of each study.
+    """
+    found = {}
+    for _, same in rows.groupby(NAME):
+        options = {study: _options(run_folder.config(runs[study][0])) for study in same["study"].unique()}
+        keys = sorted({key for of_study in options.values() for key in of_study})
+        keys = [key for key in keys if len({of_study.get(key) for of_study in options.values()}) > 1]
+        for study, of_study in options.items():
+            found[study] = " ".join(f"{key}={as_typed(of_study.get(key))}" for key in keys)
+        texts = {study: run_folder.texts_of(runs[study][0]) for study in options}
+        for study, passed in texts.items() if len(set(texts.values())) > 1 else ():
+            found[study] = f"{found[study]} texts passed {passed}".strip()
+        for study, count in {study: [*map(found.get, options)].count(found[study]) for study in options}.items():
+            if count > 1:
+                found[study] = f"{found[study]} finished {_finished(runs[study])}".strip()
+    return found
+
+
+def _finished(runs: list[Path]) -> str:
+    return (
+        max(str(run_folder.status(run).get("time")) for run in runs).removesuffix("+00:00").replace("T", " ") + " UTC"
+    )
+
+
+def _options(config: dict[str, Any]) -> dict[str, Any]:
+    """The options that tell studies apart."""
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if key.split(".")[0] not in WITHIN_A_STUDY and not key.endswith(".label")
+    }
+
+
+def groups(rows: DataFrame, keys: list[str]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
+    for key, group in rows.groupby(keys):
+        yield dict(zip(keys, cast("tuple[Any, ...]", key), strict=True)), group
+
+
+def areas(curves: DataFrame) -> DataFrame:
+    """Column `auc` (see `metrics.auc`) for each study, method and metric, over all seeds; NaN where the fractions do
+    not span 0 to 1."""
+    found = []
+    for key, of_study in groups(curves, STUDY):
+        for own, curve in groups(pooled(of_study), ["method", "metric"]):
+            fractions, values, clean = (curve[name].tolist() for name in ("fraction", "value", "clean"))
+            found.append({**key, **own, "auc": normalised_auc(fractions, values, clean, own["metric"])})
+    return pd.DataFrame(found)
+
+
+def summarise(curves: DataFrame, found: Mapping[str, StudyResult] | None = None) -> DataFrame:
+    """One row for each study, method and metric.
+
+    Columns: n_seeds, clean, at_50 (over all of the method's seeds), auc, auc_low, auc_high (area from 0 to 1 and its
+    95 % interval over documents and seeds), auc_n_seeds, auc_n_documents (those that the area is taken over: the ones
+    that all methods have) and half_gone_at: the fraction at which the curve first falls to half of its clean value
+    (accuracies only). NaN where a value was not measured or is never reached.
+
+    Args:
+        found: of each study, whose hash is the key. For one that is absent, the area is that over all of the method's
+            seeds, and has no interval.
+    """
+    rows = []
+    for key, of_study in groups(curves, STUDY):
+        means, measured = pooled(of_study), (found or {}).get(key["study"])
+        seeds = of_study.groupby(["method", "metric"])["seed"].nunique().to_dict()
+        for own, curve in groups(means, ["method", "metric"]):
+            method, metric = own["method"], own["metric"]
+            at = dict(zip(curve["fraction"], curve["value"], strict=True))
+            row = {
+                "n_seeds": int(seeds[method, metric]),
+                "clean": at.get(0.0, math.nan),
+                "at_50": at.get(0.5, math.nan),
+            }
+            row |= _area(curve, metric) if measured is None else _measured_area(measured, metric, method)
+            rows.append({**key, **own, **row})
+    return pd.DataFrame(rows)
+
+
+def _area(curve: DataFrame, metric: str) -> dict[str, float]:
+    """The area, from the values alone."""
+    fractions, values, clean = (curve[name].tolist() for name in ("fraction", "value", "clean"))
+    shares = safe_divide(curve["value"].to_numpy(), curve["clean"].to_numpy())
+    half_gone = half_gone_at(fractions, shares.tolist()) if not metric_named(metric).less_is_better else math.nan
+    unknown = dict.fromkeys(("auc_low", "auc_high", "auc_n_seeds", "auc_n_documents"), math.nan)
+    return {"auc": normalised_auc(fractions, values, clean, metric), **unknown, "half_gone_at": half_gone}
+
+
+def _measured_area(study: StudyResult, metric: str, method: str) -> dict[str, float]:
+    area = study.area(metric, method) if is_whole(study.fractions) else NOT_MEASURED
+    known = not math.isnan(area.value)
+    return {
+        "auc": area.value, "auc_low": area.low, "auc_high": area.high,
+        "auc_n_seeds": study.n_seeds[metric] if known else math.nan,
+        "auc_n_documents": study.n_documents[metric] if known else math.nan,
+        "half_gone_at": study.half_gone.get(metric, {}).get(method, math.nan),
+    }  # fmt: skip
+
+
+def studies(curves: DataFrame) -> list[Study]:
+    """Each study under a name that says what it is; where that is not unique, a hash is part of the name, and what they
+    differ in is part of the title. Of those that differ in no option, the last comes first."""
+    by_name: dict[str, list[DataFrame]] = {}
+    for _, rows in curves.groupby("study"):
+        name = "-".join(str(rows[label].iloc[0]) for label in NAME)
+        by_name.setdefault(re.sub(r"[^\w.-]+", "_", name), []).append(rows)
+    found = []
+    for name, of_name in sorted(by_name.items()):
+        of_name.sort(key=lambda rows: rows["options"].iloc[0], reverse=True)
+        options = [rows["options"].iloc[0] for rows in of_name]
+        for rows, own in zip(of_name, options, strict=True):
+            short, unit = rows["study"].iloc[0][:8], "image" if rows["kind"].iloc[0] == "image_classifier" else "token"
+            apart = [own] if own else []
+            apart += [f"study {short}"] if options.count(own) > 1 else []
+            unique = name if len(of_name) == 1 else f"{name}-{short}"
+            found.append(Study(unique, " · ".join([_title(rows, unit), *apart]), unit, rows))
+    return found
+
+
+def _title(rows: DataFrame, unit: str) -> str:
+    model, dataset, site, selection = rows.iloc[0][["model", "dataset", "site", "selection"]]
+    size = f"{span(first_metric(rows)['n'].astype(int).tolist())} {unit}s"
+    thin = thin_calibration(rows)
+    statistics = f" · statistics {of_calibration(thin)}" if thin else ""
+    return f"{model} on {dataset} · {site} · {selection} · {size} · {seeds_said(rows)}{statistics}"
+
+
+def first_metric(rows: DataFrame) -> DataFrame:
+    """The points of the loss, or, where earlier versions did not measure it, of the first metric."""
+    metric = "loss" if (rows["metric"] == "loss").any() else rows["metric"].iloc[0]
+    return rows.loc[rows["metric"] == metric]
+
+
+def seeds_said(rows: DataFrame) -> str:
+    """How many seeds each point is of: "3 seeds", or "1 to 2 seeds"."""
+    counts = [of_point["seed"].nunique() for _, of_point in rows.groupby(["method", "fraction"])]
+    return f"{span(counts)} seed{'s' if max(counts) > 1 else ''}"
+
+
+def span(counts: Iterable[int]) -> str:
+    """The least and the largest, if they differ."""
+    counts = sorted(counts)
+    return " to ".join(f"{n:,}" for n in dict.fromkeys((counts[0], counts[-1])))
