@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
@@ -21,6 +22,7 @@ from ablation_sweeps.experiment.config_errors import one_line
 
 if TYPE_CHECKING:
     from ablation_sweeps.experiment.job import Job
+    from ablation_sweeps.experiment.session import Session
 
 
 class PastHydra(BaseException):
@@ -51,7 +53,7 @@ def run(cfg: DictConfig) -> float | None:
         job = job_of(cfg)
         if job.prefetch or job.dry_run:  # a launcher of another package knows nothing of these
             return only_do_what_is_asked(job)
-        run_job(job)
+        run_job(job, session())
         return objective(job)
     from ablation_sweeps.base.errors import UserError
     from ablation_sweeps.dispatch.sweep import Failures, end_of_sweep
@@ -65,11 +67,19 @@ def run(cfg: DictConfig) -> float | None:
         job.check()
         if job.prefetch or job.dry_run:
             return only_do_what_is_asked(job)
-        run_job(job)
+        run_job(job, session())
         end_of_sweep([job], Failures())
         return objective(job)
     except Exception as error:
         raise PastHydra from error
+
+
+@functools.cache
+def session() -> Session:
+    """What the jobs of this process share: of a sweep that runs in order, Hydra calls `run` for each of them."""
+    from ablation_sweeps.experiment.session import Session
+
+    return Session()
 
 
 def job_of(cfg: DictConfig) -> Job:

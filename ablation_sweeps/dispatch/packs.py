@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
     from ablation_sweeps.experiment.job import Job
+    from ablation_sweeps.experiment.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +63,14 @@ class Pack:
             stuck = next(folder for folder in self.folders if run_folder.status(folder)["state"] not in FINISHED_STATES)
             run_folder.write_status(stuck, "failed", f"no batch was done in {STALLS} runs, each up to its time limit: "
                                                 "raise hydra.launcher.time")  # fmt: skip
+        from ablation_sweeps.experiment.session import Session
+
+        session = Session()
         for number, (folder, config) in enumerate(self.configs.items(), start=1):
             if run_folder.status(Path(folder))["state"] == "failed":  # before this pack was put into the queue again
                 continue
             log.info("[%d/%d] %s", number, len(self.configs), Path(folder).name)
-            _run(Path(folder), config)
+            _run(Path(folder), config, session)
 
     def checkpoint(self) -> DelayedSubmission:
         """The pack that submitit puts into the queue again after a signal. Progress is on disk already."""
@@ -96,7 +100,7 @@ def frozen(job: Job) -> dict[str, Any]:
     return {**job.config, "results_dir": str(job.results_dir)}
 
 
-def _run(folder: Path, config: dict[str, Any]) -> None:
+def _run(folder: Path, config: dict[str, Any], session: Session) -> None:
     """One job never costs another one its result: only what makes the process useless ends it."""
     from ablation_sweeps.experiment.run import run_job
 
@@ -106,7 +110,7 @@ def _run(folder: Path, config: dict[str, Any]) -> None:
             raise UserError(
                 "the model, the data or a method's code was changed after it was submitted; run the same command again"
             )
-        run_job(job)
+        run_job(job, session)
     except Exception as error:
         log.exception("failed: %s", folder.name)
         if _leaving.is_set():  # raised by submitit's handler of USR2, in the middle of the job

@@ -19,12 +19,12 @@ def plan(jobs: Sequence[Job], most: int | None, at_once: int) -> None:
     jobs = [jobs[i] for i in by_model(jobs)]
     missing = {job.folder: job for job in jobs if not run_folder.finished(job.folder)}
     packs = packed(list(missing.values()), most)
-    past = {like: seconds_of(job) for like, job in {job.like: job for job in missing.values()}.items()}
+    past = {like: seconds_of(job) for like, job in {job.cost_key: job for job in missing.values()}.items()}
     took: list[float | None] = []
     for number, pack in enumerate(packs, start=1):
         job = missing[pack.folders[0]]
         begun = sum(run_folder.batches_done(folder) > 0 for folder in pack.folders)
-        each = past[job.like]
+        each = past[job.cost_key]
         took.append(each and each * len(pack.folders))
         about = f", about {duration(took[-1])}" if took[-1] else ""
         print(f"pack {number}: {job.model.label} on {job.dataset.label}, {counted(len(pack.folders), 'job')}{about}"
@@ -46,7 +46,7 @@ def seconds_of(job: Job) -> float | None:
     """What earlier jobs below its results_dir took, in the mean, that differ in nothing but method and seed."""
     name = f"{job.model.label}-{job.dataset.label}-".replace("/", "--")
     earlier = job.results_dir.glob(f"*/{glob.escape(name)}*/environment.json")
-    ran = [found for file in earlier if (found := run_folder.environment(file.parent)).get("like") == job.like]
+    ran = [found for file in earlier if (found := run_folder.environment(file.parent)).get("like") == job.cost_key]
     took = [found["seconds"] for found in ran if "seconds" in found]  # nothing of a run that has not finished
     return sum(took) / len(took) if took else None
 

@@ -69,8 +69,12 @@ def _chance(guess: ChanceModel, labels: Int[torch.Tensor, " scored"], top_k: int
     return {**level(labels, ""), **level(labels[~torch.isin(labels, guess.common)], skip)}
 
 
-def chance(job: Job, model: Transformer, batches: list[Batch], calibration: list[Batch]) -> ChanceModel:
-    """The guesser that does not see the input."""
+def chance_model(job: Job, model: Transformer, batches: list[Batch], calibration: list[Batch]) -> ChanceModel:
+    """The guesser that does not see the input.
+
+    Raises:
+        UserError: the classes of the data are not those of the model.
+    """
     with torch.inference_mode():
         n_classes = model.logits(model.other_input("probe", 8, 0).to(model.device)).shape[-1]
     if model.modality == "image":

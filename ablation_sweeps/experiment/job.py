@@ -18,15 +18,14 @@ from ablation_sweeps.data.batch import SPLITS, Split
 from ablation_sweeps.data.encoder import Budget
 from ablation_sweeps.data.intake import Intake
 from ablation_sweeps.experiment import evaluate
-from ablation_sweeps.experiment.identity import RESULTS_VERSION, _class, _content, _numbers, _options
-from ablation_sweeps.experiment.session import _encode, _of, load
+from ablation_sweeps.experiment.identity import RESULTS_VERSION, class_of, content, numbers_of, options_of
+from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.methods.method import Method
-from ablation_sweeps.models.transformer import Transformer
 from ablation_sweeps.neurons import collect, sites, streaming_histogram
 from ablation_sweeps.neurons.selection import Random, Schedule
 from ablation_sweeps.results import run_folder
 from ablation_sweeps.results.metrics import MAIN
-from ablation_sweeps.tracking.wandb import summary
+from ablation_sweeps.results.record import summary
 
 NO_SPECIAL = 2  # likewise, for model.tokens=no_special alone
 
@@ -115,15 +114,6 @@ class Job:
             _check_objective(self.objective, self.fraction.values)
         _check_examples(self.dataset)
 
-    def check_unchanged(self) -> None:
-        """The files are still those of the signature: what is loaded, and kept for later jobs, is what it says."""
-        for option, part in (("model", self.model), ("dataset", self.dataset)):
-            if _content.__wrapped__(part) != _content(part):
-                raise UserError(
-                    f"{option}={part.label}: its files were changed while they were computed with; the same command "
-                    "again takes them as they are then"
-                )
-
     def budget(self, split: Split) -> Budget:
         if split == "calibration":
             return Budget(self.statistics.tokens, self.statistics.documents)
@@ -135,7 +125,7 @@ class Job:
         """Gets all that the job needs from the hub, and computes nothing."""
         if hasattr(self.model, "prefetch"):
             self.model.prefetch()
-        encode = self.model.encoder() if hasattr(self.model, "encoder") else load(self.model).encode
+        encode = self.model.encoder() if hasattr(self.model, "encoder") else Session().model(self).encode
         calibrated: Collection[bytes] = frozenset()
         for split in SPLITS:
             intake = Intake(self.dataset.label, split, self.dataset.examples(split), calibrated)
@@ -143,34 +133,34 @@ class Job:
             calibrated = intake.contents
 
     @functools.cached_property
-    def data(self) -> dict[str, Any]:
+    def statistics_key(self) -> dict[str, Any]:
         """What the statistics depend on."""
         return {
             "numbers": RESULTS_VERSION,
-            "model": {"class": _class(self.model), **_content(self.model)},
-            "dataset": {"class": _class(self.dataset), **_content(self.dataset)},
+            "model": {"class": class_of(self.model), **content(self.model)},
+            "dataset": {"class": class_of(self.dataset), **content(self.dataset)},
             "site": asdict(self.site),
-            "statistics": _numbers(self.statistics)
+            "statistics": numbers_of(self.statistics)
             | ({"growing": streaming_histogram.COUNTS_VERSION} if self.statistics.passes == 1 else {})
             | ({"no_special": NO_SPECIAL} if getattr(self.model, "tokens", "all") == "no_special" else {}),
             "batch_tokens": self.batch_tokens,
         }
 
     @functools.cached_property
-    def study(self) -> dict[str, Any]:
+    def study_key(self) -> dict[str, Any]:
         """What is the same for all jobs that may be compared."""
-        return {**self.data, "selection": _options(self.selection), "eval": _numbers(self.eval)}
+        return {**self.statistics_key, "selection": options_of(self.selection), "eval": numbers_of(self.eval)}
 
     @functools.cached_property
     def signature(self) -> str:
         """Of everything that can change the numbers."""
-        own = {"method": _options(self.method), "fractions": self.fraction.values, "seed": self.seed}
-        return hashing.signature({**self.study, **own})
+        own = {"method": options_of(self.method), "fractions": self.fraction.values, "seed": self.seed}
+        return hashing.signature({**self.study_key, **own})
 
     @functools.cached_property
-    def like(self) -> str:
+    def cost_key(self) -> str:
         """The same for jobs that take about as long: all but method and seed."""
-        return hashing.signature([self.study, self.fraction.values])[:16]
+        return hashing.signature([self.study_key, self.fraction.values])[:16]
 
     @functools.cached_property
     def folder(self) -> Path:
@@ -203,12 +193,6 @@ def objective(job: Job) -> float | None:
     if value is None:
         raise UserError(f"objective={job.objective}: {job.folder.name} has no such value")
     return value
-
-
-def left_out(job: Job, model: Transformer) -> dict[str, list[str]]:
-    """What was left out of the data, and why, by split."""
-    found = {split: _encode(*_of(job, model, split))[1].left_out for split in SPLITS}
-    return {split: sentences for split, sentences in found.items() if sentences}
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""What jobs of one process share: the loaded model, encoded batches, clean passes and the recorded calibration pass."""
+"""What the jobs of one process share, so that a job that follows another one computes little of it again."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.lazy import torch
-from ablation_sweeps.data.batch import Batch, Split
+from ablation_sweeps.data.batch import SPLITS, Batch, Split
 from ablation_sweeps.data.encoder import Budget
 from ablation_sweeps.data.intake import Intake
+from ablation_sweeps.experiment import identity
 from ablation_sweeps.experiment.clean_passes import CleanPasses
 from ablation_sweeps.models.transformer import Transformer
 from ablation_sweeps.neurons.replay import Replay
@@ -23,68 +25,94 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-_loaded: dict[Any, Transformer] = {}
+class Session:
+    """The loaded model, its batches, the clean passes over them and the recorded calibration activations.
 
+    Jobs are given the same session one after the other. It holds one model at a time: when a job needs another one, all
+    that came from the former is dropped before the next is loaded.
+    """
 
-def load(model: Any) -> Transformer:
-    """Loaded once for all jobs of this process that follow each other with the same model; never two at a time."""
-    if model not in _loaded:
-        _loaded.clear()
-        _encode.cache_clear()
-        _clean_passes.cache_clear()
-        _recording.cache_clear()
-        if torch.cuda.is_available():
-            gc.collect()  # a model that is spread over devices holds itself
-            torch.cuda.empty_cache()
-        torch.backends.cudnn.allow_tf32 = False  # or float32 is not float32 where pictures are cut into patches
-        _loaded[model] = model.load()
-        _loaded[model].module.requires_grad_(False)
-    return _loaded[model]
+    def __init__(self) -> None:
+        self._config: Any = None
+        self._model: Transformer | None = None
+        self._start_anew()
 
+    def _start_anew(self) -> None:
+        # Bounded: batches hold pixels, clean passes fill 256 MB of memory and a replay 4 GB of disk.
+        self._batches = functools.lru_cache(maxsize=8)(self._encode)
+        self._clean_passes = functools.lru_cache(maxsize=1)(self._new_clean_passes)
+        self._replay = functools.lru_cache(maxsize=1)(self._new_replay)
 
-def encode(job: Job, model: Transformer, split: Split) -> list[Batch]:
-    return _encode(*_of(job, model, split))[0]
+    def model(self, job: Job) -> Transformer:
+        """The job's model, loaded unless the job before had the same."""
+        if self._model is None or self._config != job.model:
+            self._model = None
+            self._start_anew()
+            if torch.cuda.is_available():
+                gc.collect()  # a model that is spread over devices holds itself
+                torch.cuda.empty_cache()
+            torch.backends.cudnn.allow_tf32 = False  # or float32 is not float32 where pictures are cut into patches
+            self._config, self._model = job.model, job.model.load()
+            self._model.module.requires_grad_(False)
+        return self._model
 
+    def batches(self, job: Job, split: Split) -> list[Batch]:
+        """The batches of a split, as the job's model takes them."""
+        return self._batches(*self._key(job, split))[0]
 
-def clean_passes(job: Job, model: Transformer) -> CleanPasses:
-    """Over the batches of the evaluation split: those of the job before, where it had the same."""
-    return _clean_passes(*_of(job, model, "evaluation"))
+    def left_out(self, job: Job) -> dict[str, list[str]]:
+        """What was left out of the data, and why: sentences for each split that is not whole."""
+        found = {split: self._batches(*self._key(job, split))[1].left_out for split in SPLITS}
+        return {split: sentences for split, sentences in found.items() if sentences}
 
+    def clean_passes(self, job: Job) -> CleanPasses:
+        """The clean passes over the evaluation batches, as far as earlier jobs have made them."""
+        return self._clean_passes(*self._key(job, "evaluation"))
 
-def recording(job: Job, model: Transformer) -> Replay | None:
-    """Of the pass over the calibration split: that of the job before, where it had the same. None for a GPU, which
-    computes faster than a disk writes."""
-    if not model.on_cpu:
-        return None
-    return _recording(job.results_dir / ".cache", job.site, *_of(job, model, "calibration"))
+    def replay(self, job: Job) -> Replay | None:
+        """The activations of the calibration data, once a pass was recorded; None on a GPU, which computes faster than
+        a disk writes."""
+        if not self.model(job).on_cpu:
+            return None
+        return self._replay(job.results_dir / ".cache", job.site, *self._key(job, "calibration"))
 
+    def check_unchanged(self, job: Job) -> None:
+        """Checks that the files of model and dataset are still those that the job's signature was made of.
 
-def _of(job: Job, model: Transformer, split: Split) -> tuple[Any, Any, Split, Budget, int, int, Budget]:
-    """What batches depend on. Of those of the evaluation split, copies of the calibration data are left out."""
-    seed = job.seed if model.kind == "masked_lm" and split == "evaluation" else 0  # only masking is random
-    return job.model, job.dataset, split, job.budget(split), job.batch_tokens, seed, job.budget("calibration")
+        Raises:
+            UserError: they were changed while they were computed with.
+        """
+        for option, part in (("model", job.model), ("dataset", job.dataset)):
+            if identity.present_content(part) != identity.content(part):
+                raise UserError(
+                    f"{option}={part.label}: its files were changed while they were computed with; the same command "
+                    "again takes them as they are then"
+                )
 
+    def _key(self, job: Job, split: Split) -> tuple[Any, Split, Budget, int, int, Budget]:
+        """What the batches of the job's model depend on: of the evaluation split, also the calibration data, copies of
+        which are left out."""
+        model = self.model(job)
+        seed = job.seed if model.kind == "masked_lm" and split == "evaluation" else 0  # only masking is random
+        return job.dataset, split, job.budget(split), job.batch_tokens, seed, job.budget("calibration")
 
-@functools.lru_cache(maxsize=8)
-def _encode(
-    model: Any, dataset: Any, split: Split, budget: Budget, batch_tokens: int, seed: int, calibration: Budget
-) -> tuple[list[Batch], Intake]:
-    calibrated: Collection[bytes] = frozenset()
-    if split == "evaluation":
-        calibrated = _encode(model, dataset, "calibration", calibration, batch_tokens, 0, calibration)[1].contents
-    intake = Intake(dataset.label, split, dataset.examples(split), calibrated)
-    batches = load(model).encode(iter(intake), split, budget, batch_tokens, seed)
-    intake.examples = ()  # a dataset may hold its files
-    for sentence in intake.left_out:
-        log.warning("dataset=%s: of its %s split, %s", dataset.label, split, sentence)
-    return batches, intake
+    def _encode(
+        self, dataset: Any, split: Split, budget: Budget, batch_tokens: int, seed: int, calibration: Budget
+    ) -> tuple[list[Batch], Intake]:
+        assert self._model is not None
+        calibrated: Collection[bytes] = frozenset()
+        if split == "evaluation":
+            calibrated = self._batches(dataset, "calibration", calibration, batch_tokens, 0, calibration)[1].contents
+        intake = Intake(dataset.label, split, dataset.examples(split), calibrated)
+        batches = self._model.encode(iter(intake), split, budget, batch_tokens, seed)
+        intake.examples = ()  # a dataset may hold its files
+        for sentence in intake.left_out:
+            log.warning("dataset=%s: of its %s split, %s", dataset.label, split, sentence)
+        return batches, intake
 
+    def _new_clean_passes(self, *_key: Any) -> CleanPasses:
+        assert self._model is not None
+        return CleanPasses(self._model)
 
-@functools.lru_cache(maxsize=1)
-def _clean_passes(model: Any, *batches: Any) -> CleanPasses:
-    return CleanPasses(load(model))
-
-
-@functools.lru_cache(maxsize=1)
-def _recording(folder: Path, *_data: Any) -> Replay:
-    return Replay(folder)
+    def _new_replay(self, folder: Path, *_key: Any) -> Replay:
+        return Replay(folder)

@@ -59,7 +59,7 @@ def collect(
     *wanted: Histogram | Medians,
     passes: NPasses = 2,
     note: Callable[[str], None] = log.warning,
-    recording: Replay | None = None,
+    replay: Replay | None = None,
 ) -> Statistics:
     """In two passes over the same batches: one for the moments and the range, a second one for the exact counts. In one
     pass, moments and range are the same; the counts are put together from finer ones, whose range grows.
@@ -71,7 +71,7 @@ def collect(
     Args:
         wanted: beside the moments.
         note: told when the device has too little memory for the batches, which are then halved.
-        recording: of a pass over the same batches, or empty: where one is whole, two passes are one of the model.
+        replay: of a pass over the same batches, or empty: where one is whole, two passes are one of the model.
 
     Raises:
         UserError: an activation is not finite, there is no calibration data, or one pass is not enough for so many
@@ -84,7 +84,7 @@ def collect(
     medians = [one for one in wanted if isinstance(one, Medians)]
     too_large = None
     while True:
-        data = CalibrationData(model, projections, batches, None if passes == 1 else recording, too_large)
+        data = CalibrationData(model, projections, batches, None if passes == 1 else replay, too_large)
         try:
             with files.locked(cache):
                 found = (_in_one_pass if passes == 1 else _in_two_passes)(data, cache, histograms)
@@ -145,17 +145,17 @@ class CalibrationData:
     model: Transformer
     projections: list[Projection]
     batches: Sequence[Batch]
-    recording: Replay | None = None
+    replay: Replay | None = None
     too_large: int | None = None
 
     def run(self, see: ActivationSink, title: str) -> None:
         """One pass; `see` is given each layer's activations at all positions that count, some of them at a time."""
-        if self.recording is None:
+        if self.replay is None:
             self._pass(see, title)
-        elif self.recording.whole:
-            self.recording.play(see)
+        elif self.replay.whole:
+            self.replay.play(see)
         else:
-            with self.recording.of(see) as see_and_record:
+            with self.replay.record(see) as see_and_record:
                 self._pass(see_and_record, title)
 
     def _pass(self, see: ActivationSink, title: str) -> None:

@@ -51,7 +51,7 @@ class Replay:
     _file: FileIO | None = None
 
     @contextmanager
-    def of(self, see: ActivationSink) -> Iterator[ActivationSink]:
+    def record(self, see: ActivationSink) -> Iterator[ActivationSink]:
         """Gives what is to be called during the pass in the place of `see`, which it calls."""
         self._forget()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ class Replay:
         def see_and_record(layer: int, x: Float[torch.Tensor, "positions neurons"]) -> None:
             see(layer, x)
             if self._file is not None:
-                self._record(self._file, room, layer, x)
+                self._append(self._file, room, layer, x)
 
         try:
             self._file = cast(FileIO, tempfile.TemporaryFile(dir=self.folder, buffering=0))  # noqa: SIM115
@@ -88,7 +88,7 @@ class Replay:
                 )
             see(part.layer, x)
 
-    def _record(self, file: FileIO, room: int, layer: int, x: Float[torch.Tensor, "positions neurons"]) -> None:
+    def _append(self, file: FileIO, room: int, layer: int, x: Float[torch.Tensor, "positions neurons"]) -> None:
         content = x.contiguous().view(torch.uint8).numpy().data
         try:
             whole = file.tell() + content.nbytes <= room and file.write(content) == content.nbytes

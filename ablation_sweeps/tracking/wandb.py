@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +19,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.base.errors import UserError
-from ablation_sweeps.results.metrics import MAIN, normalised_auc
-from ablation_sweeps.results.record import flatten
+from ablation_sweeps.results.record import flatten, points, summary
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -308,33 +306,6 @@ def _forget(run: RunRecord) -> None:
     """Remove what was written for it here."""
     for stale in (_root(run.folder) / "wandb").glob(f"*run-*-{run.run_id}"):
         shutil.rmtree(stale, ignore_errors=True)
-
-
-def points(rows: Rows) -> list[dict[str, float]]:
-    """Values that are logged at each fraction, in increasing order of the fractions; NaN is left out."""
-    by_fraction: dict[float, dict[str, float]] = {}
-    for row in _records(rows):
-        point = by_fraction.setdefault(float(row["fraction"]), {"fraction": float(row["fraction"])})
-        point[f"eval/{row['metric']}"] = float(row["value"])
-        point[f"eval/{row['metric']}_stderr"] = float(row["stderr"])
-    return [{k: v for k, v in point.items() if not math.isnan(v)} for _, point in sorted(by_fraction.items())]
-
-
-def _records(rows: Rows) -> Sequence[Mapping[Any, Any]]:
-    return rows if isinstance(rows, Sequence) else rows.to_dict("records")
-
-
-def summary(rows: Rows) -> dict[str, float]:
-    """One number a curve: `auc/<metric>` (see `metrics.auc`), `at_50/...`, `clean/...`; left out where unknown."""
-    found, records = {}, _records(rows)
-    for metric in MAIN:
-        curve = {row["fraction"]: row for row in records if row["metric"] == metric}
-        values = {at: float(curve[at]["value"]) for at in sorted(curve)}
-        found[f"clean/{metric}"] = first = values.get(0.0, math.nan)
-        found[f"at_50/{metric}"] = values.get(0.5, math.nan)
-        clean = [float(curve[at].get("clean", first)) for at in values]  # earlier versions did not keep it
-        found[f"auc/{metric}"] = normalised_auc(list(values), list(values.values()), clean, metric)
-    return {key: value for key, value in found.items() if not math.isnan(value)}
 
 
 def _go_offline(reason: str, run: RunRecord) -> Literal[False]:

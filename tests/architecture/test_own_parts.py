@@ -16,7 +16,7 @@ Add = Callable[[str, str, str, str], str]
 METHOD = """
 from dataclasses import dataclass
 import torch
-from ablation_sweeps.ablation import Constant
+from ablation_sweeps import Constant
 
 @dataclass(frozen=True)
 class Level:

@@ -19,7 +19,7 @@ METHOD = """
 from pathlib import Path
 import torch
 from pydantic.dataclasses import dataclass
-from ablation_sweeps.ablation import Constant
+from ablation_sweeps import Constant
 
 VALUE = 0.0
 
