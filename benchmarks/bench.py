@@ -232,7 +232,7 @@ def memory(run: Callable[[], Any]) -> float:
 # python launch.py, which ends where the first batch would go through the model.
 TO_THE_FIRST_BATCH = f"""
 import os, runpy
-from ablation_sweeps.activations import CalibrationData
+from ablation_sweeps.neurons.collect import CalibrationData
 CalibrationData.run = lambda *_: os._exit(0)
 runpy.run_path("{ROOT / "launch.py"}", run_name="__main__")
 os._exit(1)

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import ablation_sweeps.experiment.config  # noqa: F401  (its resolvers, before Hydra's state is kept and put back)
-from ablation_sweeps.experiment import identity, session
+from ablation_sweeps.cli.launch import session
+from ablation_sweeps.experiment import identity
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch.py"
@@ -59,8 +60,8 @@ def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
 
     def run(*arguments: str) -> Outcome:
         # As in a process of its own, but that models stay loaded.
-        for kept in (identity._content, session._encode, session._clean_passes, session._recording):
-            kept.cache_clear()
+        identity.content.cache_clear()
+        session()._start_anew()
         state, handlers, environment = Singleton.get_state(), logging.getLogger().handlers[:], dict(os.environ)
         GlobalHydra.instance().clear()
         capsys.readouterr()

@@ -28,18 +28,16 @@ PACKAGES = (
     "wandb",
 )
 
-PLUGINS = ("models", "datasets", "methods")  # folders in which methods, datasets and models of one's own may lie
-
-# The parts to choose from that are shipped; a method or dataset of one's own may lie beside them.
-SHIPPED = {
-    f"ablation_sweeps.{name}"
-    for name in (
-        *("models.causal_lm", "models.masked_lm", "models.image_classifier", "models.timm"),
-        *("datasets.digits", "datasets.hub_images", "datasets.hub_text", "datasets.image_folder"),
-        *("datasets.python_docs", "datasets.text_files"),
-        *("methods.mean", "methods.median", "methods.peak", "methods.resample", "methods.zero"),
-        *("models.transformer", "models.pretrained", "datasets.hub_rows", "datasets.options", "methods.method"),
-    )
+# Folders in which a model, dataset or method of one's own may lie beside ours, and which of their modules are ours.
+PLUGINS = {
+    "models": (
+        *("adapters", "causal_lm", "image_classifier", "masked_lm", "pretrained", "probing", "timm", "transformer"),
+    ),
+    "datasets": (
+        *("digits", "file_formats", "hub_images", "hub_rows", "hub_text", "image_folder", "options", "python_docs"),
+        "text_files",
+    ),
+    "methods": ("mean", "median", "method", "peak", "resample", "zero"),
 }
 
 
@@ -59,13 +57,20 @@ def describe() -> dict[str, Any]:
     }
 
 
+def is_ours(module: str) -> bool:
+    """Whether a module, by its dotted name, belongs to this package, and not to a user who put it there."""
+    package, _, rest = module.partition(".")
+    folder, _, name = rest.partition(".")
+    return package == "ablation_sweeps" and (folder not in PLUGINS or name in (*PLUGINS[folder], "__init__"))
+
+
 @functools.cache
 def code() -> str:
     """Hash of this package's own sources, in a checkout or not."""
     digest, folder = hashlib.sha256(), Path(__file__).parents[1]
     for file in sorted(folder.rglob("*.py")):
         module = ".".join(file.relative_to(folder.parent).with_suffix("").parts)
-        if module.split(".")[1] not in PLUGINS or module in SHIPPED:
+        if is_ours(module):
             digest.update(f"{module}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 

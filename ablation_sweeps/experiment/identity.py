@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablation_sweeps.base import hashing
-from ablation_sweeps.base.environment import SHIPPED
+from ablation_sweeps.base.environment import is_ours
 from ablation_sweeps.base.moved import FORMER
 
 if TYPE_CHECKING:
@@ -55,9 +55,8 @@ def class_of(part: Any) -> str:
 
 @functools.cache
 def edited(kind: type) -> list[str]:
-    """What the file of a class held when it was imported, where NUMBERS does not stand for it: it may be changed at any
-    time."""
-    if kind.__module__ in SHIPPED:
+    """A hash of the file of a user's class, which may be changed at any time; for ours, RESULTS_VERSION stands."""
+    if is_ours(kind.__module__):
         return []
     return [hashing.fingerprint_of_file(Path(inspect.getfile(kind)))]
 

@@ -156,4 +156,4 @@ def measure(job: Job, folder: Path, session: Session) -> tuple[pd.DataFrame, pd.
         "n_ablated": rows["fraction"].map({0.0: 0, **n_ablated}),
         "n_neurons": sum(projection.width for projection in projections),
     }
-    return documents, rows.assign(**columns)[list(COLUMNS)]
+    return documents, rows.assign(**columns).loc[:, list(COLUMNS)]

@@ -52,8 +52,9 @@ class Session:
                 gc.collect()  # a model that is spread over devices holds itself
                 torch.cuda.empty_cache()
             torch.backends.cudnn.allow_tf32 = False  # or float32 is not float32 where pictures are cut into patches
-            self._config, self._model = job.model, job.model.load()
-            self._model.module.requires_grad_(False)
+            model: Transformer = job.model.load()
+            model.module.requires_grad_(False)
+            self._config, self._model = job.model, model
         return self._model
 
     def batches(self, job: Job, split: Split) -> list[Batch]:

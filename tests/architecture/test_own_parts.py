@@ -53,7 +53,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from ablation_sweeps.data import NOT_SCORED, Batch
-from ablation_sweeps.transformer import Transformer
+from ablation_sweeps.models.transformer import Transformer
 
 class Attention(nn.Module):
     def __init__(self):

@@ -11,7 +11,7 @@ import pytest
 from command import Launch, same_bits, states
 
 from ablation_sweeps.base import hashing
-from ablation_sweeps.experiment import session
+from ablation_sweeps.cli.launch import session
 from ablation_sweeps.methods.mean import Mean
 from ablation_sweeps.results import run_folder
 
@@ -59,7 +59,7 @@ def test_the_model_or_the_data(launch: Launch, on_text, copies, tmp_path, monkey
     sweep = tmp_path / "results" / "default"
     assert set(states(sweep).values()) == {"failed"} and not list(sweep.glob("*/rows.parquet"))
 
-    session._loaded.clear()  # as in a new process
+    session.cache_clear()  # as in a new process
     for where in ("results", "fresh"):
         assert launch(*options, "seed=0,1", f"results_dir={where}").code == 0
     same_bits(tmp_path / "fresh" / "default", sweep)

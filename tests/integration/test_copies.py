@@ -21,7 +21,8 @@ from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.hashing import fingerprint_of_file, signature, unit_hash
 from ablation_sweeps.data.batch import Document, Picture
 from ablation_sweeps.datasets.text_files import TextFiles
-from ablation_sweeps.experiment import job, session
+from ablation_sweeps.experiment import job
+from ablation_sweeps.experiment.session import Session
 
 N = 24
 TEXTS = [text(i % 14) + (" \n" if i % 3 else "") for i in range(N)]  # ten are copies, but for white space at their end
@@ -110,12 +111,11 @@ def given(job_of, saved, tmp_path) -> Callable[..., job.Job]:
         model = (f"model={kind_of_model}", f"model.path={saved(family)}")
         return job_of(*model, *chosen, "batch_tokens=60", f"results_dir={tmp_path / 'results'}", *options)
 
-    session._encode.cache_clear()
     return given
 
 
 def names(made: job.Job, split: str) -> list[str]:
-    batches = session.encode(made, session.load(made.model), split)
+    batches = Session().batches(made, split)
     placed = sorted((place, name) for batch in batches for place, name in zip(batch.index, batch.names, strict=True))
     return [name for _, name in placed]
 

@@ -15,25 +15,28 @@ PROCESSES = 32
 # One import and one load, then forks: what is tested is the lock between processes.
 TOGETHER = """
 import os, sys, time
-from ablation_sweeps import activations, job
-from ablation_sweeps.config import from_dict
+from ablation_sweeps import run_job
+from ablation_sweeps.experiment.config import from_dict
+from ablation_sweeps.experiment.session import Session
+from ablation_sweeps.neurons import collect
 import yaml
 
 config, results, n = yaml.safe_load(open(sys.argv[1])), sys.argv[2], int(sys.argv[3])
-computed = activations.CalibrationData.run
+computed = collect.CalibrationData.run
 def counted(*arguments):
     with open(os.path.join(results, "passes"), "a") as file:
         file.write(f"{os.getpid()} {arguments[-1]}\\n")
     time.sleep(1)  # long enough for all of the others to come
     computed(*arguments)
-activations.CalibrationData.run = counted
-job.load(from_dict(config).model)
+collect.CalibrationData.run = counted
+session = Session()
+session.model(from_dict(config))
 start, children = time.time() + 3, []
 for seed in range(n):
     if (child := os.fork()) == 0:
         time.sleep(max(0, start - time.time()))
         try:
-            job.run_job(from_dict({**config, "seed": seed, "results_dir": results}))
+            run_job(from_dict({**config, "seed": seed, "results_dir": results}), session)
             os._exit(0)
         except BaseException:
             import traceback

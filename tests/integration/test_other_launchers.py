@@ -13,6 +13,7 @@ import yaml
 from command import Launch, Outcome, same_bits, states, write_texts
 from hydra.core.plugins import Plugins
 
+from ablation_sweeps.cli.launch import session
 from ablation_sweeps.methods.zero import Zero
 from ablation_sweeps.results import run_folder
 
@@ -71,7 +72,7 @@ def test_an_optimiser_hears_of_a_job_that_fails(optimise: Launch, on_text, tmp_p
 
 def test_an_objective_is_no_part_of_a_result(launch: Launch, on_text, job_of):
     plain, named = job_of("method=zero"), job_of("method=zero", "objective=auc/loss")
-    assert (plain.signature, plain.folder, plain.study) == (named.signature, named.folder, named.study)
+    assert (plain.signature, plain.folder, plain.study_key) == (named.signature, named.folder, named.study_key)
 
 
 @pytest.mark.parametrize("asked", ["dry_run=true", "prefetch=true"])
@@ -172,6 +173,6 @@ def test_weights_that_may_not_be_read(launch: Launch, on_text, saved, tmp_path, 
         raise PermissionError(13, "Permission denied", str(Path(self.path) / "model.safetensors"))
 
     monkeypatch.setattr("ablation_sweeps.models.causal_lm.CausalLM.load", load)
-    monkeypatch.setattr("ablation_sweeps.experiment.session._loaded", {})
+    session.cache_clear()
     error = launch(*on_text, "model.label=unread", "method=zero").error
     assert f"model.path={saved('llama')}" in error and "results_dir" not in error

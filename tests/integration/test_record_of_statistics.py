@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from ablation_sweeps.experiment import session
 from ablation_sweeps.experiment.run import run_job
+from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.results import run_folder
 from ablation_sweeps.results.curves import read_curves
 
@@ -45,26 +45,24 @@ def few_documents(dataset, split):
 def test_a_fragile_method_from_halved_batches_is_a_line_of_its_own(job_of, tmp_path, monkeypatch):
     """One of two seeds had too little memory: rounding may have moved peaks across the range, but no mean by much."""
     monkeypatch.setattr("ablation_sweeps.datasets.python_docs.PythonDocs.examples", few_documents)
-    options = (*FEW, "statistics.tokens=300", "model.max_tokens=40")
+    options, session = (*FEW, "statistics.tokens=300", "model.max_tokens=40"), Session()
 
     def run(method: str, *more: str) -> None:
         folder = tmp_path / more[-1].replace("=", "")  # each with a cache of its own
-        run_job(job_of(*options, f"method={method}", f"results_dir={folder}", *more))
+        run_job(job_of(*options, f"method={method}", f"results_dir={folder}", *more), session)
 
     methods = ("mean", "peak", "peak method.estimator=grenander", "median")
     for method in methods:
         run(*method.split(), "seed=0")
-    real = session.load
+    model = session.model(job_of(*options))
 
-    def load(model):
-        def body(batch):
-            if len(batch.names) > 3:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return real(model).body(batch)
+    def body(batch):
+        if len(batch.names) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return model.body(batch)
 
-        return dataclasses.replace(real(model), body=body)
-
-    monkeypatch.setattr(session, "load", load)
+    session._model = dataclasses.replace(model, body=body)
+    session._start_anew()
     for method in methods:
         run(*method.split(), "seed=1")
     found = read_curves(tmp_path).groupby("method")["seed"].agg(set).to_dict()

@@ -17,7 +17,7 @@ from rich.console import Console
 from ablation_sweeps.base import hashing
 from ablation_sweeps.data.batch import Document
 from ablation_sweeps.datasets import python_docs
-from ablation_sweeps.experiment import identity, job, session
+from ablation_sweeps.experiment import identity, job
 from ablation_sweeps.experiment.run import run_job
 from ablation_sweeps.report import write
 from ablation_sweeps.results import run_folder
@@ -152,13 +152,7 @@ def test_runs_on_the_texts_of_two_pythons_are_never_drawn_together(job_of, tmp_p
         monkeypatch.setattr(python_docs, "docs", lambda found=found: found)
         monkeypatch.setattr(python_docs, "split_of", lambda name: name[:-1])
         options = ("model=tiny_causal", f"method={method}", "fraction.values=[0.5,1]", "tracking=none", "sweep=both")
-        for cache in (
-            identity._content,
-            session._encode,
-            session._clean_passes,
-            session._recording,
-            job._check_examples,
-        ):
+        for cache in (identity.content, job._check_examples):
             cache.cache_clear()  # another Python is another process
         run_job(job_of(*options, f"dataset.label={label}", f"results_dir={tmp_path}"))
     file = io.StringIO()

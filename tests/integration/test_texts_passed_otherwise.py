@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from command import Launch, text
 
-from ablation_sweeps.experiment import session
+from ablation_sweeps.cli.launch import session
 from ablation_sweeps.models import masked_lm
 from ablation_sweeps.results import run_folder
 from ablation_sweeps.results.curves import read_curves
@@ -25,11 +25,11 @@ def earlier(monkeypatch) -> Iterator[Callable[[bool], None]]:
     isolate = masked_lm.isolate
 
     def switch(on: bool) -> None:
-        session._loaded.clear()
+        session.cache_clear()
         monkeypatch.setattr(masked_lm, "isolate", (lambda model, *_: model) if on else isolate)
 
     yield switch
-    session._loaded.clear()
+    session.cache_clear()
 
 
 @pytest.fixture

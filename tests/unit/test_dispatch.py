@@ -502,7 +502,7 @@ def test_a_refusal_for_too_many_packs_names_the_remedy(asked, tmp_path, said):
 def test_a_pack_that_gets_nowhere_before_its_time_limit_is_given_up(monkeypatch, tmp_path):
     ran: list[str] = []
     monkeypatch.setattr(packs_module, "_leaving", threading.Event())
-    monkeypatch.setattr(packs_module, "_run", lambda folder, config: ran.append(folder.name))
+    monkeypatch.setattr(packs_module, "_run", lambda folder, config, session: ran.append(folder.name))
     folders = [tmp_path / name for name in "ab"]
     for folder in folders:
         run_folder.write_status(folder, "running" if folder.name == "a" else "queued")

@@ -110,36 +110,38 @@ def test_a_class_of_ones_own_that_is_edited_is_another_one(tmp_path: Path, monke
     for comment in ("# wrong", "# right"):
         (tmp_path / "own_method.py").write_text(METHOD.format(comment))
         sys.modules.pop("own_method", None)
-        names.append(identity._class(importlib.import_module("own_method").Own("own")))
+        names.append(identity.class_of(importlib.import_module("own_method").Own("own")))
     assert names[0] != names[1] and all(name.startswith("own_method.Own ") for name in names)
-    assert identity._class(folder_of_images := ImageFolder("a", None, "folder", None, 0.2)) == (
+    assert identity.class_of(folder_of_images := ImageFolder("a", None, "folder", None, 0.2)) == (
         f"{type(folder_of_images).__module__}.ImageFolder"
     )
 
 
 def test_a_method_of_ones_own_beside_ours_does_not_change_our_code(tmp_path: Path, monkeypatch):
     folder = tmp_path / "ablation_sweeps"
-    monkeypatch.setattr(environment, "__file__", str(folder / "environment.py"))
+    monkeypatch.setattr(environment, "__file__", str(folder / "base" / "environment.py"))
     (folder / "methods").mkdir(parents=True)
+    (folder / "base").mkdir()
 
     def after(name: str) -> str:
         (folder / name).write_text(f"{name} is edited")
         return environment.code.__wrapped__()
 
-    codes = [after(name) for name in ("job.py", "methods/mean.py", "methods/mine.py")]
+    codes = [after(name) for name in ("base/job.py", "methods/mean.py", "methods/mine.py")]
     assert codes[0] != codes[1] == codes[2]
 
 
-def test_what_numbers_stand_for_exists():
-    for module in environment.SHIPPED:
-        importlib.import_module(module)
+def test_the_list_of_our_modules_is_whole():
+    package = Path(environment.__file__).parents[1]
+    for folder, names in environment.PLUGINS.items():
+        assert {file.stem for file in (package / folder).glob("*.py")} == {*names, "__init__"}
 
 
 def test_a_package_of_ones_own_that_is_called_as_ours_is_not_ours(tmp_path: Path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods" / "mean.py").write_text(METHOD.format(""))
-    assert identity._class(importlib.import_module("methods.mean").Own("own")).startswith("methods.mean.Own ")
+    assert identity.class_of(importlib.import_module("methods.mean").Own("own")).startswith("methods.mean.Own ")
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ from ablation_sweeps.base.hashing import signature
 from ablation_sweeps.data.batch import Document, pad_and_stack
 from ablation_sweeps.data.encoder import Budget
 from ablation_sweeps.experiment import chance as chance_module
-from ablation_sweeps.experiment import identity, session
+from ablation_sweeps.experiment import identity
 from ablation_sweeps.experiment.evaluate import evaluate
+from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.methods.method import Constant
 from ablation_sweeps.methods.resample import AnotherExample
 from ablation_sweeps.models import causal_lm, pretrained
@@ -349,12 +350,13 @@ def test_a_folder_of_timm_says_how_pictures_are_shown(option, tmp_path):
 def test_the_end_of_a_text_is_guessed_where_it_is_scored(job_of, pack, ends):
     some = ["statistics.tokens=2000", "eval.tokens=2000", "model.max_tokens=64"]
     made = job_of("model=tiny_causal", "dataset=python_docs", f"model.pack={pack}", *some)
-    model = session.load(made.model)
-    evaluation, calibration = (session.encode(made, model, split) for split in ("evaluation", "calibration"))
+    session = Session()
+    model = session.model(made)
+    evaluation, calibration = (session.batches(made, split) for split in ("evaluation", "calibration"))
     end = model.encode.tokenizer.eos_token_id
     ids = torch.cat([batch.inputs["input_ids"][batch.keep] for batch in calibration])
     counted = torch.isin(ids, torch.tensor(sorted(model.special_ids - ({end} if ends else set()))), invert=True)
-    probability = chance_module.chance(made, model, evaluation, calibration).probability
+    probability = chance_module.chance_model(made, model, evaluation, calibration).probability
     assert (probability[end] * (counted.sum() + len(probability))).round() == 1 + ends * (ids == end).sum() > ends
 
 
@@ -372,7 +374,7 @@ def test_classes_in_another_order_than_the_models_are_refused(job_of, tiny):
 
     def chance(*names: str) -> None:
         dataset = SimpleNamespace(label="mine", class_names=lambda: list(names))
-        chance_module.chance(dataclasses.replace(digits, dataset=dataset), model, [], [])
+        chance_module.chance_model(dataclasses.replace(digits, dataset=dataset), model, [], [])
 
     model = dataclasses.replace(tiny("vit"), class_names=("ant", "bee", "cat", "dog", "eel"))
     chance("ant", "bee", "cat", "dog", "eel")
@@ -588,9 +590,9 @@ def test_earlier_results_of_such_models_are_not_taken_for_new_ones(job_of, saved
     signatures = []
     for _ in range(2):  # as now, and as it was
         made = job_of("model=causal_lm", f"model.path={tmp_path / 'model'}", f"model.max_tokens={max_tokens}")
-        signatures.append((made.signature, signature(made.study), signature(made.data)))
+        signatures.append((made.signature, signature(made.study_key), signature(made.statistics_key)))
         monkeypatch.setattr(pretrained.Pretrained, "_computed_otherwise", lambda _: {}, raising=False)
-        identity._content.cache_clear()
+        identity.content.cache_clear()
     assert [now != then for now, then in zip(*signatures, strict=True)] == [otherwise] * 3
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from pretended_gpu import OnGpu, pretended
 
-from ablation_sweeps.experiment import score, session
+from ablation_sweeps.experiment import score
 from ablation_sweeps.experiment.run import run_job
+from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.methods.zero import Zero
 from ablation_sweeps.neurons import sites
 from ablation_sweeps.neurons.collect import collect
@@ -36,12 +37,16 @@ JOBS = [
 def gpu(monkeypatch):
     with pretended(monkeypatch):
         yield
-    session._loaded.clear()
 
 
-def rows_of(job_of, folder, *overrides) -> pd.DataFrame:
+@pytest.fixture
+def session() -> Session:
+    return Session()
+
+
+def rows_of(job_of, session, folder, *overrides) -> pd.DataFrame:
     one = job_of(*FEW, f"results_dir={folder}", *overrides)
-    return pd.read_parquet(run_job(one) / "rows.parquet")
+    return pd.read_parquet(run_job(one, session) / "rows.parquet")
 
 
 def test_it_is_as_strict_as_a_gpu(gpu):
@@ -94,24 +99,24 @@ def test_ranks_among_many_equal_logits(gpu):
 
 
 @pytest.mark.parametrize("overrides", JOBS, ids=" ".join)
-def test_a_job_gives_the_numbers_of_the_cpu(job_of, tmp_path, gpu, overrides):
-    there = rows_of(job_of, tmp_path / "there", *overrides, "model.device=cuda")
-    (model,) = session._loaded.values()
+def test_a_job_gives_the_numbers_of_the_cpu(job_of, session, tmp_path, gpu, overrides):
+    there = rows_of(job_of, session, tmp_path / "there", *overrides, "model.device=cuda")
+    model = session._model
     assert all(isinstance(parameter, OnGpu) for parameter in model.module.parameters())
-    here = rows_of(job_of, tmp_path / "here", *overrides, "model.device=cpu")
+    here = rows_of(job_of, session, tmp_path / "here", *overrides, "model.device=cpu")
     pd.testing.assert_frame_equal(there, here, check_exact=True)
 
 
 @pytest.mark.parametrize("options", [["model=tiny_vit", "dataset=digits"], ["model=tiny_causal", "eval.documents=1"]])
-def test_a_point_more_waits_for_nothing_more(job_of, tmp_path, gpu, options):
+def test_a_point_more_waits_for_nothing_more(job_of, session, tmp_path, gpu, options):
     """While a GPU computes, the next pass is queued."""
     waits = []
     for fractions in ("[0.1]", "[0.5]", "[0.2,0.4,0.6,0.8]"):  # the first loads, and collects
         pretended_gpu.waited.clear()
-        rows_of(job_of, tmp_path, *options, "method=mean", "model.device=cuda", f"fraction.values={fractions}")
+        rows_of(job_of, session, tmp_path, *options, "method=mean", "model.device=cuda", f"fraction.values={fractions}")
         waits.append(len(pretended_gpu.waited))
     pretended_gpu.waited.clear()
-    (model,) = session._loaded.values()
+    model = session._model
     model.logits(model.other_input("probe", 8, 0).to(model.device))
     own = len(pretended_gpu.waited)  # transformers looks whether a text is padded
     assert waits[2] - waits[1] == 3 * own
@@ -126,13 +131,13 @@ class BatchMean:
 
 
 @pytest.mark.parametrize("method", ["resample", "zero"])
-def test_what_does_not_fit_is_halved(job_of, tmp_path, gpu, monkeypatch, method):
+def test_what_does_not_fit_is_halved(job_of, session, tmp_path, gpu, monkeypatch, method):
     """Also where the values to write are those of the whole batch."""
     monkeypatch.setattr(Zero, "fit", lambda *_: BatchMean())  # which has no reason to think of devices
     options = ["model=tiny_causal", f"method={method}"]
-    here = rows_of(job_of, tmp_path / "here", *options)
-    rows_of(job_of, tmp_path, *options, "model.device=cuda")
-    ((name, model),) = session._loaded.items()
+    here = rows_of(job_of, session, tmp_path / "here", *options)
+    rows_of(job_of, session, tmp_path, *options, "model.device=cuda")
+    model = session._model
 
     def small(run):
         def or_not(batch):
@@ -142,23 +147,22 @@ def test_what_does_not_fit_is_halved(job_of, tmp_path, gpu, monkeypatch, method)
 
         return or_not
 
-    monkeypatch.setitem(
-        session._loaded, name, dataclasses.replace(model, logits=small(model.logits), body=small(model.body))
-    )
-    there = rows_of(job_of, tmp_path / "there", *options, "model.device=cuda")
+    session._model = dataclasses.replace(model, logits=small(model.logits), body=small(model.body))
+    session._start_anew()
+    there = rows_of(job_of, session, tmp_path / "there", *options, "model.device=cuda")
     pd.testing.assert_frame_equal(there, here, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["mean", "resample"])
-def test_a_model_may_be_spread_over_two_devices(job_of, tmp_path, gpu, method):
+def test_a_model_may_be_spread_over_two_devices(job_of, session, tmp_path, gpu, method):
     """The first half of the layers on the CPU, the other half on the GPU."""
     from accelerate import dispatch_model
 
-    here = rows_of(job_of, tmp_path / "here", "model=tiny_causal", f"method={method}")
-    (model,) = session._loaded.values()
+    here = rows_of(job_of, session, tmp_path / "here", "model=tiny_causal", f"method={method}")
+    model = session._model
     where = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu",
              "model.layers.2": 0, "model.layers.3": 0, "model.norm": 0, "lm_head": "cpu"}  # fmt: skip
     dispatch_model(model.module, where, main_device=torch.device("cpu"), force_hooks=True)
     assert {type(parameter) for parameter in model.module.parameters()} == {torch.nn.Parameter, OnGpu}
-    there = rows_of(job_of, tmp_path / "there", "model=tiny_causal", f"method={method}")
+    there = rows_of(job_of, session, tmp_path / "there", "model=tiny_causal", f"method={method}")
     pd.testing.assert_frame_equal(there, here, check_exact=True)

@@ -13,8 +13,8 @@ import torch
 from test_activations import CountingBody, assert_equal, batches_of
 
 from ablation_sweeps.base.errors import UserError
-from ablation_sweeps.experiment import session
 from ablation_sweeps.experiment.run import run_job
+from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.neurons import sites, tensor_cache
 from ablation_sweeps.neurons.collect import CalibrationData, collect
 from ablation_sweeps.neurons.replay import Replay
@@ -201,9 +201,11 @@ FEW = ["model=tiny_causal", "tracking=none", "statistics.tokens=500"]
 
 
 def test_jobs_share_it_where_they_have_the_same_data(job_of, tmp_path):
+    session = Session()
+
     def recording(*options: str) -> Replay | None:
         one = job_of(*FEW, f"results_dir={tmp_path}", *options)
-        return session.recording(one, session.load(one.model))
+        return session.replay(one)
 
     first = recording("method=mean", "seed=0")
     assert recording("method=peak", "seed=1", "eval.tokens=77") is first
@@ -211,26 +213,26 @@ def test_jobs_share_it_where_they_have_the_same_data(job_of, tmp_path):
         assert recording(other) is not first
         first = recording("method=mean", "seed=0")
     first = recording()
-    session.load(job_of("model=tiny_masked").model)
+    session.model(job_of("model=tiny_masked"))
     assert recording() is not first
 
 
 def test_a_sweep_passes_its_calibration_data_once(job_of, tmp_path, monkeypatch):
-    passes, original = [], CalibrationData._pass
+    passes, original, session = [], CalibrationData._pass, Session()
     monkeypatch.setattr(CalibrationData, "_pass", lambda *arguments: passes.append(1) or original(*arguments))
     for method in ("zero", "mean", "peak", "median"):
         one = job_of(*FEW, "eval.tokens=300", "fraction.values=[0.5]", f"results_dir={tmp_path}", f"method={method}")
-        run_job(one)
+        run_job(one, session)
     assert len(passes) == 1
     (cache,) = (file.parent for file in Path(tmp_path).glob(".cache/*/moments.safetensors"))
     played = {file.name: tensor_cache.load_tensors(file) for file in cache.glob("*-*.safetensors")}
     assert sorted(name.partition("-")[0] for name in played) == ["counts", "medians"]
     shutil.rmtree(cache)
-    monkeypatch.setattr(session, "recording", lambda *_: None)
+    monkeypatch.setattr(Session, "replay", lambda *_: None)
     for method in ("peak", "median"):
         one = job_of(*FEW, "eval.tokens=300", "fraction.values=[0.5]", f"results_dir={tmp_path}", f"method={method}",
                      "sweep=again")  # fmt: skip
-        run_job(one)
+        run_job(one, session)
     assert len(passes) >= 1 + 2 + 2  # peak's, and at least two more of the median
     for name, tensors in played.items():
         again = tensor_cache.load_tensors(cache / name)

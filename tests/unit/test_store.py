@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 
 from ablation_sweeps.base import files, hashing
 from ablation_sweeps.cli.commands import app
-from ablation_sweeps.experiment import identity, session
-from ablation_sweeps.experiment import job as job_module
+from ablation_sweeps.experiment import identity
 from ablation_sweeps.experiment import run as run_module
 from ablation_sweeps.experiment.job import Job
 from ablation_sweeps.experiment.run import measure, run_job
+from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.neurons import tensor_cache
 from ablation_sweeps.neurons.collect import CalibrationData
 from ablation_sweeps.report import write
@@ -108,20 +108,20 @@ def test_a_folder_counts_by_its_content_not_by_its_place(make, saved, texts, tmp
     assert moved.signature == make().signature
 
     (documents / "0.txt").write_text((documents / "0.txt").read_text() + "More.")
-    identity._content.cache_clear()  # as in a new process
+    identity.content.cache_clear()  # as in a new process
     changed_text = make(f"model.path={models}", f"dataset.path={documents}").signature
     assert changed_text != make().signature
     weights = bytearray((models / "model.safetensors").read_bytes())
     weights[-3] ^= 1
     (models / "model.safetensors").write_bytes(weights)
-    identity._content.cache_clear()
+    identity.content.cache_clear()
     assert make(f"model.path={models}").signature != make().signature
 
 
 def test_study_is_shared_by_jobs_that_may_be_compared(make):
-    study = hashing.signature(make().study)
-    assert hashing.signature(make("method=zero", "seed=3", "fraction=tenths").study) == study
-    assert hashing.signature(make("eval.tokens=50").study) != study
+    study = hashing.signature(make().study_key)
+    assert hashing.signature(make("method=zero", "seed=3", "fraction=tenths").study_key) == study
+    assert hashing.signature(make("eval.tokens=50").study_key) != study
 
 
 def test_folders_of_different_jobs_differ_and_have_readable_names(make):
@@ -191,7 +191,7 @@ def test_what_a_killed_writer_left_is_removed_and_what_another_one_writes_is_not
 WRITES_ON = """
 import sys, time
 from pathlib import Path
-from ablation_sweeps import files
+from ablation_sweeps.base import files
 with files.replacing(Path(sys.argv[1])):
     print("begun", flush=True)
     time.sleep(300)
@@ -358,7 +358,7 @@ def stop_after(monkeypatch, n_batches: int) -> list[int]:
         real(folder, number, sums)
         count.append(1)
 
-    monkeypatch.setattr(job_module.store, "save_progress", save)
+    monkeypatch.setattr(run_folder, "save_progress", save)
     return count
 
 
@@ -375,13 +375,13 @@ def test_a_job_that_was_stopped_goes_on_and_gives_bit_equal_rows(make, monkeypat
     assert len(list(folder.glob("progress-*"))) == 2 and not (folder / "rows.parquet").exists()
 
     done = []
-    real = job_module.evaluation.evaluate
+    real = run_module.evaluate
 
     def noting(*args, **kwargs):
         done.append(len(kwargs["done"]))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(job_module.evaluation, "evaluate", noting)
+    monkeypatch.setattr(run_module, "evaluate", noting)
     assert run_job(make(method)) == folder
     assert done == [2]
     pd.testing.assert_frame_equal(rows_of(folder), undisturbed, check_exact=True)
@@ -411,7 +411,7 @@ def measured(monkeypatch) -> list[Job]:
     """The jobs that were computed."""
     jobs: list[Job] = []
     real = measure
-    monkeypatch.setattr(run_module, "measure", lambda job, folder: jobs.append(job) or real(job, folder))
+    monkeypatch.setattr(run_module, "measure", lambda job, *more: jobs.append(job) or real(job, *more))
     return jobs
 
 
@@ -462,22 +462,23 @@ def test_a_run_of_an_earlier_version_stays_valid(make, measured):
 
 
 def test_a_job_that_fails_says_why(make, monkeypatch):
-    monkeypatch.setattr(job_module.sites, "find", lambda *args: 1 / 0)
+    monkeypatch.setattr(run_module.sites, "find", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_job(make("method=zero"))
     assert state(make("method=zero").folder)["reason"].startswith("ZeroDivisionError")
 
 
 def test_a_device_with_too_little_memory_is_recorded(make, monkeypatch, caplog):
-    real, job = session.load, make("method=mean", "batch_tokens=1000")
+    session, job = Session(), make("method=mean", "batch_tokens=1000")
+    model = session.model(job)
 
     def logits(batch):
         if len(batch.names) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(job.model).logits(batch)
+        return model.logits(batch)
 
-    monkeypatch.setattr(session, "load", lambda model: dataclasses.replace(real(model), logits=logits))
-    folder = run_job(job)
+    session._model = dataclasses.replace(model, logits=logits)
+    folder = run_job(job, session)
     assert "last digit may differ" in json.loads((folder / "environment.json").read_text())["notes"][0]
     assert "last digit may differ" in caplog.text
     run_folder.begin(folder, {})  # started again
@@ -499,9 +500,10 @@ def test_what_was_continued_in_another_environment_says_so(tmp_path, monkeypatch
 def test_what_is_left_out_of_the_model_and_of_the_data_is_kept_and_shown(make, texts, monkeypatch, tmp_path, capsys):
     shutil.copytree(texts, tmp_path / "copies")
     shutil.copy(texts / "3.txt", tmp_path / "copies" / "again.txt")
-    weights, real = "model.path=llama: 2 of its weights are left out", session.load
-    monkeypatch.setattr(session, "load", lambda model: dataclasses.replace(real(model), left_out=(weights,)))
-    folder = run_job(make("method=zero", f"dataset.path={tmp_path / 'copies'}"))
+    weights, session = "model.path=llama: 2 of its weights are left out", Session()
+    job = make("method=zero", f"dataset.path={tmp_path / 'copies'}")
+    session._model = dataclasses.replace(session.model(job), left_out=(weights,))
+    folder = run_job(job, session)
     found = json.loads((folder / "environment.json").read_text())
     (copies,) = found["data_left_out"].items()
     assert found["model_left_out"] == [weights] and "1 copies of" in copies[1][0]
