@@ -30,7 +30,7 @@ class Level:
 DATASET = """
 from dataclasses import dataclass
 from typing import ClassVar
-from ablation_sweeps.data import Document
+from ablation_sweeps.data.batch import Document
 
 @dataclass(frozen=True)
 class Alphabet:
@@ -52,7 +52,7 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 import torch
 from torch import nn
-from ablation_sweeps.data import NOT_SCORED, Batch
+from ablation_sweeps.data.batch import NOT_SCORED, Batch
 from ablation_sweeps.models.transformer import Transformer
 
 class Attention(nn.Module):

@@ -136,8 +136,8 @@ class Server:
             bucket |= {"sweepName": None, "project": project, "historyLineCount": 0}
             return {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
         if "createRunFiles" in content["query"]:
-            files_module = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
-            return {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files_module}}}
+            files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
+            return {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
         if "viewer {" in content["query"]:
             viewer = {"id": "u", "entity": "me", "username": "me", "email": "me@here", "flags": "{}"}
             return {"data": {"viewer": viewer | {"teams": {"edges": []}}}}

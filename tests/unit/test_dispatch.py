@@ -89,8 +89,8 @@ class FakeQueue:
     most: int = 1000
 
     def submit(self, packs: list[Pack]) -> dict[str, Pack]:
-        self.submissions += ["".join(folder.name for folder in pack.folders) for pack in packs_module]
-        named = {f"pack{len(self.known) + i}": pack for i, pack in enumerate(packs_module)}
+        self.submissions += ["".join(folder.name for folder in pack.folders) for pack in packs]
+        named = {f"pack{len(self.known) + i}": pack for i, pack in enumerate(packs)}
         for name, pack in named.items():
             self.known[name] = self.run(pack)
         return named
@@ -328,7 +328,7 @@ def test_a_refused_submission_is_said_and_what_is_queued_goes_on(monkeypatch, tm
         def submit(self, packs: list[Pack]) -> dict[str, Pack]:
             if self.submissions:
                 raise UserError("hydra.launcher: sbatch refuses: QOSMaxSubmitJobPerUserLimit")
-            return super().submit(packs_module)
+            return super().submit(packs)
 
     full = Full(dies_at(""), tmp_path / "log", most=2)
     mine = supervisor.Supervisor(full, 1, {job.folder: job for job in make(tmp_path, "abcd")})

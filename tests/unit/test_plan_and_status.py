@@ -26,14 +26,14 @@ from ablation_sweeps.results import run_folder
 def job(results: Path, name: str, model: str = "m") -> SimpleNamespace:
     labels = {"model": SimpleNamespace(label=model), "dataset": SimpleNamespace(label="d")}
     folder = results / "sweep" / f"{model}-d-{name}"
-    return SimpleNamespace(**labels, folder=folder, config={}, results_dir=results, like="x")
+    return SimpleNamespace(**labels, folder=folder, config={}, results_dir=results, cost_key="x")
 
 
 @pytest.fixture
 def jobs(monkeypatch, tmp_path) -> list[SimpleNamespace]:
     """SimpleNamespace has no hash: the plan groups by these two."""
     monkeypatch.setattr(plan, "by_model", lambda jobs: list(range(len(jobs))))
-    monkeypatch.setattr(sweep, "packed", lambda jobs, most: [
+    monkeypatch.setattr(plan, "packed", lambda jobs, most: [
         SimpleNamespace(folders=[job.folder for job in jobs[i : i + most]]) for i in range(0, len(jobs), most)
     ])  # fmt: skip
     return [job(tmp_path, name) for name in "abcde"]

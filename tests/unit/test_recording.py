@@ -35,7 +35,7 @@ def study(tiny, site, tmp_path):
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         counting = dataclasses.replace(model, body=body)
         found = collect(
-            counting, projections, batches, tmp_path / "cache", *histograms, passes=passes, recording=recording
+            counting, projections, batches, tmp_path / "cache", *histograms, passes=passes, replay=recording
         )
         return found, body.calls / len(batches)
 
@@ -65,7 +65,7 @@ def test_what_is_played_is_what_was_seen(fresh, site, tmp_path, family, dtype, n
 
 def test_nor_does_it_matter_how_it_lies_in_memory(tmp_path):
     recording, x = Replay(tmp_path), torch.arange(12.0).reshape(3, 4)
-    with recording.of(lambda *_: None) as see:
+    with recording.record(lambda *_: None) as see:
         for part in (x.T, x[:, ::2], x[:0]):
             see(0, part)
     played = []

@@ -95,7 +95,7 @@ def test_nothing_finished_is_the_users_to_mend(tmp_path: Path):
         read_curves(tmp_path)
     for name, state in (("a", "failed"), ("b", "running"), ("c", "failed")):
         save_run(tmp_path / name, curve("zero"), state=state)
-    with pytest.raises(UserError, match=r"no finished run below .*: 2 failed, 1 running; python -m .* status") as error:
+    with pytest.raises(UserError, match=r"no finished run below .*: 2 failed, 1 running; ablation-sweeps .*status") as error:
         read_curves(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -337,7 +337,7 @@ def test_where_all_runs_are_damaged_that_is_said(tmp_path: Path):
     sweep = measured_sweep(tmp_path / "sweep", {"zero": (0,)}, fractions=[0.0, 1.0])
     (run,) = run_folder.runs(sweep)
     (run / "documents.parquet").write_bytes(b"")
-    with pytest.raises(UserError, match=r"no finished run below .*: 1 damaged; python -m .* status"):
+    with pytest.raises(UserError, match=r"no finished run below .*: 1 damaged; ablation-sweeps .*status"):
         read_curves(sweep)
 
 
@@ -415,8 +415,8 @@ def test_a_narrow_terminal_gets_fewer_columns(width: int, fractions: tuple[float
     text = printed(two_methods(fractions=fractions), width=width, terminal=True)
     assert "…" not in text and "fractions; all are in curves.parquet" in text and "AUC" in text
     lines = [re.sub(r"\x1b\[\d*m", "", line) for line in text.splitlines()]
-    tables_module = [line for line in lines if "nats/" in line or "─" in line or "3.000" in line]
-    assert len(tables_module) >= 4 and max(map(len, tables_module)) <= width
+    tables = [line for line in lines if "nats/" in line or "─" in line or "3.000" in line]
+    assert len(tables) >= 4 and max(map(len, tables)) <= width
 
 
 def test_a_log_in_ascii_is_no_crash():
