@@ -65,7 +65,7 @@ class Case:
     def parts(self) -> Iterator[Batch]:
         """What goes through the model at once, as ours has it."""
         for batch in self.batches:
-            yield from batch.to(self.model.device).parts(self.model.at_once)
+            yield from batch.to(self.model.device).split_to(self.model.max_positions_per_pass)
 
     def some(self, n: int) -> Case:
         return Case(self.job, self.model, self.batches[:n])

@@ -84,7 +84,7 @@ def parts() -> None:
     """A clean pass and a point of batches of 4,096 positions, by how much of them is in one pass."""
 
     def at(size: int, case: Case) -> None:
-        Transformer.at_once = size  # type: ignore[assignment,method-assign]
+        Transformer.max_positions_per_pass = size  # type: ignore[assignment,method-assign]
         evaluate(case, (0.5,))
 
     def show(name: str, case: Case, sizes: Sequence[int], rounds: int) -> None:

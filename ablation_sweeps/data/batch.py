@@ -107,7 +107,7 @@ class Batch:
             keep=None if self.keep is None else self.keep.to(device),
         )
 
-    def halves(self) -> tuple[Batch, Batch]:
+    def split_in_two(self) -> tuple[Batch, Batch]:
         """The first and the last examples, padded as before. Of texts that are passed apart, those that are as long as
         the first one and the others, without the padding that they do not need.
 
@@ -133,13 +133,13 @@ class Batch:
             return False
         return self.size <= positions or len(self.names) == 1
 
-    def parts(self, positions: int) -> Iterator[Batch]:
+    def split_to(self, positions: int) -> Iterator[Batch]:
         """Halves of halves, until each fits."""
         if self.fits(positions):
             yield self
         else:
-            for half in self.halves():
-                yield from half.parts(positions)
+            for half in self.split_in_two():
+                yield from half.split_to(positions)
 
     def _lengths(self) -> list[int]:
         return self.inputs["attention_mask"].sum(1).tolist()

@@ -52,7 +52,7 @@ def launch(options: Any, jobs: Sequence[Job]) -> None:
             log.warning("cancelling %s", counted(len(work.packs), "pack"))
             queue.cancel(list(work.packs))
             run_folder.mark_interrupted(
-                work.jobs, killed=queue.lasts
+                work.jobs, killed=queue.survives_launcher
             )  # local packs have said themselves how they ended
             raise
     failures = Failures()

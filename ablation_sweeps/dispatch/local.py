@@ -40,7 +40,7 @@ class Local:
         return LocalScheduler(sweep / ".dispatch", self._names(), self.max_parallel)
 
     @property
-    def at_once(self) -> int:
+    def max_concurrent_packs(self) -> int:
         """Packs; one, if their model is spread over all GPUs."""
         n = len(self._names())
         return min(n, self.max_parallel or n) if n else self.max_parallel or 1
@@ -63,8 +63,8 @@ class Local:
 
 @dataclass
 class LocalScheduler:
-    lasts: ClassVar[bool] = False
-    most: ClassVar[int] = sys.maxsize
+    survives_launcher: ClassVar[bool] = False
+    max_packs_per_submission: ClassVar[int] = sys.maxsize
 
     logs: Path
     gpus: list[str]
@@ -90,10 +90,10 @@ class LocalScheduler:
         spread = any(config["model"].get("device_map") for pack in packs for config in pack.configs.values())
         return [",".join(self.gpus)] if spread else self.gpus[: self.max_parallel]
 
-    def earlier(self) -> dict[str, list[str]]:
+    def live_packs(self) -> dict[str, list[str]]:
         return {}
 
-    def places(self) -> dict[str, PackState]:
+    def poll(self) -> dict[str, PackState]:
         for name, (process, slot) in list(self.running.items()):
             if (code := process.poll()) is not None:
                 del self.running[name]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ablation_sweeps.experiment.job import Job
 
 
-def plan(jobs: Sequence[Job], most: int | None, at_once: int) -> None:
+def plan(jobs: Sequence[Job], most: int | None, max_concurrent_packs: int) -> None:
     """Says what would run, and how long it may take by what like jobs took before."""
     jobs = [jobs[i] for i in by_model(jobs)]
     missing = {job.folder: job for job in jobs if not run_folder.finished(job.folder)}
@@ -36,8 +36,9 @@ def plan(jobs: Sequence[Job], most: int | None, at_once: int) -> None:
     known = [seconds for seconds in took if seconds]
     if known and len(known) == len(took):
         total = sum(known)
-        print(f"about {duration(total)} of computing; {duration(max(*known, total / at_once, 0))} at the least, with "
-              f"{counted(min(at_once, len(packs)), 'pack')} at once")  # fmt: skip
+        least = duration(max(*known, total / max_concurrent_packs, 0))
+        print(f"about {duration(total)} of computing; {least} at the least, with "
+              f"{counted(min(max_concurrent_packs, len(packs)), 'pack')} at once")  # fmt: skip
     elif packs:
         print("no estimate of the time: nothing like it was run before in this results_dir")
 

@@ -13,22 +13,22 @@ from ablation_sweeps.dispatch.packs import Pack
 class PackState:
     """Attributes:
     state: in SLURM's words.
-    over: it runs no more, and will not again.
-    why: it does not run, where that is known; or how its process ended.
+    is_over: it runs no more, and will not again.
+    reason: it does not run, where that is known; or how its process ended.
     """
 
     state: str
     node: str
-    over: bool
-    why: str
+    is_over: bool
+    reason: str
 
 
 @runtime_checkable
 class Scheduler(Protocol):
-    lasts: bool  # what waits in it is run even if this process ends
+    survives_launcher: bool  # what waits in it is run even if this process ends
 
     @property
-    def most(self) -> int:
+    def max_packs_per_submission(self) -> int:
         """Packs of one submission."""
         ...
 
@@ -36,11 +36,11 @@ class Scheduler(Protocol):
         """Each under its name; at most `most`."""
         ...
 
-    def earlier(self) -> dict[str, list[str]]:
+    def live_packs(self) -> dict[str, list[str]]:
         """The packs of earlier launches that still wait or run, and the folders of their jobs."""
         ...
 
-    def places(self) -> dict[str, PackState] | None:
+    def poll(self) -> dict[str, PackState] | None:
         """Where each pack is, as far as that is known; None while nothing new is known."""
         ...
 

@@ -111,7 +111,7 @@ class Slurm:
     folder: str
 
     @property
-    def at_once(self) -> int:
+    def max_concurrent_packs(self) -> int:
         """Packs."""
         return self.max_parallel
 
@@ -123,7 +123,7 @@ class Slurm:
 class SlurmScheduler:
     """The packs of one sweep, each under the name of its array and its number in it."""
 
-    lasts: ClassVar[bool] = True
+    survives_launcher: ClassVar[bool] = True
 
     options: Slurm
     sweep: Path
@@ -141,7 +141,7 @@ class SlurmScheduler:
         self.asked = float("-inf")
 
     @functools.cached_property
-    def most(self) -> int:
+    def max_packs_per_submission(self) -> int:
         """Packs of one submission: as many tasks as the site allows an array."""
         answer = _command("scontrol", "show", "config")
         match = re.search(r"^MaxArraySize\s*=\s*(\d+)", answer.stdout, re.MULTILINE)
@@ -220,7 +220,7 @@ class SlurmScheduler:
                 for key in kept.keys() - before.keys():
                     del os.environ[key]
 
-    def earlier(self) -> dict[str, list[str]]:
+    def live_packs(self) -> dict[str, list[str]]:
         """The packs of earlier launches that still wait or run, and the folders of their jobs."""
         if not self.arrays and not self.damaged:
             return {}
@@ -229,7 +229,7 @@ class SlurmScheduler:
                 "hydra/launcher=slurm: squeue does not answer, so it is not known what runs already, and nothing is "
                 "submitted; type the same command when it does"
             )
-        live = {pack for pack, place in self.known.items() if not place.over}
+        live = {pack for pack, place in self.known.items() if not place.is_over}
         live -= {f"{name}.{i}" for name, record in self.arrays.items() for i in record.get("cancelled", [])}
         return {
             f"{name}.{index}": folders
@@ -238,7 +238,7 @@ class SlurmScheduler:
             if f"{name}.{index}" in live
         }
 
-    def places(self) -> dict[str, PackState] | None:
+    def poll(self) -> dict[str, PackState] | None:
         """Where each pack is; None while it is too early to ask again, or nobody answers."""
         if time.monotonic() - self.asked < POLL_SECONDS:
             return None
@@ -271,7 +271,7 @@ class SlurmScheduler:
         missing: dict[str, list[str]] = {}
         for name, array in self.arrays.items():
             packs = [f"{name}.{index}" for index in range(len(array["packs"]))]
-            lost = [p for p in packs if p not in found and not (p in self.known and self.known[p].over)]
+            lost = [p for p in packs if p not in found and not (p in self.known and self.known[p].is_over)]
             missing |= {name: lost} if lost else {}
         for name, packs in missing.items():
             if (shown := self._show(name)) is None:

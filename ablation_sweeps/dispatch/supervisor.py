@@ -32,7 +32,7 @@ MEMORY = re.compile(r"oom.?kill|out of memory|OutOfMemory|\bKilled\b|SIGKILL|Mem
 class Supervisor:
     """The jobs of a launch, and the packs that hold those which are not finished."""
 
-    queue: Scheduler
+    scheduler: Scheduler
     max_attempts: int
     jobs: dict[Path, Job]
     packs: dict[str, list[Path]] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Supervisor:
     last: dict[str, PackState] = field(default_factory=dict)  # where they were then
 
     def start(self, most: int | None) -> None:
-        earlier = self.queue.earlier()
+        earlier = self.scheduler.live_packs()
         # Only now: what ended while the queue was asked is finished, and in no pack.
         missing = {folder: job for folder, job in self.jobs.items() if not run_folder.finished(folder)}
         self.reached = {folder: run_folder.batches_done(folder) for folder in missing}
@@ -59,13 +59,13 @@ class Supervisor:
                  len(missing), counted(len(self.packs), "pack"))  # fmt: skip
 
     def _submit(self, packs: list[Pack]) -> None:
-        for start in range(0, len(packs), self.queue.most):
-            some = packs[start : start + self.queue.most]
+        for start in range(0, len(packs), self.scheduler.max_packs_per_submission):
+            some = packs[start : start + self.scheduler.max_packs_per_submission]
             for pack in some:
                 for folder, config in pack.configs.items():
-                    run_folder.queue(Path(folder), config, self.queue.lasts)
+                    run_folder.queue(Path(folder), config, self.scheduler.survives_launcher)
             try:
-                self.packs |= {name: pack.folders for name, pack in self.queue.submit(some).items()}
+                self.packs |= {name: pack.folders for name, pack in self.scheduler.submit(some).items()}
             except UserError as error:
                 for folder in (folder for pack in packs[start:] for folder in pack.folders):
                     run_folder.write_status(folder, "failed", str(error))
@@ -78,14 +78,14 @@ class Supervisor:
         """Until nothing is left to wait for."""
         with Watcher() as watcher:
             while True:
-                places, again = self.queue.places(), []
+                places, again = self.scheduler.poll(), []
                 for pack in list(self.packs):
                     states = [run_folder.status(folder)["state"] for folder in self.packs[pack]]
                     if all(state in FINISHED_STATES for state in states):
                         del self.packs[pack]
                     elif places is not None:
                         place = places.get(pack, NOT_SEEN)
-                        again += self._left_by(pack, place) if self._is_over(pack, place) else []
+                        again += self._recover(pack, place) if self._is_over(pack, place) else []
                 self._submit(again)
                 self.last = self.last if places is None else places
                 submitted = PackState("SUBMITTED", "", False, "")
@@ -97,10 +97,10 @@ class Supervisor:
     def _is_over(self, pack: str, place: PackState) -> bool:
         """SLURM may say that a job is over just before it puts it into the queue again: so it is asked twice."""
         before = pack in self.over
-        (self.over.add if place.over else self.over.discard)(pack)
-        return place.over and before
+        (self.over.add if place.is_over else self.over.discard)(pack)
+        return place.is_over and before
 
-    def _left_by(self, pack: str, place: PackState) -> list[Pack]:
+    def _recover(self, pack: str, place: PackState) -> list[Pack]:
         """What a dead process left: the job that it was at gets a pack of its own, the others go on without it."""
         left = {folder: run_folder.status(folder)["state"] for folder in self.packs.pop(pack)}
         left = {folder: state for folder, state in left.items() if state not in FINISHED_STATES}
@@ -132,11 +132,15 @@ class Supervisor:
     def _reason(self, pack: str, place: PackState) -> str:
         """The state alone says little: SLURM calls it FAILED when the kernel kills a process for memory."""
         try:
-            lines = self.queue.log_of(pack).read_text(errors="replace").splitlines()[-30:]
+            lines = self.scheduler.log_of(pack).read_text(errors="replace").splitlines()[-30:]
         except OSError:
             lines = []
         said = [line.strip() for line in lines if line.strip()]
-        found = f"{place.state} {place.why}".strip() + (f", {place.node}" if place.node else "")
-        if place.state == "OUT_OF_MEMORY" or (place.state == "FAILED" and MEMORY.search(" ".join([place.why, *said]))):
+        found = f"{place.state} {place.reason}".strip() + (f", {place.node}" if place.node else "")
+        if place.state == "OUT_OF_MEMORY" or (
+            place.state == "FAILED" and MEMORY.search(" ".join([place.reason, *said]))
+        ):
             found += ", probably for lack of memory (hydra.launcher.mem, batch_tokens)"
-        return found + (f"; its last words: {said[-1][:200]}" if said else f"; no output in {self.queue.log_of(pack)}")
+        return found + (
+            f"; its last words: {said[-1][:200]}" if said else f"; no output in {self.scheduler.log_of(pack)}"
+        )

@@ -52,12 +52,12 @@ def fetch(jobs: Sequence[Job]) -> None:
     print("all that is needed is on this machine; without prefetch=true, the same command can run offline")
 
 
-def only_asked(jobs: Sequence[Job], most: int | None, at_once: int) -> bool:
+def only_asked(jobs: Sequence[Job], most: int | None, max_concurrent_packs: int) -> bool:
     """With prefetch=true or dry_run=true: does that, and nothing is to be run."""
     if jobs[0].prefetch:
         fetch(jobs)
     elif jobs[0].dry_run:
-        plan(jobs, most, at_once)
+        plan(jobs, most, max_concurrent_packs)
     return jobs[0].prefetch or jobs[0].dry_run
 
 
@@ -97,7 +97,7 @@ def waiting(jobs: Sequence[Job]) -> Iterator[None]:
         if run_folder.current_status(job.folder)["state"] in ("new", "interrupted", "died", "damaged")
     ]
     for job in mine:
-        run_folder.queue(job.folder, job.config, lasts=False)
+        run_folder.queue(job.folder, job.config, survives_launcher=False)
     try:
         yield
     finally:

@@ -52,7 +52,7 @@ class Watcher:
             folders = [folder for folders, _ in packs.values() for folder in folders]
             done = sum(run_folder.status(folder)["state"] == "finished" for folder in folders)
             packs_are = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
-            whys = sorted({place.why for _, place in packs.values() if place.why and not place.over})
+            whys = sorted({place.reason for _, place in packs.values() if place.reason and not place.is_over})
             because = f" ({', '.join(whys)})" if whys else ""
             log.info("packs: %s%s; %d of their %d jobs are finished", packs_are, because, done, len(folders))
 
@@ -66,7 +66,7 @@ def table(packs: Packs) -> Table:
         statuses = {folder: run_folder.status(folder) for folder in folders}
         done = sum(status["state"] in FINISHED_STATES for status in statuses.values())
         running = [folder for folder, status in statuses.items() if status["state"] == "running"]
-        at, left = progress(running[0], statuses[running[0]]) if running else (place.why, "")
+        at, left = progress(running[0], statuses[running[0]]) if running else (place.reason, "")
         shown.add_row(name, place.node, place.state.lower(), f"{done}/{len(folders)}", at, left)
     if len(packs) > ROWS:
         shown.add_row(f"and {len(packs) - ROWS} more", "", "", "", "", "")

@@ -66,7 +66,9 @@ def evaluate(
     masks = {fraction: [mask.to(device) for mask in layers] for fraction, layers in masks.items()}
     target_stderr = target_stderr if masks else None  # it is one of points
     clean = clean or CleanPasses(model)
-    passes = Passes(model, projections, masks, replacement, common.to(device), top_k, clean, model.at_once, note)
+    passes = Passes(
+        model, projections, masks, replacement, common.to(device), top_k, clean, model.max_positions_per_pass, note
+    )
     parts = list(done)
     bar = tqdm(batches, desc=f"{model.label}, {len(masks) + 1} passes a batch", delay=2, leave=False, disable=None)
     to_do = prefetch_batches(batches[len(done) :])
@@ -117,7 +119,7 @@ class Passes:
     """All forward passes over one batch: the clean one, then one for each fraction. See `evaluate`.
 
     Attributes:
-        at_once: positions, or images, that a pass takes; fewer, once the device has had too little memory for them.
+        max_positions: positions, or images, that a pass takes; fewer, once the device had too little memory for them.
     """
 
     model: Transformer
@@ -127,7 +129,7 @@ class Passes:
     common: Int[torch.Tensor, " common"]
     top_k: int
     clean: CleanPasses
-    at_once: int
+    max_positions: int
     note: Callable[[str], None]
 
     def sums(self, batch: Batch, part: PartKey, values: list[torch.Tensor] | None = None) -> ScoreSums:
@@ -138,7 +140,7 @@ class Passes:
         """
         if values is None and not self.replacement.reads_clean:
             values = self._values(batch, [])
-        if batch.fits(self.at_once):
+        if batch.fits(self.max_positions):
             try:
                 return self._of_all_at_once(batch, part, values)
             except torch.OutOfMemoryError:
@@ -146,7 +148,7 @@ class Passes:
         # Not inside of `except`, whose error holds on to the memory of the pass that failed.
         if values is None:
             values = self._values(batch.to(torch.device("cpu")), self._clean_activations(batch, part))
-        n, (first, last) = len(batch.names), batch.halves()
+        n, (first, last) = len(batch.names), batch.split_in_two()
         sums = [
             self.sums(first, (*part, 0), _rows(values, slice(None, len(first.names)), n, first)),
             self.sums(last, (*part, 1), _rows(values, slice(len(first.names), None), n, last)),
@@ -178,7 +180,7 @@ class Passes:
     def _clean_activations(self, batch: Batch, part: PartKey) -> list[torch.Tensor]:
         """Of all examples, `[batch, rows, neurons]` a layer, though only some of them fit into one pass; in main
         memory, since it may be they that did not fit."""
-        if batch.fits(self.at_once):
+        if batch.fits(self.max_positions):
             try:
                 with reading(self.projections, len(batch.names)) as activations:
                     if part in self.clean.kept:
@@ -188,14 +190,14 @@ class Passes:
                 return [x.cpu() for x in activations]
             except torch.OutOfMemoryError:
                 self._too_large(batch)
-        halves = enumerate(batch.halves())
+        halves = enumerate(batch.split_in_two())
         first, last = (self._clean_activations(half, (*part, i)) for i, half in halves)
         return [_stacked(*both) for both in zip(first, last, strict=True)]
 
     def _too_large(self, batch: Batch) -> None:
         n = len(batch.names)
         self.note(TOO_LARGE.format(n))
-        self.at_once = (n + 1) // 2 * (batch.size // n)
+        self.max_positions = (n + 1) // 2 * (batch.size // n)
 
 
 def _rows(values: list[torch.Tensor], rows: slice, n: int, part: Batch) -> list[torch.Tensor]:

@@ -64,7 +64,7 @@ class Peak:
         statistics = fitting.statistics(*histograms)
         values, found = [], []
         for layer, own in enumerate(statistics.moments):
-            low, high = statistics.range(histograms[0], layer)
+            low, high = statistics.bin_range(histograms[0], layer)
             found.append(find(*(statistics.counts[histogram][layer] for histogram in histograms), high - low))
             # With one range for all neurons, the centre of a constant's bin is another value.
             value = _value(found[-1].place, low, high)

@@ -65,7 +65,7 @@ class Transformer:
         return {parameter.device.type for parameter in self.module.parameters()} == {"cpu"}
 
     @property
-    def at_once(self) -> int:
+    def max_positions_per_pass(self) -> int:
         """Positions of text, or images, that it is passed at once: of a larger batch, a half, or a half of that. A CPU
         takes up to a fifth longer for a batch of 4,096 positions at once (benchmarks/tried.py); of images, nothing."""
         return 1024 if self.on_cpu else sys.maxsize

@@ -79,7 +79,7 @@ def collect(
     """
     if not batches:
         raise UserError("the dataset's calibration split is empty; give more documents, or dataset.calibration_path")
-    batches = [part for batch in batches for part in batch.parts(model.at_once)]
+    batches = [part for batch in batches for part in batch.split_to(model.max_positions_per_pass)]
     histograms = [one for one in wanted if isinstance(one, Histogram)]
     medians = [one for one in wanted if isinstance(one, Medians)]
     too_large = None
@@ -97,7 +97,7 @@ def collect(
         # example that is alone cannot be split, and says so if it was the largest.
         batches = [
             part for batch in batches
-            for part in (batch.halves() if len(batch.names) > 1 or too_large == 1 else (batch,))
+            for part in (batch.split_in_two() if len(batch.names) > 1 or too_large == 1 else (batch,))
         ]  # fmt: skip
     found.too_large = found.too_large or _too_large_before(cache)
     if found.too_large:
@@ -258,7 +258,7 @@ def _at_once_in_bins(
 ) -> Statistics:
     statistics = Statistics(moments)
     for histogram in histograms:
-        ranges = (statistics.range(histogram, layer) for layer in range(len(fine)))
+        ranges = (statistics.bin_range(histogram, layer) for layer in range(len(fine)))
         statistics.counts[histogram] = [
             of_layer.in_bins(*ends, histogram.n_bins) for of_layer, ends in zip(fine, ranges, strict=True)
         ]
@@ -356,7 +356,7 @@ def _counts(
     data: CalibrationData, statistics: Statistics, histograms: list[Histogram]
 ) -> dict[Histogram, list[torch.Tensor]]:
     widths = [projection.width for projection in data.projections]
-    ranges = {h: [statistics.range(h, layer) for layer in range(len(widths))] for h in histograms}
+    ranges = {h: [statistics.bin_range(h, layer) for layer in range(len(widths))] for h in histograms}
     counts = {h: [torch.zeros(width, h.n_bins, dtype=torch.int32) for width in widths] for h in histograms}
 
     def see(layer: int, x: Float[torch.Tensor, "tokens neurons"]) -> None:

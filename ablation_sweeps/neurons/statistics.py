@@ -73,7 +73,7 @@ class Statistics:
     medians: list[Float[torch.Tensor, " _neurons"]] = field(default_factory=list)
     too_large: int | None = None
 
-    def range(self, histogram: Histogram, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def bin_range(self, histogram: Histogram, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The ends of the bins: `[neurons]` each, float32."""
         low, high = self.moments[layer].minimum, self.moments[layer].maximum
         if histogram.one_range:

@@ -26,7 +26,7 @@ def neuron_summary(statistics: Statistics, n_heads: int | None) -> dict[str, Any
     histogram = Histogram(N_BINS)
     counts = [layer.double().numpy() for layer in statistics.counts[histogram]]
     moments = statistics.moments
-    ends = [statistics.range(histogram, layer) for layer in range(len(moments))]
+    ends = [statistics.bin_range(histogram, layer) for layer in range(len(moments))]
     low, high = (np.concatenate([pair[i].numpy() for pair in ends]) for i in (0, 1))
     all_counts = np.concatenate(counts)
     mean = np.concatenate([m.mean.numpy() for m in moments])

@@ -157,8 +157,8 @@ def _variance(n: int, rng: np.random.Generator, statistic: Callable[..., Values]
     """Over draws of `n` out of `n`, with replacement; without the bias that this has when `n` is small."""
     if n < 2:
         return np.full_like(statistic(np.ones((1, n)))[0], math.nan)
-    at_once = max(1, MAX_WEIGHTS // n)
-    sizes = [min(at_once, DRAWS - start) for start in range(0, DRAWS, at_once)]
+    n_at_a_time = max(1, MAX_WEIGHTS // n)
+    sizes = [min(n_at_a_time, DRAWS - start) for start in range(0, DRAWS, n_at_a_time)]
     draws = [statistic(rng.multinomial(n, np.full(n, 1 / n), size).astype(float)) for size in sizes]
     return np.concatenate(draws).var(0, ddof=1) * n / (n - 1)
 

@@ -219,14 +219,14 @@ def config(folder: Path) -> dict:
     return content
 
 
-def queue(folder: Path, config: dict, lasts: bool) -> None:
+def queue(folder: Path, config: dict, survives_launcher: bool) -> None:
     """Write down that a job waits to be run.
 
     Args:
-        lasts: it will be run even if this process ends.
+        survives_launcher: it will be run even if this process ends.
     """
     _write_config(folder, config)
-    by = {} if lasts else _process()
+    by = {} if survives_launcher else _process()
     files.write_json(folder / "status.json", {"state": "queued", "time": _now(), **_ran(folder), **by})
 
 

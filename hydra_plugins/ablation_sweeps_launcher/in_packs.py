@@ -37,7 +37,7 @@ class InPacksLauncher(Launcher):
         given["_target_"] = given.pop("to")
         options = build("hydra.launcher", given)
         jobs = check(compose(self.config, self.hydra_context, job_overrides, initial_job_idx))
-        if only_asked(jobs, options.max_jobs_per_pack, options.at_once):
+        if only_asked(jobs, options.max_jobs_per_pack, options.max_concurrent_packs):
             return []
         record(self.config)
         launcher.launch(options, jobs)

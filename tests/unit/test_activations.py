@@ -298,11 +298,11 @@ def test_what_a_cpu_takes_longer_for_at_once_is_passed_in_parts(tiny, site, tmp_
     projections, batches = sites.find(model, site("attn_pre_out"), None), batches_of(model, 1000)
     assert len(batches) == 1
     whole = collect(model, projections, batches, tmp_path / "whole", Histogram(20), passes=passes)
-    monkeypatch.setattr(Transformer, "at_once", 100)
+    monkeypatch.setattr(Transformer, "max_positions_per_pass", 100)
     body = CountingBody(model.body)
     model = dataclasses.replace(model, body=body)
     parts = collect(model, projections, batches, tmp_path / "parts", Histogram(20), passes=passes)
-    assert body.calls == passes * len(list(batches[0].parts(100))) > 2 * passes
+    assert body.calls == passes * len(list(batches[0].split_to(100))) > 2 * passes
     for counts in parts.counts[Histogram(20)]:
         assert (counts.sum(1) == batches[0].keep.sum()).all()
     for a, b in zip(parts.moments, whole.moments, strict=True):

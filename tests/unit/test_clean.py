@@ -50,7 +50,7 @@ def test_the_second_job_makes_no_clean_pass(tiny, site, family):
 
 @pytest.mark.parametrize("method", ["constant", "another example"])
 def test_nor_does_it_where_batches_are_passed_in_parts(tiny, site, monkeypatch, method):
-    monkeypatch.setattr(Transformer, "at_once", 1)
+    monkeypatch.setattr(Transformer, "max_positions_per_pass", 1)
     study = of(tiny("llama"), site, 1)
     if method == "another example":
         study["replacement"] = AnotherExample()

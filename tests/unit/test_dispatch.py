@@ -79,14 +79,14 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch, tmp_path):
 class FakeQueue:
     """`run` is what each pack does; it returns where the pack is afterwards."""
 
-    lasts: ClassVar[bool] = True
+    survives_launcher: ClassVar[bool] = True
 
     run: Callable[[Pack], PackState]
     log: Path
     live: dict[str, list[str]] = field(default_factory=dict)
     submissions: list[str] = field(default_factory=list)
     known: dict[str, PackState] = field(default_factory=dict)
-    most: int = 1000
+    max_packs_per_submission: int = 1000
 
     def submit(self, packs: list[Pack]) -> dict[str, Pack]:
         self.submissions += ["".join(folder.name for folder in pack.folders) for pack in packs]
@@ -95,10 +95,10 @@ class FakeQueue:
             self.known[name] = self.run(pack)
         return named
 
-    def earlier(self) -> dict[str, list[str]]:
+    def live_packs(self) -> dict[str, list[str]]:
         return self.live
 
-    def places(self) -> dict[str, PackState]:
+    def poll(self) -> dict[str, PackState]:
         return self.known
 
     def cancel(self, packs: list[str]) -> None:
@@ -211,7 +211,7 @@ def test_a_pack_that_is_put_into_the_queue_again_is_left_alone(monkeypatch, tmp_
     answers = [OVER, PackState("PENDING", "", False, ""), OVER, PackState("RUNNING", "node2", False, "")]
 
     class Requeued(FakeQueue):
-        def places(self) -> dict[str, PackState]:
+        def poll(self) -> dict[str, PackState]:
             if not answers:
                 run_folder.write_status(job.folder, "finished")
                 return {}
@@ -310,7 +310,7 @@ def test_what_finishes_while_the_queue_is_asked_is_left_alone(monkeypatch, tmp_p
     (job,) = make(tmp_path, "a")
 
     class Slow(FakeQueue):
-        def earlier(self) -> dict[str, list[str]]:
+        def live_packs(self) -> dict[str, list[str]]:
             run_folder.finish(job.folder, table, table, 1.0)  # meanwhile
             return {}
 
@@ -372,9 +372,9 @@ def asked(monkeypatch, tmp_path):
 def test_a_launch_waits_for_squeue_rather_than_submit_twice(asked, tmp_path):
     make_queue, name = asked
     with pytest.raises(UserError, match="squeue does not answer, so it is not known what runs already"):
-        make_queue().earlier()
+        make_queue().live_packs()
     (tmp_path / "squeue.out").write_text(f"{name}|1|RUNNING|node1|17|None\n{name}|0|COMPLETED||17|None\n")
-    assert make_queue().earlier() == {f"{name}.1": ["/b"]}
+    assert make_queue().live_packs() == {f"{name}.1": ["/b"]}
 
 
 def test_what_was_cancelled_is_not_waited_for(asked, tmp_path):
@@ -382,10 +382,10 @@ def test_what_was_cancelled_is_not_waited_for(asked, tmp_path):
     make_queue, name = asked
     (tmp_path / "squeue.out").write_text(f"{name}|1|COMPLETING|node1|17|None\n{name}|0|RUNNING|node1|17|None\n")
     queue = make_queue()
-    assert len(queue.earlier()) == 2
+    assert len(queue.live_packs()) == 2
     queue.cancel([f"{name}.1"])
     assert (tmp_path / "scancel.out").read_text() == "--quiet 17_1\n"
-    assert make_queue().earlier() == {f"{name}.0": ["/a"]}
+    assert make_queue().live_packs() == {f"{name}.0": ["/a"]}
 
 
 @pytest.mark.parametrize(
@@ -411,11 +411,11 @@ def test_a_pack_that_squeue_leaves_out_is_asked_for_by_its_number(asked, tmp_pat
     if tasks is not None:
         (tmp_path / "scontrol.out").write_text(tasks.replace("NAME", name) + "\n")
     queue = make_queue()
-    assert "".join(pack[-1] for pack in queue.earlier()) == live
+    assert "".join(pack[-1] for pack in queue.live_packs()) == live
     assert sorted((tmp_path / "env").read_text().split()) == ["SLURM_BITSTR_LEN=0", "SLURM_CONF=/here"]
     assert (tmp_path / "scontrol.asked").read_text() == "--all --oneliner show job 17\n"
-    places = queue.places()
-    assert places is not None and all(places[f"{name}.{i}"].over == (str(i) not in live) for i in (0, 1))
+    places = queue.poll()
+    assert places is not None and all(places[f"{name}.{i}"].is_over == (str(i) not in live) for i in (0, 1))
 
 
 def test_without_an_answer_by_number_nothing_is_taken_for_over(asked, tmp_path):
@@ -424,18 +424,18 @@ def test_without_an_answer_by_number_nothing_is_taken_for_over(asked, tmp_path):
     (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho 'Socket timed out' >&2; exit 1\n")
     queue = make_queue()
     with pytest.raises(UserError, match="it is not known what runs already"):
-        queue.earlier()
-    assert queue.places() is None
+        queue.live_packs()
+    assert queue.poll() is None
 
 
 def test_what_is_over_is_not_asked_for_again_and_again(asked, tmp_path):
     make_queue, name = asked
     (tmp_path / "squeue.out").write_text(f"{name}|1|RUNNING|node1|17|None\n{name}|0|COMPLETED||17|None\n")
     queue = make_queue()
-    queue.earlier()
+    queue.live_packs()
     (tmp_path / "squeue.out").write_text(f"{name}|1|RUNNING|node1|17|None\n")
     for _ in range(3):
-        places = queue.places()
+        places = queue.poll()
         assert places and places[f"{name}.0"].state == "COMPLETED"
     assert not (tmp_path / "scontrol.asked").exists()
 
@@ -447,9 +447,9 @@ def test_a_damaged_record_of_what_still_runs_is_said(asked, tmp_path, content):
     (tmp_path / "sweep" / ".dispatch" / f"{name} (copy).json").write_text(content)
     (tmp_path / "squeue.out").write_text(f"{name}|1|RUNNING|node1|17|None\n")
     with pytest.raises(UserError, match=f"{name}.json: is damaged.*type scancel --name={name}"):
-        make_queue().earlier()
+        make_queue().live_packs()
     (tmp_path / "squeue.out").write_text("")
-    assert make_queue().earlier() == {}
+    assert make_queue().live_packs() == {}
     assert list(make_queue().submit([Pack({"/c": {}})])) == [f"{name[:-1]}2.0"]
 
 
@@ -480,9 +480,9 @@ def test_defaults_of_the_user_for_sbatch_stay_but_for_those_that_an_option_sets(
 
 def test_an_array_is_as_long_as_the_site_allows(asked, tmp_path):
     make_queue, _ = asked
-    assert make_queue().most == 1000
+    assert make_queue().max_packs_per_submission == 1000
     (tmp_path / "scontrol.out").write_text("MaxArraySize            = 16\nMaxJobCount = 9\n")
-    assert make_queue().most == 16
+    assert make_queue().max_packs_per_submission == 16
 
 
 @pytest.mark.parametrize(
@@ -518,7 +518,7 @@ def test_a_pack_that_gets_nowhere_before_its_time_limit_is_given_up(monkeypatch,
 
 
 def test_retry_runs_nothing_that_others_may_have_written(tmp_path):
-    run_folder.queue(tmp_path / "sweep" / "a", {"seed": 0}, lasts=True)
+    run_folder.queue(tmp_path / "sweep" / "a", {"seed": 0}, survives_launcher=True)
     run_folder.write_status(tmp_path / "sweep" / "a", "failed")
     (tmp_path / "sweep" / "a").chmod(0o775)
     with pytest.raises(UserError, match="others may write to it"):

@@ -509,7 +509,7 @@ def test_what_a_cpu_takes_longer_for_at_once_is_passed_in_parts_and_gives_the_sa
     study, replacement, monkeypatch, positions, largest
 ):
     expected = evaluated(study, replacement=replacement)
-    monkeypatch.setattr(Transformer, "at_once", positions)
+    monkeypatch.setattr(Transformer, "max_positions_per_pass", positions)
     passed, notes = [], []
     logits = lambda batch: passed.append(len(batch.names)) or study["model"].logits(batch)  # noqa: E731
     model = dataclasses.replace(study["model"], logits=logits)
@@ -523,7 +523,7 @@ def test_what_a_cpu_takes_longer_for_at_once_is_passed_in_parts_and_gives_the_sa
 @pytest.mark.parametrize("at_once", [12, 1000])
 def test_values_that_do_not_fit_are_refused(study, monkeypatch, shape, at_once):
     """Also where they would broadcast: of two axes, nobody knows whether the first one is the examples'."""
-    monkeypatch.setattr(Transformer, "at_once", at_once)
+    monkeypatch.setattr(Transformer, "max_positions_per_pass", at_once)
     with pytest.raises(UserError, match=r"method: gives values of shape \[.*give these three"):
         evaluated(study, replacement=Writing([torch.zeros(shape)]))
     with pytest.raises(UserError, match="gives 2 tensors for 1 layers"):

@@ -226,7 +226,7 @@ def test_half_of_a_batch_reads_half_of_its_pictures(tiny, monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXEL_BYTES", 0)
     (batch,) = encoded(tiny("vit"), given, batch_tokens=100)
     read.clear()
-    for part, pixels in zip(batch.halves(), whole.inputs["pixel_values"].split(2), strict=True):
+    for part, pixels in zip(batch.split_in_two(), whole.inputs["pixel_values"].split(2), strict=True):
         assert torch.equal(part.inputs["pixel_values"], pixels)
     assert sorted(read) == ["p0", "p1", "p2", "p3"]
 

@@ -366,7 +366,7 @@ def test_median_of_real_weights_is_that_of_numpy(assets, job_of, site, tmp_path,
     batches = model.encode(documents, "calibration", Budget(4000, None), 1000, 0)
     projections, raw = sites.find(model, site(name), None), []
     for batch in batches:
-        for part in batch.parts(model.at_once):  # as they are passed on a CPU, and so rounded
+        for part in batch.split_to(model.max_positions_per_pass):  # as they are passed on a CPU, and so rounded
             seen = plain_run(model, projections, dict(part.inputs))
             raw.append([x[part.keep.flatten()] for x in seen])
     statistics = functools.partial(collect.collect, model, projections, batches, tmp_path, passes=passes)

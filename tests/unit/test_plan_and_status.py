@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from ablation_sweeps.base import files
 from ablation_sweeps.cli.commands import app
-from ablation_sweeps.dispatch import plan, sweep, watch
+from ablation_sweeps.dispatch import plan, watch
 from ablation_sweeps.dispatch.local import Local
 from ablation_sweeps.dispatch.scheduler import PackState
 from ablation_sweeps.results import run_folder
@@ -88,8 +88,8 @@ def test_a_job_whose_process_was_killed_does_not_run_for_ever(tmp_path):
 
 
 def test_what_waited_for_a_launcher_that_was_killed_waits_no_more(tmp_path, monkeypatch):
-    run_folder.queue(tmp_path / "here", {}, lasts=False)
-    run_folder.queue(tmp_path / "on a cluster", {}, lasts=True)
+    run_folder.queue(tmp_path / "here", {}, survives_launcher=False)
+    run_folder.queue(tmp_path / "on a cluster", {}, survives_launcher=True)
     assert "2 queued" in CliRunner().invoke(app, ["status", str(tmp_path)]).output
     monkeypatch.setattr(run_folder, "_gone", lambda pid, wrote: pid == os.getpid())
     said = CliRunner().invoke(app, ["status", str(tmp_path)]).output
@@ -105,7 +105,7 @@ def test_what_ran_before_it_waited_is_not_told_as_if_it_had_only_waited(tmp_path
     run_folder.fail(ran, KeyboardInterrupt())
     assert "by a signal while it ran" in CliRunner().invoke(app, ["status", str(tmp_path)]).output
     for run in (ran, waited):
-        run_folder.queue(run, {}, lasts=False)
+        run_folder.queue(run, {}, survives_launcher=False)
     if killed:
         monkeypatch.setattr(run_folder, "_gone", lambda pid, wrote: True)
     else:
@@ -119,7 +119,7 @@ def test_what_ran_before_it_waited_is_not_told_as_if_it_had_only_waited(tmp_path
 
 def test_what_is_cancelled_on_a_cluster_ran_or_waited(tmp_path):
     run_folder.begin(tmp_path / "ran", {})
-    run_folder.queue(tmp_path / "waited", {}, lasts=True)
+    run_folder.queue(tmp_path / "waited", {}, survives_launcher=True)
     run_folder.mark_interrupted([tmp_path / "ran", tmp_path / "waited"], killed=True)
     said = CliRunner().invoke(app, ["status", str(tmp_path)]).output
     assert "2 interrupted" in said and "cancelled while it ran" in said and "stopped while it waited" in said
@@ -141,7 +141,7 @@ def test_a_zombie_has_ended_and_a_locked_run_has_not(tmp_path):
 
 def test_retry_leaves_alone_what_another_process_will_come_to(tmp_path, monkeypatch, caplog):
     others = tmp_path / "in order"
-    run_folder.queue(others, {}, lasts=False)
+    run_folder.queue(others, {}, survives_launcher=False)
     assert CliRunner().invoke(app, ["retry", str(tmp_path)]).exit_code == 0
     assert run_folder.status(others)["state"] == "queued" and "1 job left to the process that is at it" in caplog.text
     monkeypatch.setattr(run_folder, "_gone", lambda pid, wrote: True)
@@ -151,17 +151,17 @@ def test_retry_leaves_alone_what_another_process_will_come_to(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    "n, options, at_once",
+    "n, options, max_concurrent_packs",
     [(4, {}, 4), (4, {"max_parallel": 3}, 3), (2, {"max_parallel": 3}, 2), (4, {"gpus": [1, 2]}, 2), (0, {}, 1),
      (0, {"max_parallel": 3}, 3)],
 )  # fmt: skip
-def test_a_plan_knows_how_many_packs_a_machine_runs_at_once(monkeypatch, n, options, at_once):
+def test_a_plan_knows_how_many_packs_a_machine_runs_at_once(monkeypatch, n, options, max_concurrent_packs):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     local = Local(**{"max_jobs_per_pack": None, "max_parallel": None, "max_attempts": 2, "gpus": None, **options})
-    assert local.at_once == at_once
+    assert local.max_concurrent_packs == max_concurrent_packs
     queue = local.queue(Path("nowhere"))
-    assert len(queue._slots([])) == at_once
+    assert len(queue._slots([])) == max_concurrent_packs
 
 
 def test_the_table_says_how_far_the_running_job_of_a_pack_is(tmp_path):

@@ -95,7 +95,9 @@ def test_nothing_finished_is_the_users_to_mend(tmp_path: Path):
         read_curves(tmp_path)
     for name, state in (("a", "failed"), ("b", "running"), ("c", "failed")):
         save_run(tmp_path / name, curve("zero"), state=state)
-    with pytest.raises(UserError, match=r"no finished run below .*: 2 failed, 1 running; ablation-sweeps .*status") as error:
+    with pytest.raises(
+        UserError, match=r"no finished run below .*: 2 failed, 1 running; ablation-sweeps .*status"
+    ) as error:
         read_curves(tmp_path)
     assert "\n" not in str(error.value)
 

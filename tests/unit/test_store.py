@@ -262,7 +262,7 @@ def test_a_status_that_cannot_be_true_is_damaged(tmp_path, content):
     assert not run_folder.finished(run)
     shown = CliRunner().invoke(app, ["status", str(run.parent)])
     assert "1 damaged" in shown.output and "status.json is damaged" in shown.output
-    run_folder.queue(run, {}, lasts=False)
+    run_folder.queue(run, {}, survives_launcher=False)
     assert run_folder.status(run)["state"] == "queued"
 
 

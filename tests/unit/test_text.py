@@ -316,7 +316,7 @@ def test_a_piece_belongs_to_the_document_that_most_of_it_is_from(fresh):
     found = {i: of for b in batches for i, *of in zip(b.index, b.names, b.documents, strict=True)}
     assert [found[i] for i in range(5)] == [["doc0", 0], ["doc0/2", 0], ["doc0/3", 0], ["doc3", 3], ["doc3/5", 3]]
     for batch in batches:
-        first, last = batch.halves()
+        first, last = batch.split_in_two()
         assert first.documents + last.documents == batch.documents
 
 
@@ -324,7 +324,7 @@ def test_a_piece_belongs_to_the_document_that_most_of_it_is_from(fresh):
 def test_parts_hold_every_row_once_and_no_more_positions(fresh, positions):
     (batch,) = encoded(fresh("llama"), ["x" * n for n in (3, 4, 5, 6, 7)], batch_tokens=1000)
     longest = batch.labels.shape[1]
-    parts = list(batch.parts(positions))
+    parts = list(batch.split_to(positions))
     assert all(part.size == len(part.names) * longest <= max(positions, longest) for part in parts)
     assert len(parts) == {1: 5, 9: 5, 18: 3, 30: 2, 1000: 1}[positions]
     for name in ("names", "index", "documents"):
