@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
+
+from ablation_sweeps.base.moved import MOVED
+from ablation_sweeps.experiment.config import from_dict
 
 RECORDED = {
     "model=causal_lm dataset=text_files method=zero":
@@ -45,3 +50,18 @@ def signature(job_of, data: Path, *options: str) -> str:
 @pytest.mark.parametrize("options", RECORDED)
 def test_a_signature_is_what_it_was(job_of, data: Path, options: str):
     assert signature(job_of, data, *options.split()) == RECORDED[options]
+
+
+def test_a_config_of_before_the_move_is_read_as_the_same_job(job_of, data: Path, tmp_path: Path):
+    """A sweep that was launched then is retried, resumed and compared now."""
+    made = job_of("model=causal_lm", "dataset=text_files", f"model.path={data}/model", f"dataset.path={data}/texts")
+    text = json.dumps(made.config)
+    for former, present in MOVED.items():
+        text = text.replace(present, former)
+    assert "ablation_sweeps.selection.Random" in text and "ablation_sweeps.job.Evaluation" in text
+    assert from_dict(json.loads(text)).signature == made.signature
+
+
+def test_what_was_moved_is_there():
+    for present in MOVED.values():
+        assert resolve_name(present)
