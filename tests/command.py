@@ -17,6 +17,7 @@ import pytest
 import ablation_sweeps.experiment.config  # noqa: F401  (its resolvers, before Hydra's state is kept and put back)
 from ablation_sweeps.cli.launch import session
 from ablation_sweeps.experiment import identity
+from ablation_sweeps.experiment.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch.py"
@@ -104,7 +105,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for kind in (causal_lm.CausalLM, masked_lm.MaskedLM, image_classifier.ImageClassifier, timm.Timm):
         monkeypatch.setattr(kind, "load", load)
-    monkeypatch.setattr(session, "load", load)
+    monkeypatch.setattr(Session, "model", load)
     yield
     assert not loaded, "a model was loaded before the mistake was found"
 
