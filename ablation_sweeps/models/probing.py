@@ -161,7 +161,7 @@ def _floor(model: Transformer, text: Batch, scores: torch.Tensor) -> float:
 def _least(model: Transformer) -> float:
     """The least error of most positions that is not taken for rounding, for the coarsest type of the weights."""
     types = {p.dtype for p in model.module.parameters() if p.dtype.is_floating_point}
-    return max([1e-3, *(2 * torch.finfo(dtype).eps for dtype in types)])
+    return max([1e-4, *(2 * torch.finfo(dtype).eps for dtype in types)])
 
 
 def _failed(n: int, option: str, error: Exception) -> UserError:
