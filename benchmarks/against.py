@@ -45,7 +45,7 @@ from rich.table import Table
 
 from ablation_sweeps.data.batch import Batch
 from ablation_sweeps.experiment.clean_passes import CleanPasses
-from ablation_sweeps.experiment.session import encode, load
+from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.methods.method import Fitting
 from ablation_sweeps.models.pretrained import load_tokenizer
 from ablation_sweeps.neurons import collect as collect_module
@@ -81,8 +81,9 @@ class Ours:
         self.dtype = dtype
         job = composed(*options, f"model.max_tokens={length}", f"model.dtype={dtype}", "model.pack=concatenate",
                        f"batch_tokens={BATCH * length}")  # fmt: skip
-        transformer = load(job.model)
-        batches = [b for b in encode(job, transformer, "calibration") if b.labels.shape == (BATCH, length)]
+        session = Session()
+        transformer = session.model(job)
+        batches = [b for b in session.batches(job, "calibration") if b.labels.shape == (BATCH, length)]
         self.case, self.whole = (Case(job, transformer, some) for some in (batches, joined(batches)))
         self.masks = masks_of(self.case, FRACTIONS)
         self.statistics = collect(self.case, passes)

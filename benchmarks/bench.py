@@ -34,7 +34,7 @@ from ablation_sweeps.experiment import evaluate as evaluate_module
 from ablation_sweeps.experiment.clean_passes import CleanPasses
 from ablation_sweeps.experiment.config import to_job
 from ablation_sweeps.experiment.job import Job
-from ablation_sweeps.experiment.session import encode, load
+from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.methods.method import Constant
 from ablation_sweeps.models.transformer import Transformer
 from ablation_sweeps.neurons import collect as collect_module
@@ -80,7 +80,8 @@ def text(model: str, tokens: int, max_tokens: int, *options: str, split: Split =
     """Real weights and real text."""
     job = composed(f"model={model}", f"statistics.tokens={tokens}", f"eval.tokens={tokens}",
                    f"model.max_tokens={max_tokens}", "batch_tokens=1024", *options)  # fmt: skip
-    return Case(job, load(job.model), encode(job, load(job.model), split))
+    session = Session()
+    return Case(job, session.model(job), session.batches(job, split))
 
 
 def decoders() -> dict[str, Any]:
@@ -126,7 +127,7 @@ def vision(name: str, images: int, dtype: str, batch_tokens: int = 1600) -> Case
         save_file(timm.create_model(name).state_dict(), Path(folder) / "model.safetensors")
         job = composed("model=timm", f"model.name={name}", f"model.path={folder}", "model.label=random",
                        f"model.dtype={dtype}", "dataset=digits")  # fmt: skip
-        model = load(job.model)
+        model = Session().model(job)
     pixels = torch.randint(0, 256, (images, 224, 224, 3), dtype=torch.uint8).numpy()
     pictures = [Picture(str(i), partial(Image.fromarray, image), i % 1000) for i, image in enumerate(pixels)]
     return Case(job, model, model.encode(pictures, "calibration", Budget(None, None), batch_tokens, 0))

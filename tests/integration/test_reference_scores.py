@@ -9,8 +9,8 @@ import torch
 
 from ablation_sweeps.data.batch import NOT_SCORED
 from ablation_sweeps.experiment import evaluate
-from ablation_sweeps.experiment.chance import chance
-from ablation_sweeps.experiment.session import encode, load
+from ablation_sweeps.experiment.chance import chance_model
+from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.methods.method import Constant
 from ablation_sweeps.neurons import sites
 
@@ -25,9 +25,10 @@ def scores_of(job_of):
         everything = ["eval.tokens=null", "eval.images=null", "statistics.tokens=400", *overrides]
         job = job_of(*everything)
         job.check()
-        model = load(job.model)
-        batches, calibration = (encode(job, model, split) for split in ("evaluation", "calibration"))
-        guess = chance(job, model, batches, calibration)
+        session = Session()
+        model = session.model(job)
+        batches, calibration = (session.batches(job, split) for split in ("evaluation", "calibration"))
+        guess = chance_model(job, model, batches, calibration)
         top_k = job.eval.top_k_images if model.modality == "image" else job.eval.top_k
         projections = sites.find(model, job.site, None)
         unused = Constant([torch.zeros(projection.width) for projection in projections])

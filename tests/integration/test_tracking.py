@@ -26,8 +26,9 @@ CONFIG = {"model": {"path": "a/b", "layers": [1, 2]}, "batch_size": 8, "dtype": 
 LOG_ONE_RUN = """
 import json, logging, sys
 from pathlib import Path
-from ablation_sweeps import tracking
-from ablation_sweeps.tracking import RunRecord, Wandb
+from ablation_sweeps.results.record import RunRecord
+from ablation_sweeps.tracking import wandb as tracking
+from ablation_sweeps.tracking.wandb import Wandb
 
 logging.basicConfig(format="%(levelname)s %(name)s %(message)s", level=logging.INFO)
 tracking.INIT_SECONDS = 8

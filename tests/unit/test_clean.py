@@ -15,7 +15,7 @@ from test_evaluation import evaluated, of, short_of_memory
 from ablation_sweeps.data.batch import Picture
 from ablation_sweeps.data.encoder import Budget
 from ablation_sweeps.experiment.clean_passes import CleanPasses
-from ablation_sweeps.experiment.session import clean_passes, encode, load
+from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.methods.resample import AnotherExample
 from ablation_sweeps.models.transformer import Transformer
 
@@ -102,8 +102,8 @@ def test_what_has_no_room_is_computed_again(tiny, site):
 @pytest.mark.parametrize(("model", "shared"), [("tiny_causal", True), ("tiny_masked", False)])
 def test_seeds_share_the_pass_unless_they_mask_other_tokens(job_of, model, shared):
     one, two = (job_of(f"model={model}", "tracking=none", f"seed={seed}") for seed in (0, 1))
-    loaded = load(one.model)
-    assert (clean_passes(one, loaded) is clean_passes(two, loaded)) == shared
-    batches = [encode(job, loaded, "evaluation") for job in (one, two)]
+    session = Session()
+    assert (session.clean_passes(one) is session.clean_passes(two)) == shared
+    batches = [session.batches(job, "evaluation") for job in (one, two)]
     inputs = [torch.cat([batch.inputs["input_ids"].flatten() for batch in of_job]) for of_job in batches]
     assert torch.equal(*inputs) == shared

@@ -378,7 +378,7 @@ def test_median_of_real_weights_is_that_of_numpy(assets, job_of, site, tmp_path,
 def test_a_median_of_before_is_not_taken_for_the_new_one(job_of):
     """Its values have changed, and those of no other method."""
     options = {
-        method: identity._options(job_of(f"method={method}").method) for method in ("mean", "median", "peak", "zero")
+        method: identity.options_of(job_of(f"method={method}").method) for method in ("mean", "median", "peak", "zero")
     }
     assert [method for method, found in options.items() if "numbers" in found] == ["median"]
 

@@ -407,7 +407,7 @@ def test_as_many_positions_enter_the_statistics_as_were_asked_for(fresh, family,
 
 def test_only_signatures_of_no_special_say_how_it_counts(job_of):
     """Its statistics came from fewer positions before; all others are what they were."""
-    data = {tokens: job_of(f"model.tokens={tokens}").data["statistics"] for tokens in ("all", "no_special")}
+    data = {tokens: job_of(f"model.tokens={tokens}").statistics_key["statistics"] for tokens in ("all", "no_special")}
     assert data["no_special"] == {**data["all"], "no_special": 2}
 
 
