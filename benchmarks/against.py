@@ -114,7 +114,7 @@ class Ours:
             with tempfile.TemporaryDirectory() as cache:
                 collected = partial(
                     collect_module.collect, case.model, case.projections, case.batches, Path(cache),
-                    recording=recording(case, Path(cache)),
+                    replay=recording(case, Path(cache)),
                 )  # fmt: skip
 
                 for name in METHODS:

@@ -161,7 +161,7 @@ def collect(case: Case, passes: NPasses = 2, again: bool = False) -> Statistics:
     with tempfile.TemporaryDirectory() as cache:
         return collect_module.collect(
             case.model, case.projections, case.batches, Path(cache), Histogram(100), passes=passes,
-            recording=None if again else recording(case, Path(cache)),
+            replay=None if again else recording(case, Path(cache)),
         )  # fmt: skip
 
 

@@ -114,8 +114,8 @@ def given(job_of, saved, tmp_path) -> Callable[..., job.Job]:
     return given
 
 
-def names(made: job.Job, split: str) -> list[str]:
-    batches = Session().batches(made, split)
+def names(session: Session, made: job.Job, split: str) -> list[str]:
+    batches = session.batches(made, split)
     placed = sorted((place, name) for batch in batches for place, name in zip(batch.index, batch.names, strict=True))
     return [name for _, name in placed]
 
@@ -130,7 +130,8 @@ def check_each_once(made: job.Job, caplog) -> None:
     dropped = {split: len(examples[split]) - len(expected[split]) for split in job.SPLITS}
     assert dropped["evaluation"] and all(expected.values()), "the data of this test hold no copies"
     with caplog.at_level(logging.WARNING):
-        found = {split: names(made, split) for split in reversed(job.SPLITS)}
+        session = Session()
+        found = {split: names(session, made, split) for split in reversed(job.SPLITS)}
     assert found == expected
     said = [record.message for record in caplog.records if "copies of" in record.message]
     assert len(said) == sum(map(bool, dropped.values()))
@@ -153,7 +154,7 @@ def test_also_for_a_dataset_of_ones_own(given, modality, caplog):
 def test_only_what_is_calibrated_on_is_not_evaluated(given):
     """One document gives all the statistics; copies of further ones are evaluated."""
     made = given(separate_calibration, "statistics.documents=1")
-    calibrated, evaluated = (names(made, split) for split in job.SPLITS)
+    calibrated, evaluated = (names(Session(), made, split) for split in job.SPLITS)
     assert len(calibrated) == 1 and len(evaluated) == 13
 
 
@@ -168,7 +169,7 @@ def test_a_stream_is_read_no_further_than_before(given, monkeypatch):
 
     made = given(lambda folder: saved_text(folder, "dataset.calibration_share=0.5"), "statistics.documents=2")
     monkeypatch.setattr(type(made.dataset), "in_order", in_order)
-    names(made, "calibration")
+    names(Session(), made, "calibration")
     assert 2 <= len(read) < N / 2
 
 
@@ -224,4 +225,4 @@ def test_copies_of_all_that_is_calibrated_on_are_refused_before_a_pass(given):
     for number in range(5, 14):
         (Path(made.dataset.path) / f"{number}.txt").unlink()
     with pytest.raises(UserError, match=r"nothing is left of its evaluation split: 5 copies of the calibration data"):
-        names(made, "evaluation")
+        names(Session(), made, "evaluation")
