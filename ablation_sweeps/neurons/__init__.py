@@ -1,1 +1,1 @@
-"""Where the neurons are, what they do, and which of them are ablated."""
+"""Finds, records, selects and replaces the neurons of a model."""

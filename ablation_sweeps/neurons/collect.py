@@ -1,4 +1,4 @@
-"""Passes over the calibration data -> statistics of every neuron. Streaming: raw activations are never kept."""
+"""Passes over the calibration data that collect statistics of every neuron, batch by batch."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ log = logging.getLogger(__name__)
 
 
 MOMENTS_FILE, BOTH = "moments.safetensors", "moments-and-fine-counts.safetensors"
-MEDIANS = "medians-"  # and the number of bins: beginning of a file's name
-TOO_LARGE_KEY = "too_large"  # in a file from passes over halved batches
+MEDIANS = "medians-"  # start of a file name; the number of bins follows
+TOO_LARGE_KEY = "too_large"  # key in a cache file whose statistics come from halved batches
 
 NPasses = Literal[1, 2]
 
-TOLERANCE = 1e-3  # of medians, in distances between quartiles
-MOST_PASSES = 6  # for medians; by then, even neighbouring values of float32 are told apart
+TOLERANCE = 1e-3  # accepted error of a median, as a fraction of the interquartile range
+MOST_PASSES = 6  # limit for medians; by then even adjacent float32 values are told apart
 
 
 class Medians(NamedTuple):
-    """The median of each neuron, which takes two passes more, or a third one where values are very unevenly spread.
+    """Request for the median of each neuron. It needs two more passes, or three if the values are very unevenly spread.
 
     Attributes:
-        n_bins: in which each pass looks for it; memory is proportional to it.
+        n_bins: bins per neuron and pass; memory is proportional to it.
     """
 
     n_bins: int
@@ -61,21 +61,23 @@ def collect(
     note: Callable[[str], None] = log.warning,
     replay: Replay | None = None,
 ) -> Statistics:
-    """In two passes over the same batches: one for the moments and the range, a second one for the exact counts. In one
-    pass, moments and range are the same; the counts are put together from finer ones, whose range grows.
+    """Collect the statistics of every neuron over the calibration batches.
 
-    They are kept under `cache`, whose name holds the signature of the model, the data and the site, and are shared by
-    all jobs that need them; a lock sees to it that they are computed once. A file from passes over halved batches says
-    so, to whoever reads it.
+    With `passes=2`, the first pass computes moments and range, the second exact histogram counts. With `passes=1`, the
+    moments are the same, and the counts are interpolated from a finer histogram whose range grows during the pass.
+
+    Results are cached in the folder `cache`, whose name contains the signature of model, data and site. All jobs that
+    need them share them; a lock ensures that they are computed once. A file records whether batches had to be halved.
 
     Args:
-        wanted: beside the moments.
-        note: told when the device has too little memory for the batches, which are then halved.
-        replay: of a pass over the same batches, or empty: where one is whole, two passes are one of the model.
+        wanted: statistics that are needed besides the moments.
+        note: called with a warning if the device has too little memory for the batches, which are then halved.
+        replay: recorder for the activations of these batches. The second pass is played back from it instead of
+            running the model. None: every pass runs the model.
 
     Raises:
-        UserError: an activation is not finite, there is no calibration data, or one pass is not enough for so many
-            bins.
+        UserError: an activation is not finite, the calibration data are empty, or one pass cannot resolve the
+            requested number of bins.
     """
     if not batches:
         raise UserError("the dataset's calibration split is empty; give more documents, or dataset.calibration_path")
@@ -93,8 +95,8 @@ def collect(
             break
         except torch.OutOfMemoryError:
             too_large = max(len(batch.names) for batch in batches)
-        # From the start, and not inside of `except`, whose error holds on to the memory of the pass that failed. An
-        # example that is alone cannot be split, and says so if it was the largest.
+        # Retry here, not inside `except`: the exception keeps the memory of the failed pass alive. A single example
+        # cannot be split: `split_in_two` raises if even that was too large.
         batches = [
             part for batch in batches
             for part in (batch.split_in_two() if len(batch.names) > 1 or too_large == 1 else (batch,))
@@ -109,7 +111,7 @@ def collect(
 
 
 def _too_large_before(cache: Path) -> int | None:
-    """The mark of earlier versions, which hold for all files there."""
+    """Number of examples that did not fit, as earlier versions recorded it for the whole folder; None if absent."""
     file = cache / "halved.txt"
     found = (
         re.search(r"for (\d+) examples", file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else None
@@ -118,7 +120,7 @@ def _too_large_before(cache: Path) -> int | None:
 
 
 def load_cached_statistics(cache: Path, histogram: Histogram) -> Statistics | None:
-    """The statistics that jobs have left under `cache`, if the histogram is among it."""
+    """Load the statistics that earlier jobs cached under `cache`; None if the histogram is not among them."""
     both = tensor_cache.load_tensors(cache / BOTH)
     if both is not None:
         moments, fine = _from_tensors(both)
@@ -136,10 +138,12 @@ def load_cached_statistics(cache: Path, histogram: Histogram) -> Statistics | No
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """The data, and the model that they are passed through.
+    """The calibration batches and the model to run on them.
 
     Attributes:
-        too_large: examples that did not fit at once, if the batches had to be halved.
+        replay: recorder for the activations; once it holds a whole pass, that is played back instead of running the
+            model. None: always run the model.
+        too_large: number of examples that did not fit into memory at once, if the batches had to be halved.
     """
 
     model: Transformer
@@ -149,7 +153,7 @@ class CalibrationData:
     too_large: int | None = None
 
     def run(self, see: ActivationSink, title: str) -> None:
-        """One pass; `see` is given each layer's activations at all positions that count, some of them at a time."""
+        """Run one pass and call `see(layer, x)` with the activations at all counted positions, in chunks."""
         if self.replay is None:
             self._pass(see, title)
         elif self.replay.whole:
@@ -175,11 +179,13 @@ class CalibrationData:
         layer: int,
         x: torch.Tensor,
     ) -> None:
-        """Args:
-        counted: places of the positions that count, in all of the batch; None: all of them do.
+        """Pass a layer's activations at the counted positions to `see`, in chunks.
+
+        Args:
+            counted: indices of the counted positions in the flattened batch; None if all positions count.
         """
         rows, keep = as_rows(x, len(batch.names)), batch.keep
-        if keep is not None and rows.shape[1] != keep.shape[1]:  # it pads by itself, or leaves padding out
+        if keep is not None and rows.shape[1] != keep.shape[1]:  # the model adds or removes padding itself
             raise UserError(
                 f"model={self.model.label}: has {rows.shape[1]} rows in layer {layer} where its input has "
                 f"{keep.shape[1]} positions, so that it is not known which of them are padding; use another model"
@@ -241,7 +247,7 @@ def _add_medians(statistics: Statistics, data: CalibrationData, cache: Path, wan
 def _cached(
     path: Path, data: CalibrationData, compute: Callable[[], dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """The tensors kept at `path`, or computed and kept there, with a mark where that took halved batches."""
+    """Load the tensors at `path`, or compute and save them, with a mark if the batches had to be halved."""
     return tensor_cache.cached(path, dict, dict, lambda: compute() | _mark(data))
 
 
@@ -270,12 +276,19 @@ def moments_of(
     title: str,
     also: Callable[[int, Float[torch.Tensor, "tokens neurons"], Moments], None] = lambda *_: None,
 ) -> list[Moments]:
-    """`also` is given the activations, and their own moments."""
+    """Moments of each layer's activations over one pass.
+
+    Args:
+        also: called for each chunk with the layer, its activations `[tokens, neurons]`, and their moments.
+
+    Raises:
+        UserError: an activation is not finite.
+    """
     moments: list[Moments | None] = [None] * len(data.projections)
 
     def see(layer: int, x: Float[torch.Tensor, "tokens neurons"]) -> None:
         new, old = Moments.of(x), moments[layer]
-        if old is None:  # later ones are checked at the end: each time, a GPU would be waited for
+        if old is None:  # later chunks are checked at the end: checking each one would synchronise with the GPU
             _check_finite(data.model, layer, new)
         moments[layer] = new if old is None else old + new
         also(layer, x, new)
@@ -298,9 +311,10 @@ def _check_finite(model: Transformer, layer: int, moments: Moments) -> None:
 
 
 def medians_of(data: CalibrationData, moments: list[Moments], n_bins: int) -> list[Float[torch.Tensor, " _neurons"]]:
-    """See `Statistics.medians`. Each pass leaves one bin in `n_bins` of where it may lie, until that is narrow enough.
+    """Median of each neuron, `[neurons]` per layer; see `Statistics.medians`.
 
-    It begins at one standard deviation on either side of the mean, where every median lies.
+    Each pass narrows the interval that contains the median to one of its `n_bins` bins, until it is narrow enough. The
+    first interval is one standard deviation on either side of the mean, which always contains the median.
     """
     brackets = [[_around_mean(of_layer, n_bins)] for of_layer in moments]
     spread = [torch.zeros(len(of_layer.total), dtype=torch.float64) for of_layer in moments]
@@ -316,7 +330,7 @@ def medians_of(data: CalibrationData, moments: list[Moments], n_bins: int) -> li
             n, counted = of_layer.n, brackets[layer]
             quartiles = torch.stack([bracket.distance(n // 4, 3 * n // 4).cpu() for bracket in counted]).amax(0)
             spread[layer] = torch.maximum(spread[layer], quartiles)
-            ranks = dict.fromkeys([(n - 1) // 2, n // 2])  # of an even number, there are two in the middle
+            ranks = dict.fromkeys([(n - 1) // 2, n // 2])  # an even number of values has two middle ones
             pairs = zip(counted * len(ranks) if len(counted) == 1 else counted, ranks, strict=True)
             brackets[layer] = [bracket.narrowed(rank) for bracket, rank in pairs]
             widths = torch.stack([(bracket.high - bracket.low).double().cpu() for bracket in brackets[layer]])
@@ -329,7 +343,7 @@ def medians_of(data: CalibrationData, moments: list[Moments], n_bins: int) -> li
 
 def _around_mean(moments: Moments, n_bins: int) -> Bracket:
     low, high, mean = moments.minimum.double(), moments.maximum.double(), moments.mean
-    reach = (moments.variance + 1e-10 * moments.squares / moments.n).sqrt() * 1.01  # rounding of the variance
+    reach = (moments.variance + 1e-10 * moments.squares / moments.n).sqrt() * 1.01  # margin for rounding
     ends = torch.maximum(low, mean - reach).float(), torch.minimum(high, mean + reach).float()
     return Bracket(*ends, moments.minimum, moments.maximum, n_bins)
 
@@ -340,7 +354,7 @@ Both = tuple[list[Moments], list[StreamingHistogram]]
 def _at_once(data: CalibrationData) -> Both:
     fine: dict[int, StreamingHistogram] = {}
     widths = [projection.width for projection in data.projections]
-    # In one piece: many small ones between a pass's own allocations leave holes, which cost half as much memory again.
+    # One allocation: many small ones between a pass's own would fragment memory and take half as much again.
     zeros = torch.zeros(sum(widths), N_STREAMING_BINS, dtype=torch.int32).split(widths)
 
     def count(layer: int, x: Float[torch.Tensor, "tokens neurons"], moments: Moments) -> None:
@@ -361,7 +375,7 @@ def _counts(
 
     def see(layer: int, x: Float[torch.Tensor, "tokens neurons"]) -> None:
         for h in histograms:
-            # A model may be spread over devices: what belongs to a layer goes where its activations are.
+            # A model may be split across devices: keep each layer's tensors where its activations are.
             low, high = ranges[h][layer]
             low, high = ranges[h][layer] = low.to(x.device), high.to(x.device)
             here = counts[h][layer] = counts[h][layer].to(x.device)

@@ -1,4 +1,4 @@
-"""Hooks on projections: reading activations and writing replacements, always unhooked afterwards."""
+"""Hooks on projections that read or replace their input; they are always removed afterwards."""
 
 from __future__ import annotations
 
@@ -17,11 +17,18 @@ from ablation_sweeps.base.lazy import torch
 def ablated(
     projections: list[Projection], masks: list[Bool[torch.Tensor, " _neurons"]], values: list[torch.Tensor], batch: int
 ) -> Iterator[None]:
-    """Writes `values` where the masks, one a layer, are True. No neuron masked: the logits are bit-equal to the clean
-    ones.
+    """Context manager: in each forward pass, replace the masked neurons with `values`.
+
+    If no neuron is masked, the logits are bit-equal to the clean ones.
+
+    Args:
+        masks: True where a neuron is replaced, one mask per layer.
+        values: replacement values, one tensor per layer: `[neurons]`, or `[batch, rows, neurons]`, whose first two
+            sizes may be 1.
+        batch: number of examples in the batch.
 
     Raises:
-        UserError: the values do not fit.
+        UserError: the shape of the values does not fit.
     """
 
     def at(layer: int, x: torch.Tensor) -> torch.Tensor:
@@ -36,7 +43,7 @@ def ablated(
 
 
 def _check_shape(value: torch.Tensor, rows: Float[torch.Tensor, "batch rows neurons"]) -> None:
-    """Two axes would be taken for positions and neurons, also where examples are meant, if there are as many."""
+    """Refuse two axes: `[positions, neurons]` could not be told from `[examples, neurons]` if both sizes agree."""
     fits = all(size in (1, full) for size, full in zip(value.shape[:-1], rows.shape, strict=False))
     if value.ndim not in (1, 3) or value.shape[-1] != rows.shape[-1] or not fits:
         raise UserError(
@@ -47,7 +54,7 @@ def _check_shape(value: torch.Tensor, rows: Float[torch.Tensor, "batch rows neur
 
 @contextmanager
 def reading(projections: list[Projection], batch: int) -> Iterator[list[torch.Tensor]]:
-    """Gives a list that holds, after one forward pass, each layer's activations, `[batch, rows, neurons]`."""
+    """Context manager: gives a list of activations, `[batch, rows, neurons]` per layer, filled by one forward pass."""
     seen: list[torch.Tensor] = []
 
     def at(layer: int, x: torch.Tensor) -> None:
@@ -59,7 +66,14 @@ def reading(projections: list[Projection], batch: int) -> Iterator[list[torch.Te
 
 @dataclass(frozen=True)
 class Projection:
-    """One layer's site. A module that a model calls once a layer (ALBERT) appears once for each call."""
+    """The projection of one layer, whose input features are the neurons.
+
+    A module that a model calls once per layer (ALBERT) appears once for each call.
+
+    Attributes:
+        path: module path inside the model.
+        width: number of neurons.
+    """
 
     path: str
     module: torch.nn.Module
@@ -68,10 +82,10 @@ class Projection:
 
 @contextmanager
 def hooked(projections: list[Projection], at: Callable[[int, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
-    """Calls `at(layer, x)` with the input of each projection; a tensor it returns takes the place of `x`.
+    """Context manager: call `at(layer, x)` with the input of each projection; a returned tensor replaces `x`.
 
     Raises:
-        AssertionError: on leaving, if the hooks did not all fire in every forward pass.
+        AssertionError: on exit, if not every hook fired in every forward pass.
     """
     layers: dict[torch.nn.Module, list[int]] = defaultdict(list)
     for layer, projection in enumerate(projections):
@@ -96,15 +110,17 @@ def hooked(projections: list[Projection], at: Callable[[int, torch.Tensor], torc
 
 
 def as_rows(x: Float[torch.Tensor, "*any neurons"], batch: int) -> Float[torch.Tensor, "batch rows neurons"]:
-    """One leading axis for the examples and one for their positions.
+    """Reshape activations to one leading axis for examples and one for positions.
 
-    OPT flattens both into one before its second MLP layer; Swin splits positions into windows. Both keep the examples
-    outermost, so the view is the same.
+    OPT flattens both into one axis before its second MLP layer; Swin splits positions into windows. Both keep the
+    examples outermost, so reshaping keeps each example's rows together.
     """
     return x.reshape(batch, -1, x.shape[-1])
 
 
 def rows_at_a_time(width: int, device: torch.device) -> int:
-    """So few that on a CPU what is computed of them stays in its cache; so many that a GPU has enough to do: it needs
-    some 50 µs for an operation on 2^24 numbers, and 5 to begin with it."""
+    """Number of rows to process at once: few enough to stay in a CPU's cache, enough to keep a GPU busy.
+
+    A GPU takes about 50 µs for an operation on 2^24 numbers, and 5 µs to launch it.
+    """
     return max(1, (1 << (18 if device.type == "cpu" else 24)) // width)

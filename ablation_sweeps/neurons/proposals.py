@@ -1,4 +1,4 @@
-"""Module paths to propose to a user whose model hides its projections from the search by structure."""
+"""Suggests module paths if the search by structure does not find a model's projections."""
 
 from __future__ import annotations
 
@@ -12,31 +12,30 @@ from ablation_sweeps.base.lazy import torch
 
 Operation = Literal["attention", "activation"]
 
-NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")  # of a layer; one at the end is a part of its block
+NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")  # a layer's number; one at the end of a path belongs to the layer's inside
 MLP = re.compile(r"mlp|ffn|feed_?forward|\bff\b|\bfc|down", re.IGNORECASE)
 
 
 def pattern_of(path: str) -> str:
-    """The path with `*` for each number of a layer."""
+    """The path with `*` in place of each layer number."""
     return NUMBER.sub("*", path)
 
 
 def near_misses(wanted: str, module: torch.nn.Module) -> list[str]:
-    """Paths of the module, or patterns of them, that resemble the wanted one."""
+    """Up to three module paths, or patterns of them, that resemble `wanted`."""
     paths = [path for path, _ in module.named_modules() if path]
     known = dict.fromkeys(map(pattern_of, paths)) if "*" in wanted else dict.fromkeys(paths)
     return difflib.get_close_matches(wanted, known, 3)
 
 
 def projections_after(operation: Operation, module: torch.nn.Module, run: Callable[[], object]) -> list[str] | None:
-    """Patterns of the linear layers that end a block in which the operation was seen.
+    """Patterns of the linear layers that end a block in which the operation is computed.
 
     Args:
-        run: one forward pass of the module.
+        run: runs one forward pass of the module.
 
     Returns:
-        None where the operation is never computed. Layers that are named like an MLP come first, where an activation
-        function is looked for.
+        None if the operation is never computed. For activation functions, layers named like an MLP come first.
     """
     from torch.overrides import TorchFunctionMode
 
@@ -66,19 +65,19 @@ def projections_after(operation: Operation, module: torch.nn.Module, run: Callab
 
 
 def natural_order(paths: Iterable[str]) -> list[str]:
-    """Layer 2 comes before layer 10."""
+    """Sort paths so that layer 2 comes before layer 10."""
     return sorted(paths, key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)])
 
 
 class _Watch:
-    """Follows a forward pass from block to block.
+    """Follows a forward pass through the blocks of a model.
 
-    A block in which the operation is computed is marked while it is open. The last linear layer that it calls
-    afterwards is its projection. Where it calls none, its parent calls it, unless that is a whole layer.
+    A block is marked if it computes the operation. Its projection is the last linear layer that it calls afterwards; if
+    it calls none, its parent is marked instead, unless that is a whole layer.
 
     Attributes:
-        found: paths of these linear layers.
-        seen: the operation was computed somewhere.
+        found: paths of the projections.
+        seen: True if the operation was computed anywhere.
     """
 
     def __init__(self, operation: Operation):
@@ -86,12 +85,12 @@ class _Watch:
         self.found: list[str] = []
         self.seen = False
         self._open: list[tuple[str, torch.nn.Module]] = []
-        self._projections: dict[str, str | None] = {}  # of each marked block
+        self._projections: dict[str, str | None] = {}  # the projection of each marked block
 
     def see(self, func: Callable, out: object) -> None:
         if self.operation == "activation":
             seen = func in _activations()
-        else:  # the softmax of a router has fewer axes
+        else:  # 4 axes: the softmax of a router has fewer
             seen = func is torch.nn.functional.scaled_dot_product_attention
             seen |= func in _softmaxes() and isinstance(out, torch.Tensor) and out.ndim == 4
         block = next((path for path, part in reversed(self._open) if list(part.children())), None)

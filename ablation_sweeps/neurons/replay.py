@@ -1,4 +1,4 @@
-"""The activations of one pass over the calibration data, on disk, so that the next pass needs no model."""
+"""Recorder for the activations of one calibration pass, so that the next pass need not run the model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ from xxhash import xxh3_64_intdigest
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.lazy import torch
 
-MAX_REPLAY_BYTES = 1 << 32  # bytes of disk; of SmolLM2-135M, 62,000 positions
+MAX_REPLAY_BYTES = 1 << 32  # maximum size on disk: about 62,000 positions of SmolLM2-135M
 
 
 @runtime_checkable
 class ActivationSink(Protocol):
+    """Callback that receives a layer's activations, some positions at a time."""
+
     def __call__(self, layer: int, x: Float[torch.Tensor, "positions neurons"], /) -> None: ...
 
 
 class Part(NamedTuple):
+    """A recorded chunk: the activations at some positions in one layer."""
+
     layer: int
     shape: torch.Size
     dtype: torch.dtype
@@ -34,14 +38,15 @@ class Part(NamedTuple):
 
 @dataclass
 class Replay:
-    """What one pass shows, layer by layer, to be seen again in the same order and to the bit.
+    """The activations of one pass, recorded on disk and played back in the same order, bit-equal.
 
-    It lies in a file without a name, which ends with the process. Where there is no room for it, nothing is kept.
+    They are stored in an unlinked temporary file, which disappears with the process. If the disk has too little room,
+    nothing is recorded.
 
     Attributes:
-        folder: whose disk is used, half of what is free at the most: results go there as well.
-        room: bytes, at the most.
-        whole: it can be played.
+        folder: where the file is created. At most half of the free disk space is used: results are written there too.
+        room: maximum size in bytes.
+        whole: True if a complete pass is recorded.
     """
 
     folder: Path
@@ -52,7 +57,7 @@ class Replay:
 
     @contextmanager
     def record(self, see: ActivationSink) -> Iterator[ActivationSink]:
-        """Gives what is to be called during the pass in the place of `see`, which it calls."""
+        """Context manager: gives a callback to use in place of `see`; it calls `see` and records the activations."""
         self._forget()
         self.folder.mkdir(parents=True, exist_ok=True)
         room = min(self.room, shutil.disk_usage(self.folder).free // 2)
@@ -71,8 +76,10 @@ class Replay:
                 self._forget()
 
     def play(self, see: ActivationSink) -> None:
-        """Raises:
-        UserError: the disk does not give back what was written.
+        """Call `see` with the recorded activations, in the order in which they were recorded.
+
+        Raises:
+            UserError: the disk returns other bytes than were written.
         """
         assert self.whole and self._file is not None
         self._file.seek(0)

@@ -1,4 +1,4 @@
-"""Selection of the neurons that are ablated: one fixed order for each layer, of which a fraction takes a prefix."""
+"""Selects the neurons to ablate: one fixed order per layer, of which each fraction ablates a prefix."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ablation_sweeps.base.lazy import torch
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Random:
-    """Uniformly random neurons, the same number in each layer, the same for every method."""
+    """Random selection: the same number of neurons in each layer, and the same neurons for every method."""
 
     label: str
 
     def orders(self, widths: list[int], seed: int) -> list[Int[torch.Tensor, " _neurons"]]:
-        """One permutation of the neurons a layer. Depends on the seed, the layer and its width alone."""
+        """One permutation of the neurons per layer. It depends only on the seed, the layer and its width."""
         return [_permutation(width, f"{seed}/{layer}") for layer, width in enumerate(widths)]
 
 
@@ -31,7 +31,7 @@ def _permutation(width: int, key: str) -> Int[torch.Tensor, " neurons"]:
 
 
 def masks(orders: list[Int[torch.Tensor, " _neurons"]], fraction: float) -> list[Bool[torch.Tensor, " _neurons"]]:
-    """The first `round(fraction * n)` neurons of each order are ablated: masks of growing fractions are nested."""
+    """Masks of the first `round(fraction * n)` neurons of each order; masks of growing fractions are nested."""
     chosen = []
     for order in orders:
         mask = torch.zeros(len(order), dtype=torch.bool)
@@ -43,11 +43,10 @@ def masks(orders: list[Int[torch.Tensor, " _neurons"]], fraction: float) -> list
 def granularity(
     orders: list[Int[torch.Tensor, " _neurons"]], fractions: Sequence[float], n_heads: int | None
 ) -> Literal["neuron", "head"]:
-    """The unit that is ablated as a whole: heads, if the orders take one after the other and no fraction ends inside of
-    one.
+    """Unit of ablation: "head" if the orders list whole heads one after another and no fraction ends inside a head.
 
     Args:
-        n_heads: of each layer; None where the neurons belong to no head.
+        n_heads: heads per layer; None if the neurons do not belong to heads.
     """
     for order in orders:
         size = len(order) // (n_heads or len(order))
@@ -61,7 +60,7 @@ def granularity(
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Schedule:
-    """The fractions of one curve, each of all neurons of a layer. 0 is always measured: it is the clean pass."""
+    """The points of a curve: fractions of each layer's neurons. 0, the clean pass, is always evaluated."""
 
     values: Annotated[tuple[float, ...], Field(min_length=1)]
 

@@ -1,4 +1,4 @@
-"""Find the projections of a model, check them, hook them, always unhook."""
+"""Finds and checks the projections of a model whose inputs are the neurons."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Site:
-    """Where neurons are read and replaced: the input of a projection, one in each layer.
+    """Location in each layer where neurons are read and replaced: the input of a projection.
 
     Attributes:
-        name: `attn_pre_out` or `mlp_pre_out`; a name of your own for a pattern of your own.
-        projection: regular expression for the path of the projection inside its layer.
-        by_head: the width must be a multiple of the number of heads.
+        name: `attn_pre_out` or `mlp_pre_out`, or any name for a pattern of your own.
+        projection: regular expression that matches the projection's path inside its layer.
+        by_head: True if the neurons belong to attention heads, so that the width must be a multiple of their number.
     """
 
     name: str
@@ -36,17 +36,17 @@ class Site:
 
 
 def find(model: Transformer, site: Site, paths: tuple[str, ...] | None) -> list[Projection]:
-    """The site's projections in the order in which a forward pass calls them, one a layer.
+    """Find the site's projections, one per layer, in the order in which a forward pass calls them.
 
-    They are found by structure, and checked by forward passes over a probe: every hook fires, as often as every other
-    one, the width fits the heads, and each example has rows of its own. What cannot be found is refused, never skipped.
+    They are found by structure and checked with forward passes over a probe: all hooks fire equally often, the width
+    fits the heads, and each example has its own rows. A projection that fails a check is an error, never skipped.
 
     Args:
-        paths: module paths or patterns such as `model.layers.*.self_attn.o_proj`, instead of the search.
+        paths: module paths or patterns such as `model.layers.*.self_attn.o_proj`, used instead of the search.
 
     Raises:
-        UserError: nothing found, several towers found, a module whose hook never fires, or one whose input mixes
-            the examples.
+        UserError: no projection is found, several towers have one (e.g. text and vision), a hook never fires, or a
+            projection's input mixes examples.
     """
     found = _by_path(model.module, paths) if paths else _by_structure(model, site)
     calls = _checked_calls(model, site, found)
@@ -99,7 +99,7 @@ def _calls(
 
 
 def _by_path(module: torch.nn.Module, paths: tuple[str, ...]) -> dict[str, torch.nn.Module]:
-    """The modules that the patterns match, each under its first path: layers may share one."""
+    """Modules that match the patterns, each under its first path, since layers may share a module."""
     modules = dict(module.named_modules(remove_duplicate=False))
     found: dict[torch.nn.Module, str] = {}
     for pattern in paths:
@@ -114,7 +114,7 @@ def _by_path(module: torch.nn.Module, paths: tuple[str, ...]) -> dict[str, torch
 
 
 def _by_structure(model: Transformer, site: Site) -> dict[str, torch.nn.Module]:
-    """Projections inside the numbered layers of a tower: a classifier head of the same name is in no layer."""
+    """Find projections inside the numbered layers of one tower; a classifier head of the same name is in no layer."""
     pattern = re.compile(site.projection)
     towers: dict[str, dict[str, torch.nn.Module]] = defaultdict(dict)
     for path, candidate in model.module.named_modules():
@@ -147,7 +147,7 @@ def _by_structure(model: Transformer, site: Site) -> dict[str, torch.nn.Module]:
 def _called(
     model: Transformer, site: Site, towers: dict[str, dict[str, torch.nn.Module]]
 ) -> dict[str, dict[str, torch.nn.Module]]:
-    """The towers that a forward pass calls: a model of text and pictures does not call both. All, if it calls none."""
+    """Towers that a forward pass calls: a text-and-image model may call only one. If none is called, all towers."""
     every = {path: part for tower in towers.values() for path, part in tower.items()}
     calls = {path for path, _ in _calls(model, site, every, pad_and_stack(*_probes(model)))}
     called = {name: tower for name, tower in towers.items() if calls & set(tower)}
@@ -155,7 +155,7 @@ def _called(
 
 
 def _remedy(model: Transformer, site: Site, patterns: list[str]) -> str:
-    """Options that can be typed: the paths of this model that pass the checks, as options that can be pasted."""
+    """Suggestion for the user: paths in this model that pass the checks, as options that can be pasted."""
     options = [f"'model.site_paths=[{pattern}]'" for pattern in patterns[:8] if _fits(model, site, pattern)]
     if not options:
         return "print the model, and give the paths of its projections: model.site_paths=[PATH,...]"
@@ -171,9 +171,9 @@ def _fits(model: Transformer, site: Site, pattern: str) -> bool:
 
 
 def _layers_without(module: torch.nn.Module, found: dict[str, torch.nn.Module]) -> list[str]:
-    """Layers beside the found ones that hold no such projection, as in hybrids with linear attention.
+    """Paths of layers that have no such projection while others of their kind have one (hybrids with linear attention).
 
-    Layers of layers (the blocks of a stage) are compared with those of their own class.
+    Layers inside layers (the blocks of a stage) are compared only with layers of the same class.
     """
     projections, alone = set(found.values()), set()
     for path in found:
@@ -212,14 +212,14 @@ def _check(
 
 
 def _check_examples(calls: list[tuple[str, torch.Tensor]], swapped: list[tuple[str, torch.Tensor]], site: Site) -> None:
-    """When two examples change places, so must their rows: `as_rows` takes the examples to be the outermost axis."""
+    """Check that swapping two examples swaps their rows: `as_rows` assumes that examples are the outermost axis."""
     for (path, x), (_, y) in zip(calls, swapped, strict=False):
         rows_fit = x.shape == y.shape and x.numel() % (2 * x.shape[-1]) == 0
         if rows_fit:
             there, back = as_rows(x.float(), 2), as_rows(y.float(), 2).flip(0)
-            # Rows of other positions differ by more than the spread, the same rows by rounding alone.
+            # Rows of different positions differ by more than the spread, equal rows only by rounding.
             spread = (there - there.mean((0, 1))).norm()
-            rows_fit = not (there - back).norm() > 0.5 * spread + 1e-3 * there.norm()  # NaN is not told here
+            rows_fit = not (there - back).norm() > 0.5 * spread + 1e-3 * there.norm()  # NaN passes this check
         if not rows_fit:
             raise UserError(
                 f"site={site.name}: the rows of {path} are not grouped by example, so what belongs to which example "

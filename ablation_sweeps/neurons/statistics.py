@@ -1,4 +1,4 @@
-"""Statistics of activations: moments and histograms."""
+"""Statistics of each neuron's activations: moments, histograms and medians."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ablation_sweeps.neurons.streaming_histogram import (
 
 
 class Histogram(NamedTuple):
-    """Equal bins between each neuron's own minimum and maximum, or between those of all neurons of the model."""
+    """Equal-width bins between each neuron's minimum and maximum; with `one_range`, between those of all neurons."""
 
     n_bins: int
     one_range: bool = False
@@ -22,8 +22,14 @@ class Histogram(NamedTuple):
 
 @dataclass
 class Moments:
-    """Moments of one layer, each `[neurons]`. Sums are float64; minimum and maximum are the activations' own, as
-    float32."""
+    """Moments of one layer's activations, each `[neurons]`.
+
+    Attributes:
+        n: number of positions.
+        total: sum over positions, float64.
+        squares: sum of squares, float64.
+        minimum, maximum: float32.
+    """
 
     n: int
     total: Float[torch.Tensor, " neurons"]
@@ -37,12 +43,12 @@ class Moments:
 
     @property
     def variance(self) -> Float[torch.Tensor, " neurons"]:
-        """Variance of the population (divided by n)."""
+        """Population variance (divided by n)."""
         return (self.squares / self.n - self.mean**2).clamp(min=0)
 
     @classmethod
     def of(cls, x: Float[torch.Tensor, "tokens neurons"]) -> Moments:
-        wide = x.to(torch.float64, copy=True)  # squared in place below, which x must not be
+        wide = x.to(torch.float64, copy=True)  # a copy: it is squared in place below
         total = wide.sum(0)
         return cls(len(x), total, wide.square_().sum(0), x.amin(0).float(), x.amax(0).float())
 
@@ -58,14 +64,14 @@ class Moments:
 
 @dataclass
 class Statistics:
-    """Statistics of one site, one entry a layer, over all positions of the calibration data that are not padding.
+    """Statistics at one site, one entry per layer, over all calibration positions that are not padding.
 
     Attributes:
-        counts: for each histogram asked for, `[neurons, bins]` a layer: int32; after one pass, float64.
-        medians: if asked for, `[neurons]` a layer, float32: of an even number of values, the mean of the middle two. To
-            1e-3 of the distance between the neuron's quartiles, and mostly exact.
-        too_large: examples that did not fit into the device's memory at once, where some of the statistics come from
-            passes over halved batches: these round otherwise, so that counts of neighbouring bins may differ by a few.
+        counts: `[neurons, bins]` per layer for each requested histogram: int32, or float64 after a single pass.
+        medians: if requested, `[neurons]` per layer, float32; the mean of the middle two for an even number of values.
+            Mostly exact; the error is at most 1e-3 of the neuron's interquartile range.
+        too_large: number of examples that did not fit into memory at once, if some statistics come from halved
+            batches. These round differently, so counts of adjacent bins may differ by a few.
     """
 
     moments: list[Moments]
@@ -74,7 +80,7 @@ class Statistics:
     too_large: int | None = None
 
     def bin_range(self, histogram: Histogram, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ends of the bins: `[neurons]` each, float32."""
+        """Lower and upper end of the histogram's range, `[neurons]` each, float32."""
         low, high = self.moments[layer].minimum, self.moments[layer].maximum
         if histogram.one_range:
             low = torch.stack([m.minimum.min() for m in self.moments]).min().expand_as(low)
@@ -88,9 +94,9 @@ def bin_index(
     high: Float[torch.Tensor, " neurons"],
     n_bins: int,
 ) -> Int[torch.Tensor, "neurons tokens"]:
-    """The bin of each value, in float32: `trunc((x - low) * n_bins / (high - low))`, the maximum in the last one.
+    """Bin of each value, in float32: `trunc((x - low) * n_bins / (high - low))`; the maximum is in the last one.
 
-    A neuron that never changes has all its values in bin 0.
+    All values of a constant neuron are in bin 0.
     """
     width = high - low
     scaled = (x.float() - low).mul_(n_bins).div_(torch.where(width > 0, width, 1))

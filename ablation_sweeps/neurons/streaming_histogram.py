@@ -1,4 +1,4 @@
-"""Counts of values in bins that adapt: some grow when a value lies outside of them, others close in on a rank."""
+"""Adaptive histograms: bins that grow to cover new values, and intervals that narrow around a given rank."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from jaxtyping import Float, Int
 
 from ablation_sweeps.base.lazy import torch
 
-COUNTS_VERSION = 2  # as those of job.py, of what is counted here alone
-N_STREAMING_BINS = 1024  # bins of a neuron; its own range covers a quarter of them at the least
+COUNTS_VERSION = 2  # raise it when these counts change; earlier ones are then computed again
+N_STREAMING_BINS = 1024  # per neuron; the neuron's range covers at least a quarter of them
 
 
 @dataclass
 class StreamingHistogram:
-    """Equal bins of each neuron of a layer. Where a value lies outside of them, two neighbours become one, and the
-    place that this frees lies on that side: the range doubles, and no value is looked at again.
+    """Equal-width bins for each neuron of a layer, whose range grows with the values.
+
+    If a value lies outside, pairs of adjacent bins are merged and the range doubles towards that side. Earlier values
+    need not be seen again.
 
     Attributes:
-        low: lower end of the first bin, `[neurons]`, float64.
-        width: of a bin, likewise.
+        low: lower end of the first bin, float64.
+        width: width of a bin, float64.
+        counts: int32.
     """
 
     low: Float[torch.Tensor, " neurons"]
@@ -33,14 +36,16 @@ class StreamingHistogram:
         high: Float[torch.Tensor, " neurons"],
         zeros: Int[torch.Tensor, "neurons bins"],
     ) -> StreamingHistogram:
-        """The ends are those of the first values: there is more to come, so that room for a quarter more is left on
-        either side, which often spares the coarser bins of a doubled range.
+        """Empty bins over the range of the first values and half as much again, since later values may lie outside.
+
+        A margin on either side often avoids doubling the range, which makes the bins coarser.
 
         Args:
-            zeros: `[neurons, FINE]`, which become the counts.
+            low, high: minimum and maximum of the first values.
+            zeros: `[neurons, N_STREAMING_BINS]`; becomes the counts.
         """
         low, high = low.double(), high.double()
-        span = torch.maximum(high - low, low.abs().clamp(min=1e-6) * 2**-20)  # a neuron that has not changed so far
+        span = torch.maximum(high - low, low.abs().clamp(min=1e-6) * 2**-20)  # a neuron that is constant so far
         low, span = low - span / 4, span * 1.5
         return cls(low, span / (N_STREAMING_BINS - 1), zeros)
 
@@ -50,7 +55,7 @@ class StreamingHistogram:
         low: Float[torch.Tensor, " neurons"],
         high: Float[torch.Tensor, " neurons"],
     ) -> None:
-        """Counts `x`, whose smallest and largest values are given."""
+        """Count the values `x`, whose minimum and maximum are `low` and `high`."""
         self._reach(low.double(), high.double())
         index = transpose_to_neurons((x.float() - self.low.float()).mul_((1 / self.width).float())).clamp_(
             0, N_STREAMING_BINS - 1
@@ -58,7 +63,7 @@ class StreamingHistogram:
         self.counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
 
     def _reach(self, low: Float[torch.Tensor, " neurons"], high: Float[torch.Tensor, " neurons"]) -> None:
-        finite = torch.isfinite(high - low)  # no range reaches what is not, which is refused after the pass
+        finite = torch.isfinite(high - low)  # no range can cover infinity, which is refused after the pass
         while True:
             below, above = finite & (low < self.low), finite & (high > self.low + N_STREAMING_BINS * self.width)
             outside = below | above
@@ -77,8 +82,8 @@ class StreamingHistogram:
     def in_bins(
         self, low: Float[torch.Tensor, " neurons"], high: Float[torch.Tensor, " neurons"], n_bins: int
     ) -> Float[torch.Tensor, "neurons n_bins"]:
-        """Counts in each of `n_bins` equal bins between `low` and `high`, the smallest and the largest value: the
-        values of a fine bin are taken to be spread evenly over it."""
+        """Counts in `n_bins` equal-width bins between `low` and `high`, the neuron's minimum and maximum. Values are
+        assumed to be spread evenly inside a streaming bin."""
         up_to = torch.nn.functional.pad(self.counts, (1, 0)).cumsum(1, dtype=torch.int32)
         shares = torch.arange(1, n_bins, device=self.low.device) / n_bins
         edges = low.double()[:, None] + (high - low).double()[:, None] * shares
@@ -92,24 +97,26 @@ class StreamingHistogram:
 
 
 def transpose_to_neurons(places: Float[torch.Tensor, "tokens neurons"]) -> Int[torch.Tensor, "neurons tokens"]:
-    """Values without their fractions, and transposed: the scattered writes of a neuron then stay in a few cache lines.
-    Both at once takes a quarter less than one after the other."""
+    """Truncate to int64 and transpose in one step, a quarter faster than in two.
+
+    With one row per neuron, the scattered writes that follow stay in few cache lines.
+    """
     return places.T.to(torch.int64, memory_format=torch.contiguous_format)
 
 
 @dataclass
 class Bracket:
-    """An interval of each neuron of a layer that holds its value of a given rank, and counts of values inside of it.
+    """Interval per neuron that contains its value of a given rank, with a histogram inside the interval.
 
-    All values are counted once (`add`); `narrowed` then gives the interval of the one bin in which the rank lies. Bins
-    are monotone in the value, whatever the rounding, and a narrower interval is a little wider than its bin.
+    `add` counts all values once; `narrowed` then gives the interval of the bin that contains the rank. The bin index is
+    monotone in the value whatever the rounding, and a narrowed interval is slightly wider than its bin.
 
     Attributes:
-        low, high: ends of the interval, float32; both belong to it.
-        minimum, maximum: of all values.
-        counts: values below the interval, those equal to `low`, those in each bin, and those above; None before the
-            first value.
-        least, greatest: of the values inside.
+        low, high: ends of the interval, inclusive, float32.
+        minimum, maximum: of all values, float32.
+        counts: number of values below the interval, equal to `low`, in each bin, and above the interval; None before
+            the first value.
+        least, greatest: smallest and largest value inside the interval.
     """
 
     low: Float[torch.Tensor, " neurons"]
@@ -122,6 +129,7 @@ class Bracket:
     greatest: Float[torch.Tensor, " neurons"] | None = None
 
     def add(self, x: Float[torch.Tensor, "tokens neurons"]) -> None:
+        """Count the values `x`."""
         if self.counts is None or self.least is None or self.greatest is None:
             for end in ("low", "high", "minimum", "maximum"):
                 setattr(self, end, getattr(self, end).to(x.device))
@@ -140,26 +148,26 @@ class Bracket:
         self.greatest = torch.maximum(self.greatest, x.where(inside, -torch.inf).amax(0))
 
     def narrowed(self, rank: int) -> Bracket:
-        """The interval of the bin that holds the value of this rank, 0 for the smallest."""
+        """The narrower interval: the bin that contains the value of this rank, where 0 is the smallest value."""
         assert self.least is not None and self.greatest is not None
         place, low, high = self._bin_of(rank)
-        slack = (high - low) * 1e-3 + torch.maximum(self.low.abs(), self.high.abs()).double() * 2**-22  # two units
+        slack = (high - low) * 1e-3 + torch.maximum(self.low.abs(), self.high.abs()).double() * 2**-22  # rounding
         low = torch.maximum((low - slack).float(), self.least)
         high = torch.minimum((high + slack).float(), self.greatest)
         low, high = (torch.where(place == 1, self.low, end) for end in (low, high))
-        # Nothing of it lies inside: it was looked for in the wrong place.
+        # The rank lies outside the interval: continue on that side.
         low = torch.where(place == 0, self.minimum, torch.where(place > self.n_bins + 1, self.high, low))
         high = torch.where(place == 0, self.low, torch.where(place > self.n_bins + 1, self.maximum, high))
         return Bracket(low, high, self.minimum, self.maximum, self.n_bins)
 
     def distance(self, rank: int, other: int) -> Float[torch.Tensor, " neurons"]:
-        """Lower bound of the distance between the values of two ranks, of which `other` is the higher one."""
+        """Lower bound of the distance between the values of two ranks, where `other` is the higher one."""
         return (self._bin_of(other)[1] - self._bin_of(rank)[2]).clamp(min=0)
 
     def _bin_of(
         self, rank: int
     ) -> tuple[Int[torch.Tensor, " neurons"], Float[torch.Tensor, " neurons"], Float[torch.Tensor, " neurons"]]:
-        """Where in the counts the value of a rank lies, and the ends of its bin, cut to the interval."""
+        """Index in `counts` of the value of a rank, and the ends of its bin, clipped to the interval."""
         assert self.counts is not None
         place = (self.counts.cumsum(1) <= rank).sum(1)
         low, high = self.low.double(), self.high.double()

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files that carry a checksum."""
+"""Safetensors files with a checksum."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file with a checksum of its content and its place, so that a reader knows it is whole and belongs
-    there."""
+    """Save tensors with a checksum of content and path, so that a reader knows the file is intact and in its place."""
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
@@ -29,7 +28,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor] | None:
-    """None where the file is absent; also, with a warning, where its content is not what was written to this place."""
+    """Load tensors; None if the file is absent or, with a warning, if its checksum does not match."""
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
@@ -37,7 +36,7 @@ def load_tensors(path: Path) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
-            content = _checksum(tensors)  # alone, in files of earlier versions
+            content = _checksum(tensors)  # the checksum of earlier versions, without the path
             if (file.metadata() or {}).get("sha256") in (sha256_at(path, content), content):
                 return tensors
     except (SafetensorError, OSError, ValueError):
@@ -60,10 +59,10 @@ def cached(
     from_tensors: Callable[[dict[str, Tensor]], T],
     compute: Callable[[], T],
 ) -> T:
-    """The value kept at `path`, or computed and kept there. Hold the folder's lock."""
+    """Load the value from `path`, or compute and save it. The caller must hold the folder's lock."""
     tensors = load_tensors(path)
     if tensors is not None:
         return from_tensors(tensors)
     tensors = to_tensors(compute())
     save_tensors(path, tensors)
-    return from_tensors(tensors)  # so that what was computed and what was read lie on the same device
+    return from_tensors(tensors)  # computed and loaded values are then on the same device
