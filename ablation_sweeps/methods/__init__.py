@@ -1,1 +1,1 @@
-"""Replacement values, one file each."""
+"""Ablation methods, one file each: how the values that replace a neuron are computed."""

@@ -1,4 +1,4 @@
-"""Mean: the neuron's average over the calibration data."""
+"""Mean ablation: replace a neuron with its mean over the calibration data."""
 
 from __future__ import annotations
 

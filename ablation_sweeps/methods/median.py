@@ -1,4 +1,4 @@
-"""Median: half of the neuron's calibration activations lie below it."""
+"""Median ablation: replace a neuron with its median over the calibration data."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from ablation_sweeps.neurons.collect import Medians
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Median:
-    """Attributes:
-    n_bins: in which each pass over the calibration data closes in on it; it does not change the value by more than 1e-3
-        of the distance between the neuron's quartiles.
+    """The median of each neuron's calibration activations.
+
+    Attributes:
+        n_bins: bins per neuron in each pass that narrows the median down. It changes the value by at most 1e-3 of the
+            neuron's interquartile range.
     """
 
     label: str
     n_bins: Annotated[int, Field(ge=2, le=2**20)]
 
     is_continuous: ClassVar[bool] = True
-    numbers: ClassVar[int] = 2  # raise it when its values change; 1 was read off one histogram, to a bin's width
+    numbers: ClassVar[int] = 2  # raise it when the values change; version 1 read the median off one histogram
 
     def fit(self, fitting: Fitting) -> Constant:
         return Constant(fitting.statistics(Medians(self.n_bins)).medians)
@@ -35,8 +37,11 @@ def median(
     low: Float[torch.Tensor, " neurons"],
     high: Float[torch.Tensor, " neurons"],
 ) -> Float[torch.Tensor, " neurons"]:
-    """Read off the cumulated counts, linearly inside the bin, and so to a bin's width: for figures. Same units as the
-    activations, float32."""
+    """Median read off a histogram, interpolated linearly inside the bin. It is accurate to a bin's width: for figures.
+
+    Returns:
+        float32, in the activations' units.
+    """
     cumulated = counts.cumsum(-1).double()
     half = cumulated[:, -1:] / 2
     bin = (cumulated < half).sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""`with ablated(...)`: a forward pass in which some neurons carry their replacement."""
+"""Interfaces of an ablation method: its inputs, and the replacement values that it returns."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ log = logging.getLogger(__name__)
 
 @runtime_checkable
 class Replacement(Protocol):
-    """The values that are written, once for every batch; one tensor a layer: `[neurons]`, or `[batch, rows, neurons]`,
-    whose first two may be 1.
+    """Computes the replacement values of a batch; called once for every batch.
+
+    It returns one tensor per layer: `[neurons]`, or `[batch, rows, neurons]`, whose first two sizes may be 1.
 
     Attributes:
-        reads_clean: the values depend on the batch's own clean activations, which are kept for it; else `clean` is
-            empty.
+        reads_clean: True if the values depend on the batch's clean activations. Then `clean` holds them,
+            `[batch, rows, neurons]` per layer; otherwise it is empty.
     """
 
     reads_clean: bool
@@ -36,13 +37,13 @@ class Replacement(Protocol):
 
 @dataclass(frozen=True)
 class Fitting:
-    """What a method may use to compute its replacement.
+    """Inputs that a method may use to compute its replacement.
 
     Attributes:
-        statistics: called with the histograms that are needed (none, for the moments alone); computed or read then.
-        length: positions of the longest input of the evaluation data.
-        note: told what a reader of the results should know of the replacement; kept in the run's record and shown in
-            the report.
+        statistics: call it with the histograms and medians that are needed (none for the moments alone); it computes
+            them or loads them from the cache.
+        length: number of positions in the longest evaluation input.
+        note: call it with a remark for readers of the results; it is saved with the run and shown in the report.
     """
 
     model: Transformer
@@ -55,7 +56,7 @@ class Fitting:
 
 @runtime_checkable
 class Method(Protocol):
-    """How the values are computed. `label` names it in tables, figures and folders."""
+    """An ablation method: `fit` computes the replacement; `label` names it in tables, figures and folders."""
 
     label: str
 
@@ -64,7 +65,7 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Constant:
-    """The same value at every position of every example: `[neurons]` a layer."""
+    """Replacement that is the same at every position of every example: `[neurons]` per layer."""
 
     values: list[Float[torch.Tensor, " _neurons"]]
     reads_clean = False
@@ -74,8 +75,10 @@ class Constant:
 
 
 def values_of(replacement: Replacement, batch: Batch, clean: list[torch.Tensor], n_layers: int) -> list[torch.Tensor]:
-    """Raises:
-    UserError: it gives something else than one tensor a layer.
+    """The replacement values of a batch, one tensor per layer.
+
+    Raises:
+        UserError: the replacement does not return one tensor per layer.
     """
     values: Any = replacement(batch, clean)
     whole = isinstance(values, list | tuple) and all(isinstance(value, torch.Tensor) for value in values)

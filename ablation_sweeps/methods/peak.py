@@ -1,4 +1,4 @@
-"""Peak: the value that the neuron takes most often, read off a histogram of its calibration activations."""
+"""Peak ablation: replace a neuron with its most frequent value, read off a histogram of its calibration activations."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ from ablation_sweeps.neurons.statistics import Histogram
 Estimator = Literal[
     "histogram", "coarse_to_fine", "averaged", "smoothed", "global_range", "kde", "half_sample_mode", "grenander"
 ]  # fmt: skip
-FINE = 100  # coarse_to_fine, kde and half_sample_mode look inside each bin with this many
-POWER = 10  # of grenander
+FINE = 100  # fine bins inside each bin, for coarse_to_fine, kde and half_sample_mode
+POWER = 10  # exponent of the weights in grenander
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Peak:
-    """The modal value.
+    """The mode of each neuron's calibration activations.
 
     Attributes:
-        estimator: how the mode is found; all but half_sample_mode, grenander and the details of kde are those of the
+        estimator: how the mode is estimated. All but half_sample_mode, grenander and the details of kde follow the
             paper's code.
             histogram: centre of the fullest of `n_bins` bins.
             coarse_to_fine: the fullest of 100 bins inside the fullest of `n_bins`.
-            averaged: counts of 10 n_bins bins, each repeated 10 times, and counts of 100 n_bins bins, added.
-            smoothed: the counts of `n_bins` bins convolved with a Gaussian, 5 wide, sigma 1.
-            global_range: `n_bins` bins between the smallest and the largest activation of all neurons.
-            kde: maximum of a Gaussian kernel density of width `bandwidth`, on 100 n_bins bins. Where these are wider
-                than the bandwidth, it is the fullest of them.
-            half_sample_mode: the shortest interval that holds half of the values, and so on inside it
-                (Bickel & Fruehwirth 2006), on 100 n_bins bins.
+            averaged: the fullest bin after adding the counts of 10 n_bins bins, each repeated 10 times, to the counts
+                of 100 n_bins bins.
+            smoothed: the fullest of `n_bins` bins after convolution with a Gaussian, 5 bins wide, sigma 1 bin.
+            global_range: the fullest of `n_bins` bins between the smallest and the largest activation of all neurons.
+            kde: maximum of a Gaussian kernel density of width `bandwidth`, on 100 n_bins bins. If these are wider than
+                the bandwidth, the fullest of them.
+            half_sample_mode: the shortest interval with half of the values, then the shortest with half of those, and
+                so on (Bickel & Fruehwirth 2006), on 100 n_bins bins.
             grenander: mean over the smoothed bins, weighted by a power of their counts; see `grenander`.
-        n_bins: equal bins between a neuron's own minimum and maximum.
-        bandwidth: of kde, in the activations' own units.
+        n_bins: equal-width bins between a neuron's own minimum and maximum.
+        bandwidth: kernel width of kde, in the activations' units.
 
-    All but grenander are discontinuous: where two places hold nearly as many values, one count decides which of them is
-    taken, so that rounding (another batch size, padding or device) can move the estimate across the whole range. `fit`
-    notes how many neurons that concerns.
+    All but grenander are discontinuous: if two bins hold nearly as many values, a single count decides between them, so
+    rounding (another batch size, padding or device) can move the estimate across the whole range. `fit` records how
+    many neurons are affected.
 
-    Source: arXiv:2408.17322 and its code. Departs from it in: the fine bins are those of the neuron's whole range,
-    which are the same bins but for values that lie within rounding of an edge.
+    Source: arXiv:2408.17322 and its code. Departs from it in: the fine bins divide the neuron's whole range. They are
+    the same bins, except for values within rounding of an edge.
     """
 
     label: str
@@ -56,7 +57,7 @@ class Peak:
 
     @property
     def is_continuous(self) -> bool:
-        """One value more or less in a bin moves the estimate by little."""
+        """True if moving one value to another bin changes the estimate only a little."""
         return self.estimator == "grenander"
 
     def fit(self, fitting: Fitting) -> Constant:
@@ -66,7 +67,7 @@ class Peak:
         for layer, own in enumerate(statistics.moments):
             low, high = statistics.bin_range(histograms[0], layer)
             found.append(find(*(statistics.counts[histogram][layer] for histogram in histograms), high - low))
-            # With one range for all neurons, the centre of a constant's bin is another value.
+            # With one range for all neurons, the centre of the bin is not the value of a constant neuron.
             value = _value(found[-1].place, low, high)
             values.append(torch.where(own.minimum == own.maximum, own.minimum, value))
         if not self.is_continuous:
@@ -74,7 +75,7 @@ class Peak:
         return Constant(values)
 
     def _steps(self) -> tuple[tuple[Histogram, ...], Callable[..., Found]]:
-        """The histograms, and what finds the peak in their counts and the width of the range."""
+        """The histograms needed, and the function that finds the peak from their counts and the width of the range."""
         n, h = self.n_bins, self.bandwidth
         bins, fine = Histogram(n), Histogram(n * FINE)
         steps: dict[Estimator, tuple[tuple[Histogram, ...], Callable[..., Found]]] = {
@@ -90,7 +91,7 @@ class Peak:
         return steps[self.estimator]
 
     def _fragility(self, found: list[Found]) -> str:
-        """A note on the neurons whose peak a few counts decide."""
+        """Warning about the neurons whose peak depends on a few counts."""
         stable = "method.estimator=grenander is continuous"
         if self.estimator == "half_sample_mode":
             return f"where two halves are about equally short, one count decides which is taken; {stable}"
@@ -107,12 +108,12 @@ class Peak:
 
 
 class Found(NamedTuple):
-    """The peaks of a layer's neurons.
+    """The peaks of one layer's neurons.
 
     Attributes:
-        place: share of the range that lies below it, from 0 to 1.
-        is_tied: the runner-up is lower by no more than counting noise.
-        is_apart: it is tied, and with a runner-up that lies more than one bin away.
+        place: position in the neuron's range, from 0 (minimum) to 1 (maximum).
+        is_tied: True if the runner-up is lower by no more than counting noise.
+        is_apart: True if it is tied with a runner-up that is more than one bin away.
     """
 
     place: Float[torch.Tensor, " neurons"]
@@ -131,21 +132,21 @@ def centre_of_fullest(
     low: Float[torch.Tensor, " neurons"],
     high: Float[torch.Tensor, " neurons"],
 ) -> Float[torch.Tensor, " neurons"]:
-    """The value that `Peak` writes by default."""
+    """Centre of the fullest bin, float32, in the activations' units: the value that `Peak` writes by default."""
     return _value(_place(counts), low, high)
 
 
 def fullest(
     height: Num[torch.Tensor, "neurons bins"], variance: Num[torch.Tensor, "neurons bins"], n_bins: int
 ) -> Found:
-    """The highest bin, and whether another one may be the highest in truth.
+    """The highest bin, and whether the runner-up might really be the highest.
 
-    The two are tied if their heights differ by at most one standard deviation of the difference. Counts are taken to be
-    Poisson distributed and independent, so that for a plain histogram this is `c1 - c2 <= sqrt(c1 + c2)`.
+    The two are tied if their heights differ by at most one standard deviation of the difference. Counts are assumed to
+    be independent and Poisson distributed; for a plain histogram the criterion is `c1 - c2 <= sqrt(c1 + c2)`.
 
     Args:
-        variance: of each height.
-        n_bins: bins are neighbours if they lie no further apart than one of so many.
+        variance: variance of each height.
+        n_bins: two bins are neighbours if they are at most 1/n_bins of the range apart.
     """
     if height.shape[-1] < 2:
         nowhere = torch.zeros(len(height), dtype=torch.bool)
@@ -160,15 +161,15 @@ def _place(density: Num[torch.Tensor, "neurons bins"]) -> Float[torch.Tensor, " 
     """Centre of the first fullest bin, as a share of the range."""
     n_bins = density.shape[-1]
     index = torch.arange(n_bins)
-    first = torch.where(density == density.amax(-1, keepdim=True), index, n_bins).amin(-1)  # argmax may take any
+    first = torch.where(density == density.amax(-1, keepdim=True), index, n_bins).amin(-1)  # argmax may return any
     return (first.double() + 0.5) / n_bins
 
 
 def smooth(counts: Num[torch.Tensor, "neurons bins"], power: int = 1) -> Float[torch.Tensor, "neurons bins"]:
-    """Gaussian of 5 bins with sigma 1; outside of the range there is nothing.
+    """Counts convolved with a Gaussian of 5 bins, sigma 1 bin, and zeros outside of the range.
 
     Args:
-        power: that the weights are raised to; 2 gives the variance of the smoothed counts.
+        power: exponent of the weights; 2 gives the variance of the smoothed counts.
     """
     kernel = torch.exp(-0.5 * torch.arange(-2.0, 3.0, dtype=torch.float64) ** 2)
     kernel = (kernel / kernel.sum()) ** power
@@ -178,14 +179,16 @@ def smooth(counts: Num[torch.Tensor, "neurons bins"], power: int = 1) -> Float[t
 def averaged(
     coarse: Num[torch.Tensor, "neurons bins"], fine: Num[torch.Tensor, "neurons fine_bins"], n_bins: int
 ) -> Found:
-    """The fullest fine bin, to whose count that of its coarse bin is added. The coarse one holds the same values once
-    more, which weighs in its variance: `(coarse - fine) + 4 fine`."""
+    """The fullest fine bin after the count of its coarse bin is added to its own.
+
+    The coarse bin counts the fine bin's values a second time, so the variance is `(coarse - fine) + 4 fine`.
+    """
     around = coarse.repeat_interleave(fine.shape[-1] // coarse.shape[-1], -1)
     return fullest(around + fine, around + 3 * fine, n_bins)
 
 
 def coarse_to_fine(counts: Num[torch.Tensor, "neurons bins"]) -> Found:
-    """The fullest of the fine bins inside the fullest coarse one; tied where the coarse ones are."""
+    """The fullest fine bin inside the fullest coarse bin; tied if the coarse bins are tied."""
     blocks = counts.unflatten(-1, (-1, FINE))
     n_coarse = blocks.shape[1]
     coarse = fullest(blocks.sum(-1), blocks.sum(-1), n_coarse)
@@ -199,10 +202,10 @@ def kernel_density(
     bandwidth: float,
     n_bins: int,
 ) -> Found:
-    """The bin where the density is highest: every value counts as the centre of its bin.
+    """The bin with the highest kernel density, where every value counts as the centre of its bin.
 
-    The convolution is done by FFT, and padded so that the two ends of the range do not meet. The runner-up is another
-    maximum of the density: beside the highest bin lies one that is nearly as high, and means nothing.
+    The convolution uses an FFT, padded so that the ends of the range do not wrap around. The runner-up is another local
+    maximum: the bin beside the highest one is always nearly as high.
     """
     n = counts.shape[-1]
     size = 2 * n
@@ -215,7 +218,7 @@ def kernel_density(
         density, variance = (
             torch.fft.irfft(transformed * torch.fft.rfft(torch.exp(power * exponent)), size)[:, :n] for power in (1, 2)
         )
-        # The transform leaves rounding; what differs by less is a tie, and ties go to the lower bin.
+        # The FFT leaves rounding noise: smaller differences are ties, which go to the lower bin.
         rounded = (density / density.amax(-1, keepdim=True)).mul(1e9).round()
         before, after = (torch.nn.functional.pad(rounded, pad, value=-1.0) for pad in ((1, 0), (0, 1)))
         is_maximum = (rounded > before[:, :-1]) & (rounded >= after[:, 1:])
@@ -227,18 +230,18 @@ def kernel_density(
 def grenander(counts: Num[torch.Tensor, "neurons bins"]) -> Float[torch.Tensor, " neurons"]:
     """Grenander's direct estimate of the mode: the mean of the values, weighted by a power of the density.
 
-    With `h` the counts smoothed as by `smooth`, it is `sum(h^p x) / sum(h^p)` over the bins' centres `x`, p = 10. For
-    p = 1 it is the mean; the higher p is, the closer it comes to the fullest bin, and the more one count can move it.
-    It is continuous in the counts: one value that goes to another bin moves it by at most some `p` shares of the range
-    over the number of values near the peak.
+    With `h` the counts smoothed by `smooth`, it is `sum(h^p x) / sum(h^p)` over the bin centres `x`, p = 10. p = 1
+    gives the mean; a higher p comes closer to the fullest bin, but lets a single count move it further. The estimate is
+    continuous in the counts: a value that moves to another bin changes it by at most about `p / m` of the range, with
+    `m` the number of values near the peak.
 
-    With one peak it is that peak, for a skewed one a little to its heavier side (an exponential density: 1/p of its
-    mean from the end). Of two peaks it is the higher one, if that is clearly higher (by a third: 18 to 1); of two
-    equal ones it lies between them, at a value that the neuron may seldom take. Where the activation is one of few
-    values, it is the most frequent one, to half a bin.
+    A single peak is found as it is; if it is skewed, the estimate lies a little towards its heavier side (for an
+    exponential density, 1/p of its mean from the end). Of two peaks it finds the higher one if that is clearly higher
+    (by a third: weights of 18 to 1). Between two equal peaks it lies at a value that the neuron may seldom take. If the
+    activation takes only a few values, it is the most frequent one, to half a bin.
 
-    Source: Grenander, Some direct estimates of the mode, Ann. Math. Stat. 36 (1965). Departs from it in: its density is
-    a smoothed histogram, and not the distances between neighbouring values.
+    Source: Grenander, Some direct estimates of the mode, Ann. Math. Stat. 36 (1965). Departs from it in: the density is
+    a smoothed histogram instead of the distances between adjacent values.
     """
     n_bins = counts.shape[-1]
     height = smooth(counts)
@@ -247,7 +250,7 @@ def grenander(counts: Num[torch.Tensor, "neurons bins"]) -> Float[torch.Tensor, 
 
 
 def half_sample_mode(counts: Num[torch.Tensor, "neurons bins"]) -> Float[torch.Tensor, " neurons"]:
-    """Robust mode: halve the sample to its densest half until nothing more can be halved."""
+    """Half-sample mode, a robust mode: narrow the sample to its densest half until it cannot be halved."""
     return torch.tensor([_half_sample_mode(row) for row in counts.numpy()], dtype=torch.float64)
 
 
@@ -260,7 +263,7 @@ def _half_sample_mode(row: np.ndarray) -> float:
         ends = np.searchsorted(cumulated, cumulated[starts] + half)  # the first bin that completes the half
         fits = ends <= high
         starts, ends = starts[fits], ends[fits]
-        # The shortest; of these, the one that holds most; of these, the first.
+        # The shortest interval; then the one with most values; then the first.
         best = np.lexsort((starts, cumulated[starts] - cumulated[ends], ends - starts))[0]
         if (starts[best], ends[best]) == (low, high):
             break

@@ -1,4 +1,4 @@
-"""Resample: what the neuron did at the same position of another input."""
+"""Resample ablation: replace a neuron with its activation at the same position of another input."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ class Resample:
     """Activations of another input, position by position.
 
     Attributes:
-        source: dataset: the clean activations of another example of the same batch, which stay in distribution.
-            Of the paper, one fixed input for all examples: random_characters, random_tokens, generated (the model's
-            own sample), random_pixels. random_input: random_characters for text, random_pixels for images.
-        as_run: give text number i the activation of position i at all its positions, and zero once the other input
-            has ended: what the paper's published runs did. Not for source=dataset.
-        length: of the other input, with as_run; without it, the input is as long as the longest example.
+        source: the other input.
+            dataset: another example of the same batch, whose clean activations stay in distribution.
+            random_characters, random_tokens, generated (sampled from the model itself), random_pixels: one fixed input
+                for all examples, as in the paper.
+            random_input: random_characters for text, random_pixels for images.
+        as_run: reproduce the paper's published runs: text number i gets the activation of position i at all its
+            positions, or zero if the other input is shorter than that. Not for source=dataset.
+        length: positions of the other input, only with as_run; otherwise it is as long as the longest example.
 
     Source: arXiv:2408.17322. Departs from it in: source=dataset, and position by position as the default.
     """
@@ -68,8 +70,10 @@ class Resample:
 
 @dataclass(frozen=True)
 class AnotherExample:
-    """The example before it in the batch, the last one for the first; of another document, where the batch has one.
-    Where that one is shorter, it starts again."""
+    """Activations of the example before it in the batch (the last one for the first), of another document if possible.
+
+    A shorter example is repeated from its start.
+    """
 
     reads_clean = True
 
@@ -95,7 +99,11 @@ def _donors(documents: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class PositionByPosition:
-    """`other`: `[1, rows, neurons]` a layer, at least as many rows as the examples have positions."""
+    """Activations of the other input at the same position.
+
+    Attributes:
+        other: `[1, rows, neurons]` per layer, with at least as many rows as the examples have positions.
+    """
 
     other: list[Float[torch.Tensor, "1 _rows _neurons"]]
     reads_clean = False
@@ -108,7 +116,7 @@ class PositionByPosition:
 
 @dataclass(frozen=True)
 class OneForEachText:
-    """Resampling of the paper's published runs: one position of the other input for a whole text."""
+    """Replacement of the paper's published runs: one position of the other input serves a whole text."""
 
     other: list[Float[torch.Tensor, "_rows _neurons"]]
     reads_clean = False

@@ -1,4 +1,4 @@
-"""Zero: the neuron is silent."""
+"""Zero ablation: replace a neuron with 0."""
 
 from __future__ import annotations
 
