@@ -1,4 +1,4 @@
-"""The command as it was typed -> options as Hydra takes them."""
+"""Translates command-line arguments into the form that Hydra takes."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ FOLDERS = ("-cd", "--config-dir", "-cp", "--config-path")
 
 
 def for_hydra(arguments: Sequence[str]) -> list[str]:
-    """The command with Hydra's flags first, since its parser refuses options that follow a flag if others come before
-    it; with `--seed=3` as `seed=3`, since W&B's agent types it so; and with options as `options_for_hydra` gives them.
+    """Rewrite a command's arguments so that Hydra's parser takes them.
+
+    Flags come first, since the parser refuses options on both sides of a flag. `--seed=3`, as W&B's agent types it,
+    becomes `seed=3`. Options are rewritten by `options_for_hydra`.
 
     Raises:
         UserError: a flag that Hydra does not have.
@@ -55,12 +57,12 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
 
 
 def _folder(given: str) -> str:
-    """The folder from the root: Hydra would begin a relative `--config-path` inside of this package."""
+    """Absolute path of a config folder: Hydra would resolve a relative `--config-path` inside this package."""
     return given if not given or given.startswith("pkg://") else absolute(given)
 
 
 def config_folders(arguments: Sequence[str]) -> list[Path]:
-    """The folders of configs that a command names, as `for_hydra` gives it."""
+    """Config folders that are named in arguments returned by `for_hydra`."""
     pairs = zip(("", *arguments), arguments, strict=False)
     given = [value if before in FOLDERS else value.partition("=")[2] for before, value in pairs
              if before in FOLDERS or value.partition("=")[0] in FOLDERS]  # fmt: skip
@@ -68,7 +70,7 @@ def config_folders(arguments: Sequence[str]) -> list[Path]:
 
 
 def _is_flag(name: str) -> bool:
-    """True for a flag of Hydra or the beginning of one, which its parser takes as well; an option is none."""
+    """True for a flag of Hydra, or the beginning of one, which its parser takes as well; False for an option."""
     if name.removeprefix("--") in (*CHOICES, *OPTIONS):
         return False
     if name.startswith("--"):
@@ -77,23 +79,23 @@ def _is_flag(name: str) -> bool:
 
 
 def options_for_hydra(options: Sequence[str]) -> list[str]:
-    """Options that mean what their reader takes them for, also where Hydra reads something else, or nothing:
+    """Rewrite options that Hydra would misread or refuse:
 
-    - `method=[zero,mean]`: both, one after the other, as `method=zero,mean`; Hydra would take the last one;
-    - `fraction=0.1,0.5`, `fraction=choice(0.1,0.5)` and the like: numbers, where Hydra expects a name;
-    - `model.path=~/gpt2`: in the folder of the user.
+    - `method=[zero,mean]`: a sweep over both, as `method=zero,mean`; Hydra would take only the last one;
+    - `fraction=0.1,0.5`, `fraction=choice(0.1,0.5)` and the like: numbers, where Hydra expects names of yaml files;
+    - `model.path=~/gpt2`: `~` is expanded to the user's home folder.
     """
     at_home = [_at_home(option) for option in options]
-    # The last one counts, as of every option; of two that become different ones, Hydra would not know.
+    # If `fraction` is given twice, the last one counts. Rewritten, both might be different keys, and Hydra keep both.
     fractions = [place for place, option in enumerate(at_home) if option.startswith("fraction=")]
     at_home = [option for place, option in enumerate(at_home) if place not in fractions[:-1]]
     return [_rewritten(option) for option in number_fractions(at_home)]
 
 
 def _at_home(option: str) -> str:
-    """`~` and `~user` at the beginning of a value, or of an item of a list, as a shell expands them."""
+    """Expand `~` and `~user` at the beginning of a value or of a list item, as a shell does."""
     key, equals, value = option.partition("=")
-    if "~" not in value or "'" in value or '"' in value:  # what is quoted is expanded where it is used
+    if "~" not in value or "'" in value or '"' in value:  # a quoted value is expanded where it is used
         return option
 
     def expanded(match: re.Match[str]) -> str:
@@ -110,7 +112,7 @@ def _rewritten(option: str) -> str:
         return option
     try:
         override = OverridesParser.create().parse_override(option)
-    except HydraException:  # Hydra says so when it reads it
+    except HydraException:  # Hydra reports it when it parses the option
         return option
     given = override.value()
     if key == "fraction" and isinstance(given, RangeSweep):
@@ -126,8 +128,8 @@ def _rewritten(option: str) -> str:
 
 
 def with_exact_range(override: Override) -> Override:
-    """The override, of whose decimal numbers a range has those that were typed: Hydra adds up binary ones, and
-    `range(0.1,0.4,0.1)` has 0.30000000000000004."""
+    """Replace a decimal range by the numbers as typed: Hydra adds floats, so `range(0.1,0.4,0.1)` has
+    0.30000000000000004."""
     given = override.value()
     if not isinstance(given, RangeSweep) or isinstance(given.range(), range):
         return override
@@ -135,7 +137,7 @@ def with_exact_range(override: Override) -> Override:
 
 
 def takes_one(key: str) -> bool:
-    """True for an option that has one value or name at a time, so that a list of them can only mean a sweep."""
+    """True if an option takes a single value or name, so that a list of them can only mean a sweep."""
     return key in (*CHOICES, *SCALARS) or key.startswith("hydra/")
 
 
@@ -153,7 +155,7 @@ def _is_number(item: Any) -> bool:
 
 
 def _choice(given: RangeSweep) -> ChoiceSweep:
-    """The numbers of a range, added up as they were typed."""
+    """The numbers of a range, added up in decimal."""
     whole = all(isinstance(value, int) for value in (given.start, given.stop, given.step))
     start, stop, step = (Decimal(str(value)) for value in (given.start, given.stop, given.step))
     n = max(0, math.ceil((stop - start) / step)) if step else 0
@@ -162,7 +164,7 @@ def _choice(given: RangeSweep) -> ChoiceSweep:
 
 
 def typed(value: Any) -> str:
-    """A value in Hydra's grammar."""
+    """The value written in Hydra's override grammar."""
     if isinstance(value, QuotedString):
         return value.with_quotes()
     if isinstance(value, str) and not re.fullmatch(r"[\w./+-]*(\$\{.*\})?[\w./+-]*", value):

@@ -1,4 +1,4 @@
-"""Statistics of the calibration data, as a method asks for them, and the record of what they were taken from."""
+"""Calibration statistics, computed as a method asks for them, and the record of the data that they come from."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class CalibrationStatistics:
-    """Gives a method the statistics that it asks for: computed, or read where an earlier job has left them.
+    """Callable that returns the statistics a method asks for: computed, or from the cache of an earlier job.
 
     Attributes:
-        folder: the run's, whose environment.json tells where the statistics are and what they were taken from.
-        replay: the activations of a pass over the batches, once one was recorded; None: the model is run again.
-        copies_left_out: examples of the calibration split were left out. Earlier versions counted copies, so that
-            their statistics are not taken for these.
-        halved: rounding may change what the method computes by more than the last digit, since batches had to be
-            halved: sums then differ in the last digit, and a method that reads counts is not continuous in them.
+        folder: run folder, whose environment.json records the cache folder and the calibration data.
+        replay: recorder for the activations of the calibration pass; None: every pass runs the model.
+        copies_left_out: True if duplicates were removed from the calibration split. Earlier versions counted them, so
+            their cached statistics are not reused.
+        halved: True if halved batches may have changed the method's values by more than the last digit. Sums change
+            only in the last digit, but a method that reads counts may not be continuous in them.
     """
 
     job: Job
@@ -57,7 +57,7 @@ class CalibrationStatistics:
         )
 
     def __call__(self, *wanted: Histogram | Medians) -> Statistics:
-        """The moments of each neuron, and the histograms and medians that are wanted."""
+        """The moments of each neuron, plus the requested histograms and medians."""
         statistics = collect(
             self.model,
             self.projections,
@@ -77,7 +77,7 @@ class CalibrationStatistics:
         return statistics
 
     def _positions_asked(self, positions: int) -> int:
-        """Number of positions that the options ask for. Where `statistics.documents` was reached first, these are the
-        positions of so many documents."""
+        """Number of calibration positions that the options ask for. If `statistics.documents` was reached first, the
+        number of positions in that many documents."""
         documents = {place for batch in self.batches for place in batch.documents or batch.index}
         return positions if len(documents) == self.job.statistics.documents else self.job.statistics.tokens

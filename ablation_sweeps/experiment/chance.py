@@ -1,4 +1,4 @@
-"""The chance level of every metric: a guesser that does not see the input."""
+"""Chance level of every metric: the score of a predictor that does not see the input."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChanceModel:
-    """What someone who does not see the input would answer: the chance level of every metric.
+    """Predictor that does not see the input; its scores are the chance levels.
 
     Attributes:
         probability: of each token (its frequency in the calibration data, add-one smoothed) or class (uniform).
-        common: the most common tokens, which the skip metrics leave out; empty for images.
+        common: ids of the most common tokens, which the skip metrics leave out; empty for images.
     """
 
     probability: Float[torch.Tensor, " classes"]
@@ -33,10 +33,14 @@ class ChanceModel:
 
 
 def unigram(batches: Sequence[Batch], n_classes: int, special_ids: Iterable[int], skip: int) -> ChanceModel:
-    """From the tokens of the calibration data, special ones left out."""
+    """Token frequencies in the calibration data, without special tokens.
+
+    Args:
+        skip: number of most common tokens that the skip metrics leave out.
+    """
     counts: Counter[int] = Counter()
     for batch in batches:
-        mask = batch.inputs.get("attention_mask", batch.keep)  # which a kind of model of one's own may lack
+        mask = batch.inputs.get("attention_mask", batch.keep)  # a custom kind of model may have no attention mask
         assert mask is not None
         counts.update(batch.inputs["input_ids"][mask.bool()].tolist())
     for special in special_ids:
@@ -49,6 +53,7 @@ def unigram(batches: Sequence[Batch], n_classes: int, special_ids: Iterable[int]
 
 
 def uniform(n_classes: int) -> ChanceModel:
+    """Equal probability for every class."""
     return ChanceModel(torch.full((n_classes,), 1 / n_classes, dtype=torch.float64), torch.empty(0, dtype=torch.long))
 
 
@@ -70,7 +75,7 @@ def _chance(guess: ChanceModel, labels: Int[torch.Tensor, " scored"], top_k: int
 
 
 def chance_model(job: Job, model: Transformer, batches: list[Batch], calibration: list[Batch]) -> ChanceModel:
-    """The guesser that does not see the input.
+    """The chance model of a job: token frequencies for text, a uniform distribution for images.
 
     Raises:
         UserError: the classes of the data are not those of the model.
@@ -86,7 +91,7 @@ def chance_model(job: Job, model: Transformer, batches: list[Batch], calibration
                 "dataset.classes=FILE gives their order)"
             )
         known = set(model.class_names)
-        for number, (name, own) in enumerate(zip(names, model.class_names, strict=False)):  # which may be empty
+        for number, (name, own) in enumerate(zip(names, model.class_names, strict=False)):  # may be empty
             if name != own and name in known:
                 raise UserError(
                     f"dataset={job.dataset.label}: its class {number} is {name}, but the model's is {own}: in another "

@@ -1,4 +1,4 @@
-"""The clean pass over each batch, which jobs with the same model and data share."""
+"""Cache of clean (unablated) logits, shared by jobs with the same model and data."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from ablation_sweeps.base.lazy import torch
 from ablation_sweeps.data.batch import Batch
 from ablation_sweeps.models.transformer import Transformer
 
-MAX_CLEAN_BYTES = 1 << 28  # bytes of main memory
+MAX_CLEAN_BYTES = 1 << 28  # in main memory
 
 PartKey = tuple[int, ...]  # (7,) is batch 7, (7, 0) its first half, (7, 0, 1) the second half of that
 
 
 @dataclass
 class CleanPasses:
-    """Gives the clean logits of a batch where it is scored: to the bit those of a forward pass, and sooner for a batch
-    that it has seen.
+    """Gives the clean logits of a batch at its scored positions, bit-equal to a forward pass, cached if they fit.
 
-    Logits of language models are large. Of these it keeps what the head takes, and applies the head again; where that
-    does not give the logits (some models scale or cap them afterwards), it keeps nothing.
+    The logits of a language model are large, so the input of its head is cached instead and the head applied again. If
+    that does not reproduce the logits (some models scale or cap them after the head), nothing is cached.
 
     Attributes:
-        kept: of each batch, or of its parts; on the CPU.
+        room: bytes that are left in the cache.
+        kept: the cached tensor of each batch, or part of one, on the CPU.
     """
 
     model: Transformer
@@ -38,8 +38,10 @@ class CleanPasses:
     def logits(
         self, part: PartKey, batch: Batch, rows: Int[torch.Tensor, " rows"]
     ) -> Float[torch.Tensor, "rows classes"]:
-        """Args:
-        rows: places of the positions, or images, that are scored; the same whenever it is asked for this part.
+        """Clean logits of one batch, or part of one.
+
+        Args:
+            rows: indices of the scored positions, or images, in the flattened batch; the same at every call for a part.
         """
         if part in self.kept:
             return self._from(self.kept[part])
@@ -54,10 +56,10 @@ class CleanPasses:
         x = x.to(self.model.device)
         if self.model.head is not None:
             x = self.model.head(x[None])[0]
-        return x.to(self.model.device)  # where a model that is spread over devices gives its logits
+        return x.to(self.model.device)  # a model that is split across devices may give its logits on another one
 
     def _head_comes_last(self) -> bool:
-        """Of one short input: the logits of a batch are large."""
+        """True if the head reproduces the logits from its input. Tried with one short input, whose logits are small."""
         probe = self.model.other_input("probe", 8, 0).to(self.model.device)
         with torch.inference_mode():
             logits, shown = self.model.pass_at(probe, torch.arange(1, 8, device=self.model.device))

@@ -1,4 +1,4 @@
-"""The folder conf/, and the job that it makes of a few options."""
+"""Composes a job from options and the yaml files in conf/."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "co
 
 
 def compose_job(*options: str, config_dir: str | os.PathLike[str] | None = None) -> Job:
-    """The job that the command line makes of the same options. Nothing is loaded or written yet.
+    """Compose and check the job that the command line makes of the same options. Nothing is loaded or written yet.
 
     Args:
-        options: as they are typed, `"method=mean"` or `"eval.tokens=5000"`.
-        config_dir: folder with yamls of your own, as for the flag `--config-dir`.
+        options: as typed on the command line: `"method=mean"` or `"eval.tokens=5000"`.
+        config_dir: folder with yaml files of your own, as for the flag `--config-dir`.
 
     Raises:
         UserError: one line that names the option and the remedy.

@@ -1,4 +1,4 @@
-"""A composed config -> a validated Job."""
+"""Builds a validated Job from a composed config."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ PARTS = ("model", "dataset", "method", "fraction", "site", "selection", "statist
 SCALARS = ("batch_tokens", "seed", "prefetch", "dry_run", "sweep", "results_dir", "objective")
 OPTIONS = (*PARTS, *SCALARS)
 MAY_BE_NULL = ("objective",)
-MOST = 2**63 - 1  # of any number: what tables and random generators take
+MOST = 2**63 - 1  # limit of every number: tables and random generators take 64 bits
 CHOICES = (*(part for part in PARTS if part not in ("statistics", "eval")), "study", "experiment")  # folders of conf/
 
 
 def to_job(cfg: DictConfig) -> Job:
-    """Builds and validates every part. Nothing heavy is loaded; see `Job.check` for what needs the disk.
+    """Build and validate every part of a job. It loads nothing heavy; `Job.check` does the checks that need the disk.
 
     Raises:
         UserError: one line that names the option.
@@ -46,7 +46,7 @@ def to_job(cfg: DictConfig) -> Job:
 
 
 def from_dict(config: dict[str, Any]) -> Job:
-    """The same from a resolved config, as `Job.config` keeps it: what is shipped to another process."""
+    """Build a job from a resolved config such as `Job.config`, the form in which jobs are sent to other processes."""
     from ablation_sweeps.experiment.job import Job
 
     for option in ("study", "experiment"):
@@ -83,10 +83,10 @@ def from_dict(config: dict[str, Any]) -> Job:
 
 
 def option_places(results_dir: object, sweep: object) -> tuple[str, str]:
-    """The folder of all sweeps, from the root, and the name of the sweep's own.
+    """The absolute folder of all sweeps, and the name of the sweep's own folder in it.
 
     Raises:
-        UserError: it is no name, or not that of one folder.
+        UserError: one of them is empty, or `sweep` is not the name of a single folder.
     """
     for option, value in (("results_dir", results_dir), ("sweep", sweep)):
         if value in ("", None):
@@ -97,13 +97,13 @@ def option_places(results_dir: object, sweep: object) -> tuple[str, str]:
 
 
 def _with_numbers(options: dict[str, Any], built: object) -> dict[str, Any]:
-    """The options, with the number or truth value where one was given as text, as `${oc.env:N}` gives it."""
+    """The options, where numbers and booleans given as text (by `${oc.env:N}`) are replaced by their parsed values."""
     fields = {key: getattr(built, key, value) for key, value in options.items() if isinstance(value, str)}
     return options | {key: value for key, value in fields.items() if isinstance(value, int | float)}
 
 
 def _whole_number(option: str, value: object, least: int) -> int:
-    """The number, also where it is given as text, as `seed=${oc.env:SEED}` gives it."""
+    """Check a whole number, which may be given as text, e.g. by `seed=${oc.env:SEED}`."""
     number = int(value) if isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d{1,30}\s*", value) else value
     if type(number) is not int or number < least:
         raise UserError(f"{option}={as_typed(value)}: must be a whole number of at least {least}")
@@ -120,7 +120,7 @@ def _flag(option: str, value: object) -> bool:
 
 
 def to_dict(cfg: DictConfig) -> dict[str, Any]:
-    """Resolved, without Hydra's own settings."""
+    """The resolved config without Hydra's own settings."""
     options = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     try:
         return OmegaConf.to_container(options, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
@@ -131,7 +131,7 @@ def to_dict(cfg: DictConfig) -> dict[str, Any]:
 
 
 def build(part: str, options: Any) -> Any:
-    """An object of the class that `_target_` names, with the rest of the options as its fields."""
+    """Instantiate the class that `_target_` names, with the other options as its fields."""
     from pydantic import ValidationError
 
     if not isinstance(options, dict):
@@ -149,7 +149,7 @@ def build(part: str, options: Any) -> Any:
     path = str(options["_target_"])
     target = _find(part, MOVED.get(path, path))
     known = list(inspect.signature(target).parameters)
-    for key in fields.keys() - set(known):  # which pydantic does not mind, unless it is told to
+    for key in fields.keys() - set(known):  # pydantic ignores unknown fields unless told otherwise
         raise UserError(no_such_option(part, key, known))
     try:
         built = target(**fields)
@@ -157,13 +157,13 @@ def build(part: str, options: Any) -> Any:
         empty = {e["loc"] for e in error.errors() if e["type"] == "too_short"}
         errors = [e for e in error.errors() if not (e["loc"] in empty and fields.get(str(e["loc"][0])))]
         raise UserError("; ".join(explain(part, fields, e) for e in errors)) from error
-    except (TypeError, ValueError) as error:  # of a class that pydantic does not check
+    except (TypeError, ValueError) as error:  # from a class that pydantic does not check
         raise UserError(f"{part}: {first_line(error)}") from error
     for key in fields:
         _check_size(part, key, fields[key], getattr(built, key, None))
     if part in ("model", "dataset"):
         try:
-            hash(built)  # what is loaded is kept under it
+            hash(built)  # it is the cache key of what is loaded
         except TypeError as error:
             raise UserError(
                 f"{part}._target_={options['_target_']}: {error}; declare the field that holds it a tuple, and take "
@@ -173,7 +173,7 @@ def build(part: str, options: Any) -> Any:
 
 
 def _check_size(part: str, key: str, given: object, value: object) -> None:
-    """Check the size of a number, or of each one in a list."""
+    """Check that numbers, alone or in a list, are finite and fit into 64 bits."""
     for number in value if isinstance(value, list | tuple) else [value]:
         if isinstance(number, float) and not isinstance(value, list | tuple) and not math.isfinite(number):
             raise UserError(f"{part}.{key}={as_typed(given)}: must be a finite number")
@@ -182,7 +182,7 @@ def _check_size(part: str, key: str, given: object, value: object) -> None:
 
 
 def _find(part: str, path: str) -> Any:
-    """The class of that path, which has what a part needs."""
+    """Import the class at `path`, and check that it has what its part of a job needs."""
     try:
         module, _, name = path.rpartition(".")
         target = getattr(importlib.import_module(module), name)
@@ -213,7 +213,7 @@ NUMBER = r"(?:[-+]?(?:[.\d][.\deE+-]*|inf|nan))"
 
 
 def number_fractions(arguments: list[str]) -> list[str]:
-    """`fraction=0.1,0.5` -> `fraction.values=[0.1],[0.5]`, since Hydra takes no numbers for a group."""
+    """Rewrite `fraction=0.1,0.5` as `fraction.values=[0.1],[0.5]`: Hydra takes no numbers as names in a group."""
     rewritten = []
     for argument in arguments:
         match = re.fullmatch(rf"fraction=(\[?)({NUMBER}(?:\s*,\s*{NUMBER})*)\]?", argument)
@@ -226,12 +226,12 @@ def number_fractions(arguments: list[str]) -> list[str]:
 
 
 def _embedded(name: str) -> str:
-    """Folder of a model that ships with this package."""
+    """Folder of a model that is included in this package."""
     return str(Path(__file__).parents[1] / "assets" / name)
 
 
 def _package_folder(name: str, remedy: str) -> str:
-    """Folder of an installed package that carries a model."""
+    """Folder of an installed package that contains a model."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise UserError(f"model: the package {name} is not installed; get it with: {remedy}")
@@ -239,7 +239,7 @@ def _package_folder(name: str, remedy: str) -> str:
 
 
 def _label_of(name: str | None, path: str | None) -> str:
-    """The last part of the path or of the name on the hub; of text without its suffix, of a glob what is no pattern."""
+    """Last part of the path or hub name: for text without its suffix, for a glob the part before the pattern."""
     if path is None:
         return (name or "unnamed").split("/")[-1]
     whole = Path(os.path.abspath(os.path.expanduser(path)))
@@ -248,17 +248,17 @@ def _label_of(name: str | None, path: str | None) -> str:
 
 
 def _python_version() -> str:
-    """The Python whose documentation and source code are data: each version has other ones."""
+    """The running Python, whose documentation and source code are a dataset: they differ between versions."""
     return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def _tagged(label: str, variant: str | int | None, default: str | None) -> str:
-    """`peak`, `peak-smoothed`: the variant is named where it is not the default."""
+    """The label, followed by the variant unless that is the default: `peak`, `peak-smoothed`."""
     return label if variant == default else f"{label}-{variant}"
 
 
 def _read_times_as_text() -> None:
-    """`time: 10:00:00` in a yaml is text, as on the command line; YAML 1.1 has it as 36000, to the base of 60."""
+    """Read `time: 10:00:00` in a yaml as text, as on the command line; YAML 1.1 reads the number 36000, in base 60."""
     import yaml
 
     plain = re.compile(r"^[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$")
@@ -271,7 +271,7 @@ _read_times_as_text()
 
 
 def _folder_of_sweep(results_dir: str, sweep: str) -> str:
-    """Hydra makes it before it runs a job: a name that is refused makes none."""
+    """Folder of a sweep. Hydra creates it before the job runs, so an invalid name is refused here, before that."""
     return os.path.join(*option_places(results_dir, sweep))
 
 

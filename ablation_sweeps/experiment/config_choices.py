@@ -1,4 +1,4 @@
-"""A check of a composed config: of each group one option is chosen."""
+"""Checks that a composed config chooses one option per config group."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ablation_sweeps.experiment.config import CHOICES
 
 
 def check_choices(cfg: DictConfig, loader: Any) -> None:
-    """Hydra lets a defaults list of a yaml choose several options of one group, of which the last one counts.
+    """Refuse a yaml whose defaults list chooses several options of one group, of which Hydra would take the last.
 
     Args:
-        loader: Hydra's, which has composed `cfg`.
+        loader: the config loader of Hydra that composed `cfg`.
 
     Raises:
-        UserError: several are chosen.
+        UserError: several options of a group are chosen.
     """
     absent = [
         group for group in (*CHOICES, "hydra/launcher", "hydra/sweeper") if group not in cfg.hydra.runtime.choices

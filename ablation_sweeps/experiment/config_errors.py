@@ -1,4 +1,4 @@
-"""Errors of Hydra, OmegaConf and pydantic -> one line that names the option and the remedy."""
+"""Translates errors of Hydra, OmegaConf and pydantic into one line that names the option and the remedy."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from ablation_sweeps.base.terminal import as_typed, plain, typed_command
 
 
 def one_line(error: BaseException, conf: Path, *more: Path) -> str:
-    """One line that says what went wrong and what to do, for a person at a terminal.
+    """One line that says what went wrong and what to do.
 
     Args:
-        more: folders of configs beside `conf`.
+        conf: the config folder.
+        more: further config folders.
     """
     import yaml
 
     text = " ".join(str(error).split())
-    if isinstance(error.__cause__, UserError) and not isinstance(error, UserError):  # which Hydra wraps
+    if isinstance(error.__cause__, UserError) and not isinstance(error, UserError):  # wrapped by Hydra
         return plain(error.__cause__)
     if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark):
         said = ", ".join(part for part in (error.context, error.problem) if part)
@@ -38,13 +39,13 @@ def one_line(error: BaseException, conf: Path, *more: Path) -> str:
 
 
 def _undecodable(folders: Iterable[Path], content: bytes) -> Path | None:
-    """The config file that holds this: Python's error does not name it."""
+    """The config file with this content, since Python's error does not name it."""
     files = (file for folder in folders for file in folder.rglob("*.yaml") if file.is_file())
     return next((file for file in files if file.read_bytes()[: len(content)] == content), None)
 
 
 def _of_hydra(error: BaseException, text: str, conf: Path) -> str:
-    """Hydra's messages, as far as they say little to who has not written the program."""
+    """Rewrite those of Hydra's messages that are hard to understand without knowing the code."""
     text = text.split(" See https://hydra.cc")[0].split(" full_key:")[0]
     remedy = "write option=value, and quote what holds special characters twice: 'option=\"a(b)\"'"
     if isinstance(error, OverrideParseException):
@@ -93,12 +94,13 @@ def _unknown(key: str, conf: Path) -> str:
 
 
 def near(word: str, options: list[str]) -> str:
+    """A hint at the option that was probably meant; empty if none is similar."""
     close = difflib.get_close_matches(word, options, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _known_options(conf: Path) -> dict[str, set[str]]:
-    """Every option of every yaml of conf/, e.g. `method.n_bins`, and which have it, e.g. `method=peak`."""
+    """Every option in the yaml files of conf/, e.g. `method.n_bins`, with the choices that have it: `method=peak`."""
     import yaml
 
     known: dict[str, set[str]] = {}

@@ -1,4 +1,4 @@
-"""Batches x fractions -> sums of every metric for every document -> rows with standard errors."""
+"""Evaluates every batch at every fraction: metric sums per document, then rows with standard errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-LEAST = 32  # documents or images that a standard error is taken from, before it decides about more
+LEAST = 32  # documents or images needed before a standard error may end the evaluation of a point
 
 
 def evaluate(
@@ -45,26 +45,28 @@ def evaluate(
     target_stderr: float | None = None,
     clean: CleanPasses | None = None,
 ) -> pd.DataFrame:
-    """One clean pass over each batch, at once or in parts, then one for every fraction that is not precise enough yet.
+    """Run one clean pass over each batch, then one ablated pass at each fraction that is not precise enough yet.
 
     Args:
-        masks: for each fraction; fraction 0 is the clean pass and needs none.
-        done: what earlier batches gave, if the job was interrupted; these are not run again.
-        save: called with the number of each batch and its sums, as soon as they are there.
-        note: told when the device has too little memory for a batch, which is then halved.
-        target_stderr: of the mean loss, in nats; a fraction that reaches it gets no more batches. None: all get all.
-        clean: passes over these batches that an earlier job has left.
+        masks: for each fraction, one mask per layer; fraction 0 is the clean pass and needs none.
+        common: ids of the most common tokens, which the skip metrics leave out.
+        done: the metric sums of each batch that was finished before an interruption; these batches are not run again.
+        save: called with the number of each batch and its metric sums, as soon as they are known.
+        note: called with a warning if the device has too little memory for a batch, which is then halved.
+        target_stderr: standard error of the mean loss, in nats, at which a fraction needs no more batches. None: every
+            fraction is evaluated on all batches.
+        clean: cache of clean logits, which earlier jobs with the same batches may have filled.
 
     Returns:
-        one row a document and fraction with the columns `SUMS`: sums over the document's scored positions. With a
-        `target_stderr`, each fraction has the first so many documents: any two curves share those of the shorter one.
+        One row per document and fraction with the columns `SUMS`: sums over the document's scored positions. With a
+        `target_stderr`, a fraction may cover only the first documents, so two curves share those of the shorter one.
 
     Raises:
-        UserError: the model gives logits that are not finite, or nothing is scored.
+        UserError: the model gives logits that are not finite, or no position is scored.
     """
     device = model.device
     masks = {fraction: [mask.to(device) for mask in layers] for fraction, layers in masks.items()}
-    target_stderr = target_stderr if masks else None  # it is one of points
+    target_stderr = target_stderr if masks else None  # it only concerns points with ablated neurons
     clean = clean or CleanPasses(model)
     passes = Passes(
         model, projections, masks, replacement, common.to(device), top_k, clean, model.max_positions_per_pass, note
@@ -97,7 +99,7 @@ def evaluate(
 
 
 def _are_first(batches: Sequence[Batch]) -> bool:
-    """Whether these hold the first documents of the data: a batch of the longest is no fair sample."""
+    """True if the batches hold exactly the first documents of the data: a batch of long ones is a biased sample."""
     places = [place for batch in batches for place in batch.index]
     return len(places) >= LEAST and max(places) + 1 == len(places)
 
@@ -105,21 +107,21 @@ def _are_first(batches: Sequence[Batch]) -> bool:
 def _imprecise(
     masks: dict[float, list[Bool[torch.Tensor, " _neurons"]]], parts: list[pd.DataFrame], target_stderr: float
 ) -> dict[float, list[Bool[torch.Tensor, " _neurons"]]]:
-    """Those of the fractions that need more documents."""
+    """The fractions whose standard error is not yet at most the target."""
     loss = pd.concat(parts).groupby("fraction")
     stderr = {fraction: ratio(group["loss"].to_numpy(), group["n"].to_numpy())[1] for fraction, group in loss}
     return {fraction: layers for fraction, layers in masks.items() if not stderr[fraction] <= target_stderr}
 
 
-ScoreSums = dict[float, Float[np.ndarray, "batch sums"]]  # of each fraction
+ScoreSums = dict[float, Float[np.ndarray, "batch sums"]]  # for each fraction
 
 
 @dataclass
 class Passes:
-    """All forward passes over one batch: the clean one, then one for each fraction. See `evaluate`.
+    """Runs the forward passes over one batch: the clean one, then one at each fraction. See `evaluate`.
 
     Attributes:
-        max_positions: positions, or images, that a pass takes; fewer, once the device had too little memory for them.
+        max_positions: positions, or images, in one pass; lowered if the device has too little memory for them.
     """
 
     model: Transformer
@@ -133,10 +135,10 @@ class Passes:
     note: Callable[[str], None]
 
     def sums(self, batch: Batch, part: PartKey, values: list[torch.Tensor] | None = None) -> ScoreSums:
-        """Of `SUMS`; over a batch that is too large for one pass, half by half.
+        """Metric sums (`SUMS`) at each fraction. A batch that is too large for one pass is split in two.
 
         Args:
-            values: what is written, of this part; None of a whole batch, of which it is computed once.
+            values: replacement values of this part. None for a whole batch, for which they are computed once.
         """
         if values is None and not self.replacement.reads_clean:
             values = self._values(batch, [])
@@ -145,7 +147,7 @@ class Passes:
                 return self._of_all_at_once(batch, part, values)
             except torch.OutOfMemoryError:
                 self._too_large(batch)
-        # Not inside of `except`, whose error holds on to the memory of the pass that failed.
+        # Not inside `except`: the exception keeps the memory of the failed pass alive.
         if values is None:
             values = self._values(batch.to(torch.device("cpu")), self._clean_activations(batch, part))
         n, (first, last) = len(batch.names), batch.split_in_two()
@@ -170,22 +172,24 @@ class Passes:
         clean = _clean(logits)
         sums = {0.0: _sums(logits, clean, targets, self.common, self.top_k)}
         for fraction, layers in self.masks.items():
-            del logits  # of which there is no room for two
+            del logits  # there may not be room for two of them
             with ablated(self.projections, layers, values, size):
                 logits = self.model.logits_at(batch, targets.rows)
             sums[fraction] = _sums(logits, clean, targets, self.common, self.top_k)
-        # Not before the last pass: a GPU stands still when its numbers are waited for.
+        # Copy to the CPU only after the last pass: a GPU is idle while its results are waited for.
         return dict(zip(sums, torch.stack(list(sums.values())).cpu().numpy(), strict=True))
 
     def _clean_activations(self, batch: Batch, part: PartKey) -> list[torch.Tensor]:
-        """Of all examples, `[batch, rows, neurons]` a layer, though only some of them fit into one pass; in main
-        memory, since it may be they that did not fit."""
+        """Clean activations of all examples, `[batch, rows, neurons]` per layer, from several passes if necessary.
+
+        They are returned in main memory, since they may be what did not fit.
+        """
         if batch.fits(self.max_positions):
             try:
                 with reading(self.projections, len(batch.names)) as activations:
                     if part in self.clean.kept:
                         self.model.body(batch)
-                    else:  # which is needed next
+                    else:  # the clean logits are needed next
                         self.clean.logits(part, batch, _targets(batch).rows)
                 return [x.cpu() for x in activations]
             except torch.OutOfMemoryError:
@@ -201,15 +205,17 @@ class Passes:
 
 
 def _rows(values: list[torch.Tensor], rows: slice, n: int, part: Batch) -> list[torch.Tensor]:
-    """The part of the values for some examples of a batch of `n`; values may be the same for all of them, and texts
-    that are passed apart have fewer positions."""
+    """Select the values of some examples (`rows`) from those of a batch of `n`.
+
+    Values that all examples share are kept whole. Texts that run separately (`apart`) have fewer positions.
+    """
     own = [value[rows] if value.ndim == 3 and len(value) == n else value for value in values]
     width = part.labels.shape[-1]
     return [value[:, :width] if value.ndim == 3 and part.apart else value for value in own]
 
 
 def _stacked(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Activations of all examples, `[batch, rows, neurons]`, padded where texts were passed apart."""
+    """Join the activations of two halves, `[batch, rows, neurons]`, padded where texts ran separately."""
     width = max(first.shape[1], last.shape[1])
     padded = (torch.nn.functional.pad(x, (0, 0, 0, width - x.shape[1])) for x in (first, last))
     return torch.cat([*padded])
@@ -242,5 +248,5 @@ def _frame(sums: ScoreSums, batch: Batch) -> pd.DataFrame:
 def metrics(
     documents: pd.DataFrame, guess: ChanceModel, labels: Int[torch.Tensor, " scored"], top_k: int
 ) -> pd.DataFrame:
-    """The metrics at every fraction (see `metrics.curve`), with the chance level of each."""
+    """The metrics at every fraction (see `metrics.curve`), each with its chance level."""
     return curve(documents, top_k, len(guess.common), _chance(guess, labels, top_k))

@@ -1,4 +1,4 @@
-"""What enters the signature of a result: whatever can change a number."""
+"""Content of a result's signature: everything that can change a number."""
 
 from __future__ import annotations
 
@@ -19,56 +19,59 @@ if TYPE_CHECKING:
 
 
 RESULTS_VERSION = (
-    2  # raise it when the code changes numbers beyond rounding: earlier results are then not taken for new
+    2  # raise it when the code changes numbers beyond rounding: earlier results are then not reused
 )
 
 
 def numbers_of(part: Calibration | Evaluation) -> dict[str, Any]:
-    """What came later, left at its default, is no part of it: results from before are still valid."""
+    """Options that enter the signature. Those added later are left out at their default: earlier results stay valid."""
     later = {"target_stderr": None, "passes": 2}
     return {key: value for key, value in asdict(part).items() if (key, value) not in later.items()}
 
 
 def options_of(part: Any) -> dict[str, Any]:
-    """What it computes with; a label is only a name. A class whose values have changed since says so by `numbers`."""
+    """Options of a part without its label. A class whose values have changed raises its attribute `numbers`."""
     options = {key: value for key, value in asdict(part).items() if key != "label"}
     numbers = getattr(part, "numbers", None)
     return {"class": class_of(part), **options, **({"numbers": numbers} if isinstance(numbers, int) else {})}
 
 
 def present_content(part: Any) -> dict[str, Any]:
-    """What the files of a model or dataset hold now."""
+    """Identity of a model's or dataset's files as they are now: a fingerprint, or the commit on the hub."""
     return part.identity() if hasattr(part, "identity") else {"fingerprint": part.fingerprint()}
 
 
 @functools.cache
 def content(part: Any) -> dict[str, Any]:
-    """What the files of a model or dataset held when this process first looked at them: a sweep of many jobs reads them
-    once."""
+    """Identity of a model's or dataset's files when this process first read them.
+
+    It is cached, so that a sweep of many jobs reads them once.
+    """
     return present_content(part)
 
 
 def class_of(part: Any) -> str:
+    """Import path of a part's class before any move, so that signatures stay the same, and a hash if it is a user's."""
     path = f"{type(part).__module__}.{type(part).__qualname__}"
     return " ".join([FORMER.get(path, path), *edited(type(part))])
 
 
 @functools.cache
 def edited(kind: type) -> list[str]:
-    """A hash of the file of a user's class, which may be changed at any time; for ours, RESULTS_VERSION stands."""
+    """Hash of the file of a user's class, which may change at any time. Empty for our own: see RESULTS_VERSION."""
     if is_ours(kind.__module__):
         return []
     return [hashing.fingerprint_of_file(Path(inspect.getfile(kind)))]
 
 
 def columns(job: Job, model: Transformer, *, halved: bool, some_left_out: bool) -> dict[str, Any]:
-    """The columns of rows.parquet that tell which experiment a row is of.
+    """Columns of rows.parquet that identify the experiment of a row.
 
     Args:
-        halved: rounding may have changed the replacement by more than the last digit, since the statistics come from
-            halved batches: part of the method's parameters, so that such runs are not drawn together with others.
-        some_left_out: the data hold copies, or broken pictures. Runs from before those were left out are another study,
-            as are runs that passed texts in another way.
+        halved: True if statistics come from halved batches, whose rounding may have changed the replacement by more
+            than the last digit. It becomes a parameter of the method, so that such runs are not pooled with others.
+        some_left_out: True if duplicates or broken images were removed from the data. Such runs are another study than
+            earlier runs that kept them, as are runs that pass texts to the model in another way (`model.texts`).
     """
     kind = "@".join([type(job.method).__name__, *(content[:6] for content in edited(type(job.method)))])
     parameters = {**options_of(job.method), "class": kind, **({"statistics": "halved"} if halved else {})}

@@ -1,4 +1,4 @@
-"""One job is one curve: its options, checked, with nothing loaded."""
+"""A job, one curve: its options, checked, with nothing loaded."""
 
 from __future__ import annotations
 
@@ -27,15 +27,18 @@ from ablation_sweeps.results import run_folder
 from ablation_sweeps.results.metrics import MAIN
 from ablation_sweeps.results.record import summary
 
-NO_SPECIAL = 2  # likewise, for model.tokens=no_special alone
+NO_SPECIAL = 2  # the same for results with model.tokens=no_special
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Calibration:
-    """Attributes:
-    tokens: positions that the statistics are taken over; for images, their patches.
-    documents: at most so many documents or images; None is no limit.
-    passes: over the data: 2 gives exact histograms, 1 takes half of the time where the second one is of the model, too.
+    """Amount of calibration data.
+
+    Attributes:
+        tokens: positions that the statistics are computed over; for images, their patches.
+        documents: maximum number of documents or images; None is no limit.
+        passes: number of passes over the data. 2 gives exact histograms; 1 halves the time if the second pass would
+            have to run the model, too.
     """
 
     tokens: Annotated[int, Field(ge=2)]
@@ -45,14 +48,16 @@ class Calibration:
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Evaluation:
-    """Attributes:
-    tokens: of text that are evaluated; None is all there are.
-    documents: at most so many; None is no limit.
-    images: that are evaluated; None is all there are.
-    top_k, top_k_images: the k of the second accuracy, for tokens and for classes.
-    skip: this many of the most common tokens are left out of the skip metrics.
-    target_stderr: of the loss, in nats: a point that is as precise as that after some number of documents or images
-        needs no more of them. Texts are looked at 32 by 32; None: all points get all.
+    """Amount of evaluation data, and parameters of the metrics.
+
+    Attributes:
+        tokens: tokens of text to evaluate; None is all.
+        documents: maximum number of documents; None is no limit.
+        images: images to evaluate; None is all.
+        top_k, top_k_images: the k of top-k accuracy, for tokens and for classes.
+        skip: number of most common tokens that the skip metrics leave out.
+        target_stderr: stop evaluating a point once the standard error of its loss is at most this, in nats. It is
+            checked after batches of 32 texts. None: evaluate every point on all data.
     """
 
     tokens: Annotated[int | None, Field(ge=2)]
@@ -66,7 +71,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Job:
-    """One curve. Its parts are built and checked; nothing is loaded."""
+    """The parts and options of one curve, built and checked; nothing is loaded."""
 
     model: Any  # a class of ablation_sweeps.models, or one of your own: see the README, "Adding"
     dataset: Any
@@ -79,15 +84,19 @@ class Job:
     tracking: Any
     batch_tokens: int
     seed: int
-    prefetch: bool  # fetch what is needed, and stop
-    dry_run: bool  # say what would run, and stop
+    prefetch: bool  # download what is needed, then stop
+    dry_run: bool  # print what would run, then stop
     sweep: str
     results_dir: Path
-    objective: str | None  # what the sweeper optimises
-    config: dict[str, Any]  # as composed and resolved: what config.yaml keeps
+    objective: str | None  # value that a sweeper optimises
+    config: dict[str, Any]  # composed and resolved; saved as config.yaml
 
     def check(self) -> None:
-        """All that can be found out before a model is loaded."""
+        """Check all that can be checked before a model is loaded.
+
+        Raises:
+            UserError: one line that names the option and the remedy.
+        """
         if self.model.modality != self.dataset.modality:
             fits = "dataset=digits or dataset=image_folder" if self.model.modality == "image" else "dataset=python_docs"
             raise UserError(
@@ -115,6 +124,7 @@ class Job:
         _check_examples(self.dataset)
 
     def budget(self, split: Split) -> Budget:
+        """Limits on the amount of data in a split."""
         if split == "calibration":
             return Budget(self.statistics.tokens, self.statistics.documents)
         if self.model.modality == "image":
@@ -122,7 +132,7 @@ class Job:
         return Budget(self.eval.tokens, self.eval.documents, evaluate.LEAST if self.eval.target_stderr else None)
 
     def fetch(self) -> None:
-        """Gets all that the job needs from the hub, and computes nothing."""
+        """Download all that the job needs from the hub, and compute nothing."""
         if hasattr(self.model, "prefetch"):
             self.model.prefetch()
         encode = self.model.encoder() if hasattr(self.model, "encoder") else Session().model(self).encode
@@ -134,7 +144,7 @@ class Job:
 
     @functools.cached_property
     def statistics_key(self) -> dict[str, Any]:
-        """What the statistics depend on."""
+        """Everything that the calibration statistics depend on."""
         return {
             "numbers": RESULTS_VERSION,
             "model": {"class": class_of(self.model), **content(self.model)},
@@ -148,22 +158,23 @@ class Job:
 
     @functools.cached_property
     def study_key(self) -> dict[str, Any]:
-        """What is the same for all jobs that may be compared."""
+        """Everything that jobs must have in common to be comparable."""
         return {**self.statistics_key, "selection": options_of(self.selection), "eval": numbers_of(self.eval)}
 
     @functools.cached_property
     def signature(self) -> str:
-        """Of everything that can change the numbers."""
+        """Hash of everything that can change the numbers."""
         own = {"method": options_of(self.method), "fractions": self.fraction.values, "seed": self.seed}
         return hashing.signature({**self.study_key, **own})
 
     @functools.cached_property
     def cost_key(self) -> str:
-        """The same for jobs that take about as long: all but method and seed."""
+        """Key of jobs that take about equally long: all but method and seed are the same."""
         return hashing.signature([self.study_key, self.fraction.values])[:16]
 
     @functools.cached_property
     def folder(self) -> Path:
+        """Run folder of the job."""
         name = f"{self.model.label}-{self.dataset.label}-{self.method.label}-s{self.seed}-{self.signature[:8]}"
         return self.results_dir / self.sweep / name.replace("/", "--")
 
@@ -181,10 +192,10 @@ def _check_objective(name: str, fractions: tuple[float, ...]) -> None:
 
 
 def objective(job: Job) -> float | None:
-    """The number of a finished curve that `objective` names: what a sweeper such as Optuna's optimises.
+    """Value of a finished curve that the option `objective` names, for a sweeper such as Optuna's to optimise.
 
     Raises:
-        UserError: the curve has no such number.
+        UserError: the curve has no such value.
     """
     if job.objective is None:
         return None
@@ -197,7 +208,7 @@ def objective(job: Job) -> float | None:
 
 @functools.lru_cache(maxsize=64)
 def _check_examples(dataset: Any) -> None:
-    """There is something to calibrate on and something to evaluate, as far as that is seen without a tokenizer."""
+    """Check that there is something to calibrate on and to evaluate, as far as possible without a tokenizer."""
     calibrated: Collection[bytes] = frozenset()
     for split in SPLITS:
         intake = Intake(dataset.label, split, dataset.examples(split), calibrated, threaded=False)
@@ -206,4 +217,4 @@ def _check_examples(dataset: Any) -> None:
                 f"dataset={dataset.label}: nothing to score in its {split} split: no example, or all documents are "
                 "shorter than two tokens; give longer or more documents"
             )
-        calibrated = intake.contents  # its first example is calibrated on, whatever the budget
+        calibrated = intake.contents  # the first example is used for calibration, whatever the budget

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of rows.parquet: the experiment, then what was measured.
+# Columns of rows.parquet: first the experiment, then what was measured.
 COLUMNS = (
     *("run_id", "study", "kind", "model", "revision", "dataset", "site", "selection", "granularity", "method"),
     *(
@@ -47,13 +47,14 @@ COLUMNS = (
 
 
 def run_job(job: Job, session: Session | None = None) -> Path:
-    """Runs the job, unless it is finished already.
+    """Run the job, unless it has finished before.
 
     Args:
         session: what earlier jobs of this process have loaded; None loads everything anew.
 
     Returns:
-        The job's folder, which holds its rows (`rows.parquet`) and the sums of each document (`documents.parquet`).
+        The run folder, which holds the job's rows (`rows.parquet`) and the metric sums of each document
+        (`documents.parquet`).
     """
     folder = job.folder
     with files.locked(folder), run_folder.run_log(folder):
@@ -66,19 +67,19 @@ def run_job(job: Job, session: Session | None = None) -> Path:
             documents, rows = measure(job, folder, session or Session())
             run_folder.finish(folder, rows, documents, time.perf_counter() - started, job.cost_key)
         except BaseException as error:
-            if run_folder.status(folder)["state"] != "finished":  # what comes after that is only tidying up
+            if run_folder.status(folder)["state"] != "finished":  # what follows that state only tidies up
                 run_folder.fail(folder, error)
             raise
-    if job.tracking.log_run(RunRecord.of(folder)):  # a mirror: what is on disk does not depend on it
+    if job.tracking.log_run(RunRecord.of(folder)):  # only a mirror: results on disk do not depend on it
         run_folder.mark_published(folder, getattr(job.tracking, "place", ""))
     return folder
 
 
 def measure(job: Job, folder: Path, session: Session) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The experiment: load, find the neurons, collect, select, fit, evaluate, record.
+    """Run the experiment: load, find the neurons, collect, select, fit, evaluate, record.
 
     Returns:
-        The sums of each document at each fraction, and the rows of the curve.
+        The metric sums of each document at each fraction, and the rows of the curve.
     """
     # Load the model and both splits of the data, and find the neurons.
     model = session.model(job)
@@ -93,7 +94,7 @@ def measure(job: Job, folder: Path, session: Session) -> tuple[pd.DataFrame, pd.
     if left_out:
         run_folder.update_environment(folder, data_left_out=left_out)
 
-    # Collect what each neuron does on the calibration data, as far as the method asks for it.
+    # Collect statistics of each neuron on the calibration data, once the method asks for them.
     statistics = CalibrationStatistics(
         job=job,
         folder=folder,
@@ -104,11 +105,11 @@ def measure(job: Job, folder: Path, session: Session) -> tuple[pd.DataFrame, pd.
         copies_left_out="calibration" in left_out,
     )
 
-    # Select the neurons that are ablated at each fraction: the same for every method.
+    # Select the neurons to ablate at each fraction: the same for every method.
     orders = job.selection.orders([projection.width for projection in projections], job.seed)
     ablated = {fraction: masks(orders, fraction) for fraction in job.fraction.values}
 
-    # Fit the method: compute the values that stand in for the neurons.
+    # Fit the method: compute the values that replace the neurons.
     replacement = job.method.fit(
         Fitting(
             model=model,
@@ -116,7 +117,7 @@ def measure(job: Job, folder: Path, session: Session) -> tuple[pd.DataFrame, pd.
             statistics=statistics,
             length=max(batch.labels.shape[-1] for batch in batches),
             seed=job.seed,
-            note=lambda text: run_folder.add_warning(folder, text, logging.DEBUG),  # for the report: no line a job
+            note=lambda text: run_folder.add_warning(folder, text, logging.DEBUG),  # shown in the report only
         )
     )
     if not isinstance(replacement, Replacement):
@@ -144,9 +145,9 @@ def measure(job: Job, folder: Path, session: Session) -> tuple[pd.DataFrame, pd.
         target_stderr=job.eval.target_stderr,
         clean=session.clean_passes(job),
     )
-    session.check_unchanged(job)  # of many images, pixels are read as they are needed
+    session.check_unchanged(job)  # pixels of a large set of images are read only when needed
 
-    # Record the curve: the metrics at each fraction, in rows that tell which experiment they are of.
+    # Record the curve: the metrics at each fraction, in rows that identify their experiment.
     labels = torch.cat([batch.labels[batch.labels != NOT_SCORED] for batch in batches])
     rows = metrics(documents, chance, labels, top_k)
     n_ablated = {fraction: sum(int(mask.sum()) for mask in layers) for fraction, layers in ablated.items()}

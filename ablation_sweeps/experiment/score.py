@@ -1,4 +1,4 @@
-"""Logits -> sums of every metric over the scored positions of each example."""
+"""Computes metric sums over each example's scored positions from logits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ablation_sweeps.results.metrics import SUMS
 
 
 class Targets(NamedTuple):
-    """The scored positions of a batch: what each must be, and their places `[batch * pos]`."""
+    """The scored positions of a batch: their target ids `labels`, and their indices `rows` in the flattened batch."""
 
     rows: Int[torch.Tensor, " scored"]
     labels: Int[torch.Tensor, " scored"]
-    shape: tuple[int, int]  # of all positions: examples, and positions of each
+    shape: tuple[int, int]  # of the batch: examples, positions per example
 
 
 def _targets(batch: Batch) -> Targets:
@@ -34,7 +34,7 @@ def _chunks(logits: Float[torch.Tensor, "scored classes"]) -> Iterator[slice]:
 
 
 class CleanPrediction(NamedTuple):
-    """What the model itself says at the scored positions."""
+    """The clean model's prediction at the scored positions."""
 
     p: Float[torch.Tensor, "scored classes"]  # probabilities
     negentropy: Float[torch.Tensor, " scored"]  # the sum of p log p, in nats
@@ -62,7 +62,7 @@ def _sums(
         _score(logits[chunk].float(), CleanPrediction(*(x[chunk] for x in clean)), targets.labels[chunk], common, top_k)
         for chunk in _chunks(logits)
     ]
-    # Position by position, and then each example's: adding to examples would have no order on a GPU, nor the same bits.
+    # Scatter by position, then sum per example: a GPU adds to examples in no fixed order, so not bit-equal each time.
     everywhere = torch.zeros(math.prod(targets.shape), len(SUMS), dtype=torch.float64, device=logits.device)
     if values:
         everywhere[targets.rows] = torch.cat(values)
@@ -82,20 +82,22 @@ def _score(
     kl = clean.negentropy - (clean.p * log_q).sum(-1)
     one = torch.ones_like(kl)
     all_tokens = torch.stack([one, -log_q.gather(-1, own)[:, 0], (rank < 1).float(), (rank < top_k).float()], -1)
-    rare = ~(own == common).any(-1)  # isin would sort, and wait
+    rare = ~(own == common).any(-1)  # isin would sort, and synchronise with the GPU
     return torch.cat([all_tokens, kl[:, None], all_tokens * rare[:, None]], -1).double()
 
 
 def _rank(
     logits: Float[torch.Tensor, "scored classes"], own: Int[torch.Tensor, "scored 1"], top_k: int
 ) -> Float[torch.Tensor, " scored"]:
-    """Of each label; exact below `top_k`. Among equal logits the lower id wins: a model that gives all tokens the same
-    is not right."""
+    """Rank of each label, 0 for the highest logit; exact below `top_k`.
+
+    Among equal logits the lower id wins, so that a model with constant logits is not counted as right.
+    """
     mine = logits.gather(-1, own)
-    if logits.device.type != "cpu":  # nothing here is waited for
+    if logits.device.type != "cpu":  # without synchronising with the GPU
         lower = torch.arange(logits.shape[-1], device=logits.device) < own
         return torch.where(lower, logits >= mine, logits > mine).sum(-1).float()
-    flags = torch.empty_like(logits)  # numbers, which a CPU compares and sums faster
+    flags = torch.empty_like(logits)  # as floats, which a CPU compares and sums faster
     rank = torch.gt(logits, mine, out=flags).sum(-1)
     tied = (torch.eq(logits, mine, out=flags).sum(-1) > 1) & (rank < top_k)
     if tied.any():

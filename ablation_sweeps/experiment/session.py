@@ -1,4 +1,4 @@
-"""What the jobs of one process share, so that a job that follows another one computes little of it again."""
+"""State that the jobs of one process share, so that each job reuses what earlier ones have computed."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 
 class Session:
-    """The loaded model, its batches, the clean passes over them and the recorded calibration activations.
+    """The loaded model, its batches, the cached clean logits and the recorded calibration activations.
 
-    Jobs are given the same session one after the other. It holds one model at a time: when a job needs another one, all
-    that came from the former is dropped before the next is loaded.
+    The jobs of a process are given the same session, one after the other. It holds one model at a time: if a job needs
+    another one, everything that came from the previous model is dropped first.
     """
 
     def __init__(self) -> None:
@@ -49,39 +49,39 @@ class Session:
             self._model = None
             self._start_anew()
             if torch.cuda.is_available():
-                gc.collect()  # a model that is spread over devices holds itself
+                gc.collect()  # a model that is split across devices holds references to itself
                 torch.cuda.empty_cache()
-            torch.backends.cudnn.allow_tf32 = False  # or float32 is not float32 where pictures are cut into patches
+            torch.backends.cudnn.allow_tf32 = False  # else, convolutions (patch embeddings) of float32 run in TF32
             model: Transformer = job.model.load()
             model.module.requires_grad_(False)
             self._config, self._model = job.model, model
         return self._model
 
     def batches(self, job: Job, split: Split) -> list[Batch]:
-        """The batches of a split, as the job's model takes them."""
+        """The batches of a split, encoded for the job's model."""
         return self._batches(*self._key(job, split))[0]
 
     def left_out(self, job: Job) -> dict[str, list[str]]:
-        """What was left out of the data, and why: sentences for each split that is not whole."""
+        """Why data were left out: sentences for each split that is incomplete."""
         found = {split: self._batches(*self._key(job, split))[1].left_out for split in SPLITS}
         return {split: sentences for split, sentences in found.items() if sentences}
 
     def clean_passes(self, job: Job) -> CleanPasses:
-        """The clean passes over the evaluation batches, as far as earlier jobs have made them."""
+        """Cache of the evaluation batches' clean logits, as far as earlier jobs have filled it."""
         return self._clean_passes(*self._key(job, "evaluation"))
 
     def replay(self, job: Job) -> Replay | None:
-        """The activations of the calibration data, once a pass was recorded; None on a GPU, which computes faster than
-        a disk writes."""
+        """The recorded calibration pass, reused if the previous job had the same calibration data. None on a GPU, where
+        computing again is faster than reading from a disk."""
         if not self.model(job).on_cpu:
             return None
         return self._replay(job.results_dir / ".cache", job.site, *self._key(job, "calibration"))
 
     def check_unchanged(self, job: Job) -> None:
-        """Checks that the files of model and dataset are still those that the job's signature was made of.
+        """Check that the files of model and dataset are still those in the job's signature.
 
         Raises:
-            UserError: they were changed while they were computed with.
+            UserError: they changed while the job ran.
         """
         for option, part in (("model", job.model), ("dataset", job.dataset)):
             if identity.present_content(part) != identity.content(part):
@@ -91,8 +91,8 @@ class Session:
                 )
 
     def _key(self, job: Job, split: Split) -> tuple[Any, Split, Budget, int, int, Budget]:
-        """What the batches of the job's model depend on: of the evaluation split, also the calibration data, copies of
-        which are left out."""
+        """Cache key of a split's batches. That of the evaluation split includes the calibration data, since examples
+        that occur in both are left out of the evaluation."""
         model = self.model(job)
         seed = job.seed if model.kind == "masked_lm" and split == "evaluation" else 0  # only masking is random
         return job.dataset, split, job.budget(split), job.batch_tokens, seed, job.budget("calibration")
@@ -106,7 +106,7 @@ class Session:
             calibrated = self._batches(dataset, "calibration", calibration, batch_tokens, 0, calibration)[1].contents
         intake = Intake(dataset.label, split, dataset.examples(split), calibrated)
         batches = self._model.encode(iter(intake), split, budget, batch_tokens, seed)
-        intake.examples = ()  # a dataset may hold its files
+        intake.examples = ()  # a dataset may keep files open
         for sentence in intake.left_out:
             log.warning("dataset=%s: of its %s split, %s", dataset.label, split, sentence)
         return batches, intake
