@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from ablation_sweeps.models.transformer import Transformer
 
 
-RESULTS_VERSION = (
-    2  # raise it when the code changes numbers beyond rounding: earlier results are then not reused
-)
+RESULTS_VERSION = 2  # raise it when the code changes numbers beyond rounding: earlier results are then not reused
 
 
 def numbers_of(part: Calibration | Evaluation) -> dict[str, Any]:
