@@ -1,4 +1,4 @@
-"""Adapters, such as LoRA: merged into the weights of a model where the user names one, and never otherwise."""
+"""Adapters such as LoRA, merged into the weights of a model only if the user names one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ablation_sweeps.base.hub import commit, fetch_model, require_cached
 from ablation_sweeps.base.lazy import torch
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-ASK_FOR_PEFT = ("modeling_utils", "models.auto.auto_factory", "integrations.peft")  # modules of transformers
+ASK_FOR_PEFT = ("modeling_utils", "models.auto.auto_factory", "integrations.peft")  # in transformers
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as peft saves it.
+    """An adapter in the format of peft.
 
     Attributes:
         source: a folder, or a name on the hub.
@@ -35,7 +35,7 @@ class Adapter:
 
     @property
     def path(self) -> Path | None:
-        """None for one on the hub."""
+        """Folder of the adapter; None if it is on the hub."""
         path = Path(self.source).expanduser()
         return path if path.is_dir() else None
 
@@ -44,7 +44,11 @@ class Adapter:
         return commit(self.source, None, "model")
 
     def check(self) -> None:
-        """Find out what can be known before anything is loaded."""
+        """Check what can be known before anything is loaded.
+
+        Raises:
+            UserError: peft is not installed, or the adapter is not there.
+        """
         if importlib.util.find_spec("peft") is None:
             raise UserError(f"{self.option}: needs peft; install it: pip install peft")
         if self.path is None:
@@ -57,7 +61,7 @@ class Adapter:
                 raise UserError(f"{self.option}: there is no {name} in this folder; give one that peft has saved")
 
     def identity(self) -> str:
-        """The content of a folder, or the commit of the hub."""
+        """Hash of the adapter's files, or its commit on the hub."""
         if self.path is None:
             return self.commit
         return signature([fingerprint_of_file(self.path / name) for name in (CONFIG, WEIGHTS)])
@@ -67,10 +71,10 @@ class Adapter:
             fetch_model(self.source, self.commit, [CONFIG, WEIGHTS], self.option)
 
     def merge_into(self, module: torch.nn.Module) -> torch.nn.Module:
-        """The model with weights that the adapter has changed; its layers are those of before.
+        """Merge the adapter into the model's weights; the layers keep their paths.
 
         Raises:
-            UserError: the adapter does not fit the model, or is no change of weights.
+            UserError: the adapter does not fit the model, or is not a change of weights.
         """
         from peft import PeftModel, get_peft_model_state_dict
         from safetensors import safe_open
@@ -103,7 +107,7 @@ class Adapter:
 
 @contextmanager
 def no_adapters() -> Iterator[None]:
-    """Keeps transformers from applying an adapter that lies beside the weights, as it does where peft is installed."""
+    """Context manager: keep transformers from applying an adapter beside the weights, as it does if it finds peft."""
     with ExitStack() as stack:
         for name in ASK_FOR_PEFT:
             if importlib.util.find_spec(f"transformers.{name}"):

@@ -1,4 +1,4 @@
-"""Decoder language models of transformers, scored on the next token."""
+"""Decoder language models from transformers, scored on next-token prediction."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ class CausalLM(Pretrained):
     """Any model of `AutoModelForCausalLM`, or the language model of one of `AutoModelForImageTextToText`.
 
     Attributes:
-        max_tokens: documents are cut to it, and to the model's context.
-        pack: documents, or concatenate: one after the other, cut into pieces of `max_tokens`.
+        max_tokens: documents are truncated to this length, and to the model's context.
+        pack: "documents": a sequence is a document. "concatenate": all documents are joined and cut into sequences of
+            `max_tokens`.
     """
 
     modality: ClassVar[Modality] = "text"
@@ -31,13 +32,13 @@ class CausalLM(Pretrained):
     pack: Pack
 
     def encoder(self) -> TextEncoder:
-        """Needs the tokenizer alone."""
+        """Encoder of the texts. It only needs the tokenizer, not the weights."""
         longest = min(self.max_tokens, context_length(self))
         return TextEncoder(load_tokenizer(self), longest, None, self.tokens, self.pack)
 
     def load(self) -> Transformer:
         tokenizer, encoder = load_tokenizer(self), self.encoder()
-        # The second kind shows its language model nothing but text, if it is given nothing else.
+        # An image-text model that is given only text runs only its language model.
         auto = auto_model(self, "causal_lm", "AutoModelForCausalLM", "AutoModelForImageTextToText")
         module, left_out = self.from_pretrained(auto)
         encoder = fit_vocabulary(encoder, module, self.option)
@@ -49,7 +50,7 @@ class CausalLM(Pretrained):
                 raise UserError(f"method.source={source}: a causal language model has no such input")
             return encoder.other_input(encoder.random_ids(source, length, seed))
 
-        # Some keep the body under another name than the one that `base_model` looks for (Gemma 3 in transformers 4).
+        # Some models keep their body under a name that `base_model` does not look for (Gemma 3 in transformers 4).
         body = module.base_model if module.base_model is not module else module.get_decoder()  # type: ignore[operator]
         model = Transformer(
             label=self.label,
@@ -73,17 +74,17 @@ class CausalLM(Pretrained):
 
 
 def _is_causal(model: Transformer, encoder: TextEncoder) -> bool:
-    """Whether logits stay where they are when the last token changes."""
+    """True if the logits at earlier positions do not change with the last token."""
     ids = torch.tensor(encoder.random_ids("probe", 16, 0))
     rows = torch.cat([ids[:8].repeat(8, 1), ids[8:, None]], 1)
     batch = Batch({"input_ids": rows, "attention_mask": torch.ones_like(rows)}, rows, None, ("probe",) * 8, (0,) * 8)
     with torch.inference_mode():
         logits = model.logits(batch.to(model.device))[:, :8].float()
-    return not (logits - logits[0]).abs().max() > 0.1 * logits.std()  # rounding is far below; NaN is another error
+    return not (logits - logits[0]).abs().max() > 0.1 * logits.std()  # rounding is far smaller; NaN is reported later
 
 
 def _sample(module: torch.nn.Module, tokenizer, ordinary_ids, length: int, seed: int) -> list[int]:
-    """The model's own sample, token by token at temperature 1; never a token that ends the text."""
+    """Token ids sampled from the model at temperature 1, without special tokens, so the text does not end early."""
     device = input_device(module)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     generator = torch.Generator().manual_seed(seed)

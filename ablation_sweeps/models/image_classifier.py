@@ -1,4 +1,4 @@
-"""Image classifiers of transformers."""
+"""Image classifiers from transformers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ImageClassifier(Pretrained):
     modality: ClassVar[Modality] = "image"
 
     def encoder(self) -> Encoder:
-        """Needs the model, since it says into how many positions it cuts an image; any device will do."""
+        """Encoder of the images. It needs the model, which sets the number of positions per image, on any device."""
         return dataclasses.replace(self, device="cpu", device_map=None, quantize=None).load().encode
 
     def load(self) -> Transformer:
@@ -38,7 +38,7 @@ class ImageClassifier(Pretrained):
         def transform(image) -> torch.Tensor:
             return processor(image, return_tensors="pt")["pixel_values"][0].to(dtype)
 
-        # Models made of a picture's and a text's tower (CLIP) keep the former, and its sizes, under these names.
+        # Models with an image and a text tower (CLIP) keep the image tower, and its sizes, under these names.
         tower = module.base_model if module.base_model is not module else module.vision_model
         sizes = getattr(config, "vision_config", config)
         heads = getattr(sizes, "num_attention_heads", None)
@@ -59,7 +59,7 @@ class ImageClassifier(Pretrained):
             body=body,
             encode=encoder,
             other_input=encoder.other_input,
-            n_heads=heads if isinstance(heads, int) else None,  # Swin has a list, one for each stage
+            n_heads=heads if isinstance(heads, int) else None,  # Swin has a list, one number per stage
             special_ids=frozenset(),
             class_names=tuple(config.id2label.get(i, "") for i in range(config.num_labels)),  # type: ignore[union-attr,index,arg-type]
             left_out=unused,
@@ -67,7 +67,7 @@ class ImageClassifier(Pretrained):
 
 
 def _patches(probe: Batch, sizes: Any) -> int:
-    """Positions that are no CLS or register token."""
+    """Number of positions that are patches, not CLS or register tokens."""
     if not isinstance(getattr(sizes, "patch_size", None), int):
         raise UserError("model.tokens=no_special: this model does not say how large its patches are; use tokens=all")
     height, width = probe.inputs["pixel_values"].shape[-2:]

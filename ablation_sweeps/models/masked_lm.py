@@ -1,4 +1,4 @@
-"""Encoder language models of transformers, scored on masked tokens."""
+"""Encoder language models from transformers, scored on masked tokens."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ class MaskedLM(Pretrained):
     """Any model of `AutoModelForMaskedLM`.
 
     Attributes:
-        max_tokens: documents are cut to it, and to the model's context.
-        pack: documents, or concatenate: one after the other, cut into pieces of `max_tokens`.
-        masked: share of the tokens that are not special which is scored.
-        replaced_by_mask: of these, the share shown to the model as the mask token.
-        replaced_at_random: of these, the share shown as a random token; the rest is shown as it is.
+        max_tokens: documents are truncated to this length, and to the model's context.
+        pack: "documents": a sequence is a document. "concatenate": all documents are joined and cut into sequences of
+            `max_tokens`.
+        masked: fraction of the tokens, special ones excluded, that is scored.
+        replaced_by_mask: fraction of the scored tokens that the model sees as the mask token.
+        replaced_at_random: fraction of the scored tokens that it sees as a random token; it sees the others unchanged.
     """
 
     modality: ClassVar[Modality] = "text"
@@ -42,7 +43,7 @@ class MaskedLM(Pretrained):
         return self
 
     def encoder(self) -> TextEncoder:
-        """Needs the tokenizer alone."""
+        """Encoder of the texts. It only needs the tokenizer, not the weights."""
         masking = Masking(self.masked, self.replaced_by_mask, self.replaced_at_random)
         longest = min(self.max_tokens, context_length(self))
         return TextEncoder(load_tokenizer(self), longest, masking, self.tokens, self.pack)

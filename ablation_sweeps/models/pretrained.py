@@ -1,4 +1,4 @@
-"""Loading from a hub name or a local folder with transformers, and saying clearly why not."""
+"""Loads pretrained models from the hub or a local folder with transformers, and explains errors in one line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a model on the hub: weights, tokenizer, options
 
-STRETCHING = ("longrope", "su", "dynamic")  # schemes of positions that follow the longest text
+STRETCHING = ("longrope", "su", "dynamic")  # RoPE scaling that depends on the longest text in a batch
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -45,20 +45,20 @@ class Pretrained:
     """Where a pretrained model comes from and how it is loaded.
 
     Attributes:
-        label: its name in folders, tables and figures.
-        name: name on the hub; of no use where `path` is given.
+        label: name in folders, tables and figures.
+        name: name on the hub; nothing is read from the hub if `path` is given.
         path: a local folder that holds the model.
         revision: branch, tag or commit on the hub.
         gguf_file: file inside the folder or repository, for models in llama.cpp's format.
-        dtype: `auto` is that of the checkpoint.
-        device: `auto` takes the first GPU if there is one.
-        device_map: `auto` and the like spread a model over the devices there are, as in transformers and accelerate.
-        quantize: weights of so many bits, by bitsandbytes.
-        attn_implementation: as in transformers; None lets the model choose.
-        use_safetensors: True refuses anything else; None falls back on torch's format, read with `weights_only`.
-        tokens: positions that enter the statistics: all, or all but BOS, CLS, SEP, registers and the like.
-        site_paths: module paths or patterns, for a model whose projections are not found by themselves.
-        adapter: a folder, or a name on the hub, with an adapter of peft, which is merged into the weights.
+        dtype: `auto` is the dtype of the checkpoint.
+        device: `auto` is the first GPU if there is one, else the CPU.
+        device_map: `auto` and the like split a model across devices, as in transformers and accelerate.
+        quantize: load the weights in 8 or 4 bits with bitsandbytes.
+        attn_implementation: as in transformers; None is the model's default.
+        use_safetensors: True accepts no other format; None also accepts torch's, read with `weights_only`.
+        tokens: positions that enter the statistics: "all", or "no_special": all but BOS, CLS, SEP, registers and such.
+        site_paths: module paths or patterns of the projections, for a model in which they are not found by structure.
+        adapter: a folder, or a name on the hub, with a peft adapter to merge into the weights.
     """
 
     label: str
@@ -100,11 +100,15 @@ class Pretrained:
 
     @property
     def option(self) -> str:
-        """As the user typed it."""
+        """The option that names the model's source, as the user typed it."""
         return f"model.path={self.path}" if self.path else f"model.name={self.name}"
 
     def check(self, modality: Modality) -> None:
-        """What can be known before the model is loaded."""
+        """Check what can be known before the model is loaded.
+
+        Raises:
+            UserError: one line that names the option and the remedy.
+        """
         if self.path and not Path(self.path).is_dir():
             raise UserError(
                 f"model.path={self.path}: there is no such folder; give the folder that holds the model's files"
@@ -141,18 +145,18 @@ class Pretrained:
             require_cached(self.option, self.repository, str(self.commit))
 
     def identity(self) -> dict[str, Any]:
-        """All that can change the numbers. A folder counts by what is in it, not by where it lies."""
-        elsewhere = ("label", "path", "device", "device_map", "adapter")  # where it runs is no part of what is computed
-        named = ("revision", "use_safetensors")  # of the same commit, whatever it is called
+        """Everything that can change the numbers. A folder is identified by its content, not by its location."""
+        elsewhere = ("label", "path", "device", "device_map", "adapter")  # where it runs does not change numbers
+        named = ("revision", "use_safetensors")  # other names of the same commit and files
         options = {key: value for key, value in asdict(self).items() if key not in (*elsewhere, *named)}
         adapter = {"adapter": Adapter(self.adapter).identity()} if self.adapter else {}
         files = fingerprint(self.path) if self.path else self.commit
         return {**options, **adapter, **self._computed_otherwise(), "files": files}
 
     def _computed_otherwise(self) -> dict[str, str]:
-        """What is not done with such files as earlier code did it, whose results are not taken for these."""
+        """Entries in the signature of models that earlier versions handled otherwise: their results are not reused."""
         found = {}
-        if self.file(CONFIG) and not self.adapter:  # it was applied where peft was installed
+        if self.file(CONFIG) and not self.adapter:  # earlier versions applied it if peft was installed
             found["adapter"] = "left out"
         config = self.file("config.json")
         if config and _follows_the_longest(read_json(config) or {}, getattr(self, "max_tokens", 0)):
@@ -160,28 +164,28 @@ class Pretrained:
         return found
 
     def file(self, name: str) -> Path | None:
-        """A small file of the model, fetched from the hub if it is there; None if there is none."""
+        """Path of a small file of the model, downloaded if the model is on the hub; None if there is no such file."""
         found = Path(self.path) / name if self.path else fetch_file(self.repository, str(self.commit), name)
         return found if found and found.is_file() else None
 
     @property
     def repository(self) -> str:
-        """Where the hub has it."""
+        """Name of the model's repository on the hub."""
         return str(self.name)
 
     @property
     def commit(self) -> str | None:
-        """Of the hub; the same for all files of a model, and for what its signature says."""
+        """Commit on the hub, the same for all files of a model and for its signature; None for a local folder."""
         return None if self.path else commit(self.repository, self.revision, "model")
 
     @property
     def hub_options(self) -> dict[str, Any]:
-        """Of every `from_pretrained`, be it of the model, its configuration, tokenizer or processor."""
+        """Keyword arguments of every `from_pretrained`: for the model, its configuration, tokenizer and processor."""
         options = {"revision": self.commit, "gguf_file": self.gguf_file, "trust_remote_code": self.trust_remote_code}
         return {key: value for key, value in options.items() if value is not None}
 
     def prefetch(self) -> None:
-        """Gets all that loading it needs, without loading it."""
+        """Download everything that loading the model needs."""
         if self.adapter:
             Adapter(self.adapter).prefetch()
         if self.path:
@@ -196,10 +200,16 @@ class Pretrained:
         fetch_model(self.repository, str(self.commit), files)
 
     def from_pretrained(self, auto_model: Any) -> tuple[torch.nn.Module, tuple[str, ...]]:
-        """The unmodified model on its device, in eval mode, with the adapter that was asked for; weights from
-        safetensors or GGUF alone. Also, in one line each, what its files hold but was left out."""
+        """Load the model with its adapter, if one is given, on its device and in eval mode.
+
+        Returns:
+            The model, and one line for each thing in its files that is not used.
+
+        Raises:
+            UserError: one line that names the option and the remedy.
+        """
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
-        where = device(self.device)  # before the weights are read
+        where = device(self.device)  # before the weights are read: it may fail
         options: dict[str, Any] = {"dtype": dtype, "device_map": self.device_map}
         options["attn_implementation"] = self.attn_implementation
         if not self.gguf_file:
@@ -242,13 +252,13 @@ class Pretrained:
         return module.eval(), left_out
 
     def _left_out(self, unused: list[str], kind: str) -> tuple[str, ...]:
-        """One line for each thing that lies in the model's files but is not in the model.
+        """One line for each thing in the model's files that is not in the loaded model.
 
         Args:
-            unused: names of weights.
+            unused: names of weights for which the model has no parameter.
         """
         said, config = [], self.file("config.json")
-        # What was fetched of a model on the hub lies in one folder.
+        # All files that were fetched from the hub for a model are in one folder.
         folder = Path(self.path) if self.path else config.parent if config else None
         if unused:
             names = [*dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in unused)]
@@ -269,17 +279,17 @@ class Pretrained:
         return tuple(said)
 
     def guarded(self, load: Callable[[], Any], option: str | None = None) -> Any:
-        """Runs `load`; what goes wrong with the source becomes one line that names it.
+        """Run `load` without its output, and turn its errors into one line that names the model's source.
 
         Args:
-            option: which names the source, if it is not the model's own.
+            option: names the source instead, if it is not the model's own.
         """
         with quiet():
             try:
                 return load()
             except UserError:
                 raise
-            except Exception as error:  # transformers, timm, safetensors: each has its own
+            except Exception as error:  # transformers, timm and safetensors raise errors of their own
                 remedy = "" if self.path else "; or give a folder that holds it: model.path=FOLDER"
                 if option:
                     raise UserError(f"{option}: cannot be loaded: {loading_error(error, False)}") from error
@@ -293,7 +303,7 @@ def load_tokenizer(model: Pretrained) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer = model.guarded(lambda: AutoTokenizer.from_pretrained(model.source, **model.hub_options))
-    tokenizer.truncation_side = "right"  # the beginning of a document is what is evaluated
+    tokenizer.truncation_side = "right"  # the beginning of a document is evaluated
     return tokenizer
 
 
@@ -307,12 +317,12 @@ def _bits(quantize: str, dtype: Any) -> Any:
 
 
 def _follows_the_longest(config: dict[str, Any], max_tokens: int) -> bool:
-    """Whether the positions of a text depend on how long the longest one is beside it, as its configuration says."""
+    """True if the configuration says that the positions of a text depend on the longest text in its batch."""
     config = {**config, **(config.get("text_config") or {})}
     ends = config.get("max_position_embeddings") or max_tokens
     for name in ("rope_scaling", "rope_parameters"):
         rope = config.get(name) or {}
-        for scheme in (rope, *rope.values()):  # layers of several kinds have one each
+        for scheme in (rope, *rope.values()):  # one per kind of layer in some models
             if isinstance(scheme, dict) and scheme.get("rope_type", scheme.get("type")) in STRETCHING:
                 key = "original_max_position_embeddings"
                 if min(max_tokens, ends) > (config.get(key) or scheme.get(key) or ends):
@@ -321,7 +331,7 @@ def _follows_the_longest(config: dict[str, Any], max_tokens: int) -> bool:
 
 
 def _other_weights(folder: Path) -> list[str]:
-    """Files of weights that transformers does not read: it takes the first of these that is there."""
+    """Weight files that transformers ignores, since it reads the first format that exists."""
     kinds = ("*.safetensors", "*.gguf", "pytorch_model*.bin")
     weights = sorted(file.name for kind in kinds for file in folder.glob(kind))
     names = ("model.safetensors", "pytorch_model.bin")
@@ -334,29 +344,29 @@ def _other_weights(folder: Path) -> list[str]:
 
 
 def fingerprint(path: str) -> str:
-    """Of the content of all files of a model but its documentation."""
+    """Hash of the content of all files of a model except its documentation."""
     names = [name for name in names_in(path) if name.suffix not in (".md", ".pyc")]
     return signature([(str(name), fingerprint_of_file(Path(path) / name)) for name in names])
 
 
 def device(name: str) -> torch.device:
-    """`auto`: the first GPU, else the CPU.
+    """The device with this name; `auto` is the first GPU, else the CPU.
 
     Raises:
-        UserError: it is not there.
+        UserError: the device cannot be used here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
         reason = " ".join(str(error).split())
         raise UserError(f"model.device={name}: cannot be used here ({reason}); give auto or cpu") from error
 
 
 @contextmanager
 def quiet():
-    """Hides the loaders' chatter, not their errors. Their progress bars are for terminals."""
+    """Context manager: hide messages of the loaders, but not their errors. Progress bars are shown on a terminal."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()
@@ -378,19 +388,19 @@ def load_config(model: Pretrained) -> Any:
 
 
 def auto_model(model: Pretrained, kind: str, *names: str) -> Any:
-    """The first of these auto classes of transformers that knows the model.
+    """The first of these auto classes of transformers that supports the model.
 
     Args:
-        kind: of model, as the user chose it.
+        kind: kind of model that the user chose.
 
     Raises:
-        UserError: none of them does.
+        UserError: none of them supports it.
     """
     import transformers
 
     config, classes = load_config(model), [getattr(transformers, name) for name in names]
     known = [one for one in classes if type(config) in one._model_mapping]
-    if known or getattr(config, "auto_map", None):  # the latter: code that comes with it
+    if known or getattr(config, "auto_map", None):  # auto_map: the model brings its own code
         return (known or classes)[0]
     what = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "a model of another kind"
     raise UserError(
@@ -400,11 +410,11 @@ def auto_model(model: Pretrained, kind: str, *names: str) -> Any:
 
 
 def context_length(model: Pretrained) -> int:
-    """What both the model and its tokenizer can take; read from the configuration, without the weights."""
+    """Number of positions that both the model and its tokenizer support, read from the configuration."""
     config = load_config(model).get_text_config()
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
     return min([load_tokenizer(model).model_max_length, *(limit for limit in limits if limit and limit > 0)])
 
 
-os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask a bot of the hub to convert
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # otherwise, transformers asks a bot on the hub to convert
 logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)

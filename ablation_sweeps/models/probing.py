@@ -1,6 +1,6 @@
-"""Probes of a language model that has just been loaded, so that no score depends on what is passed beside a text.
+"""Probes of a language model that has just been loaded: its scores of a text must not depend on other texts.
 
-What a text scores must be the same as if it were passed alone, first, and within the positions that the model has.
+A text must score the same as if it were run alone, first, and within the positions that the model has.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ log = logging.getLogger(__name__)
 
 
 SHORT = 8  # tokens of the longer one of two short texts
-FLOORS = 2  # times what rounding does: more than that is no rounding
-WATCHED = 64  # positions of a text whose scores are compared, its last ones
-SMALL = 1 << 20  # elements of a tensor that may be state: weights and masks are larger
+FLOORS = 2  # multiples of the rounding error; a larger difference is not rounding
+WATCHED = 64  # positions at the end of a text whose scores are compared
+SMALL = 1 << 20  # elements of a tensor that may be state; weights and masks are larger
 
 
 def fit_vocabulary(encoder: TextEncoder, module: torch.nn.Module, option: str) -> TextEncoder:
-    """The encoder, knowing which token ids the model has.
+    """The encoder, limited to the token ids that the model has.
 
     Args:
-        option: of the model, as the user typed it.
+        option: option that names the model, as the user typed it.
 
     Raises:
         UserError: the model has no embedding of the mask token.
@@ -51,16 +51,16 @@ def fit_vocabulary(encoder: TextEncoder, module: torch.nn.Module, option: str) -
 
 
 def isolate(model: Transformer, encoder: TextEncoder, option: str) -> Transformer:
-    """The model, made such that a text scores what it scores alone, whatever is passed before it or beside it.
+    """Change the model and its encoder so that a text scores the same whatever runs before it or beside it.
 
-    A short text is passed alone, beside a longer one, beside the longest there may be, and alone again. Longer texts
-    are looked at as well, see `_length_matters`: few tokens show little of a scheme of positions. If scores
-    depend on the length of the others, texts of different lengths are passed apart. If the model changes its own state
-    from pass to pass, each pass begins with the state that it was loaded with. If it has fewer positions than its
-    configuration says, texts are cut to those.
+    A short text is run alone, beside a longer one, beside the longest possible one, and alone again. Longer texts are
+    tried as well (see `_length_matters`), since a few tokens reveal little about a position scheme. If scores depend on
+    the length of the other texts, texts of different lengths are run separately. If the model changes its own state
+    between passes, each pass starts from the state in which it was loaded. If it has fewer positions than its
+    configuration says, texts are truncated to that number.
 
     Raises:
-        UserError: its scores depend on something else, or texts do not pass.
+        UserError: the scores depend on something else, or the model fails on a text.
     """
     n = min(SHORT, encoder.max_tokens)
     short, longer, longest = (
@@ -70,7 +70,7 @@ def isolate(model: Transformer, encoder: TextEncoder, option: str) -> Transforme
     differ = functools.partial(_differ, exact=exact)
     state = State(model.module)
     alone, again = _scores(model, short), _scores(model, short)
-    if alone.isnan().any():  # another error, which names the cause
+    if alone.isnan().any():  # reported later, with its cause
         return model
     try:
         beside = [_scores(model, short, longer), _scores(model, short, longest)]
@@ -109,11 +109,11 @@ def isolate(model: Transformer, encoder: TextEncoder, option: str) -> Transforme
 
 
 def _length_matters(model: Transformer, longest: Batch, n: int) -> bool:
-    """Whether a text scores something else beside the longest one, by more than rounding does.
+    """True if a text scores differently beside the longest one, by more than rounding.
 
-    Texts half as long as the longest one, a quarter as long and so on are looked at, so that one of them is near the
-    length at which a scheme of positions changes. In a causal model they are the beginnings of the longest text, which
-    is then passed once.
+    It tries texts that are half as long as the longest one, a quarter as long and so on, so that one of them is near
+    the length at which a position scheme changes. In a causal model they are prefixes of the longest text, which then
+    needs a single pass.
 
     Args:
         n: tokens of the longest text.
@@ -138,10 +138,12 @@ def _beginning(text: Batch, length: int) -> Batch:
 
 
 def _floor(model: Transformer, text: Batch, scores: torch.Tensor) -> float:
-    """What rounding alone does to the scores of a text: all that the parts of the model give is changed by chance, by
-    as much as the last digit. Passes of another shape may round alike, so that they would show too little.
+    """Error of a text's scores that comes from rounding alone.
+
+    The output of each leaf module is changed at random by as much as its last digit. Comparing passes of different
+    shapes instead might show too little, since they may round in the same way.
     """
-    generator = torch.Generator().manual_seed(0)  # of the CPU: every device sees the same noise
+    generator = torch.Generator().manual_seed(0)  # on the CPU: the same noise for every device
 
     def perturb(_: torch.nn.Module, __: Any, given: Any) -> Any:
         if not isinstance(given, torch.Tensor) or not given.is_floating_point():
@@ -159,7 +161,7 @@ def _floor(model: Transformer, text: Batch, scores: torch.Tensor) -> float:
 
 
 def _least(model: Transformer) -> float:
-    """The least error of most positions that is not taken for rounding, for the coarsest type of the weights."""
+    """Smallest median error that counts as more than rounding, for the coarsest dtype of the weights."""
     types = {p.dtype for p in model.module.parameters() if p.dtype.is_floating_point}
     return max([1e-4, *(2 * torch.finfo(dtype).eps for dtype in types)])
 
@@ -170,7 +172,7 @@ def _failed(n: int, option: str, error: Exception) -> UserError:
 
 
 def _is_of_length(error: Exception) -> bool:
-    """Whether a model may say this where it has no such position."""
+    """True if a model may raise this error for a position that it does not have."""
     words = ("size", "shape", "length", "position", "index", "dimension", "expand", "broadcast")
     said = str(error).lower()
     return isinstance(error, IndexError) or (
@@ -179,7 +181,7 @@ def _is_of_length(error: Exception) -> bool:
 
 
 def _context(model: Transformer, fails: int, option: str) -> int:
-    """The longest text that passes."""
+    """Length of the longest text that the model can run, found by bisection."""
     works, said = SHORT, fails
     while fails - works > 1:
         middle = (works + fails) // 2
@@ -191,7 +193,7 @@ def _context(model: Transformer, fails: int, option: str) -> int:
 
 
 def _remembers(model: Transformer, longest: int, changes: Changes) -> bool:
-    """Whether a long text scores something else after a longer one."""
+    """True if a long text scores differently after a longer one."""
     text, longer = (model.other_input("probe", n, seed) for seed, n in enumerate((longest * 3 // 4, longest)))
     restore(changes)
     first = _scores(model, text)
@@ -201,12 +203,12 @@ def _remembers(model: Transformer, longest: int, changes: Changes) -> bool:
 
 
 def _scores(model: Transformer, text: Batch, *others: Batch) -> torch.Tensor:
-    """Log probabilities at the last positions of the first text, `[pos, d_vocab]`."""
+    """Log probabilities at the last positions of the first text, `[pos, d_vocab]`; the others share its batch."""
     return _scores_of_beginnings(model, text, [text.labels.shape[-1]], *others)[0]
 
 
 def _scores_of_beginnings(model: Transformer, text: Batch, lengths: list[int], *others: Batch) -> list[torch.Tensor]:
-    """Log probabilities at the last positions of each beginning of the first text, passed as a whole."""
+    """Log probabilities at the last positions of each prefix of the first text, from a single pass over it."""
     places = [torch.arange(max(0, length - WATCHED), length) for length in lengths]
     with torch.inference_mode(), _checked_lookups():
         logits = model.logits_at(pad_and_stack(text, *others).to(model.device), torch.cat(places).to(model.device))
@@ -214,20 +216,22 @@ def _scores_of_beginnings(model: Transformer, text: Batch, lengths: list[int], *
 
 
 def _differ(found: torch.Tensor, expected: torch.Tensor, exact: bool) -> bool:
-    """Whether two predictions differ by more than rounding. In half precision, rounding may send single positions to
-    another expert: most of them must differ."""
+    """True if two predictions differ by more than rounding.
+
+    In half precision, rounding may send single positions to another expert, so most positions must differ.
+    """
     errors = _errors(found, expected)
     return bool(errors.max() > 1e-3 if exact else errors.median() > 0.05)
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """By how much two predictions differ at most positions."""
+    """Median over positions of the difference between two predictions; see `_errors`."""
     return float(_errors(found, expected).median())
 
 
 def _errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """By how much two predictions differ at each position, where the difference between positions is 1."""
-    finite = expected.isfinite()  # some models rule classes out
+    """Difference between two predictions at each position, relative to how much positions differ from each other."""
+    finite = expected.isfinite()  # some models give -inf for some classes
     if not torch.equal(found.isfinite(), finite):
         return torch.full(expected.shape[:1], torch.inf)
     a, b = found.where(finite, 0), expected.where(finite, 0)
@@ -236,7 +240,7 @@ def _errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 
 
 def _passes(model: Transformer, n: int) -> bool:
-    """Whether a text of so many tokens passes."""
+    """True if the model can run a text of `n` tokens."""
     try:
         with torch.inference_mode(), _checked_lookups():
             model.body(model.other_input("probe", n, 0).to(model.device))
@@ -250,7 +254,7 @@ def _passes(model: Transformer, n: int) -> bool:
 
 
 def _checked_lookups() -> Any:
-    """Raises IndexError before a table is read behind its end: a GPU could not be used any more afterwards."""
+    """Context manager: raise IndexError before a lookup beyond the end of a table, which would leave a GPU unusable."""
     from torch.overrides import TorchFunctionMode
 
     class Checked(TorchFunctionMode):
@@ -276,18 +280,19 @@ def _check_lookup(n_rows: int, index: Any) -> None:
 
 
 Place = tuple[Any, str, bool]  # a module, a name, and whether it is a buffer
-Changes = dict[Place, Any]  # what was there before; ABSENT if nothing was
+Changes = dict[Place, Any]  # value before the change; ABSENT if there was none
 ABSENT = object()
 
 
 class State:
-    """What a module had beside its weights when this was made: buffers, and plain values such as the longest text."""
+    """Snapshot of a module's state other than weights: buffers, and attributes such as the longest length seen."""
 
     def __init__(self, module: torch.nn.Module):
         self.module = module
         self.values = {place: _copy(value) for place, value in _values(module)}
 
     def changes(self) -> Changes:
+        """Attributes that have changed since the snapshot, with the values that they had then."""
         now = dict(_values(self.module))
         places = {**self.values, **now}
         return {
@@ -298,6 +303,7 @@ class State:
 
 
 def restore(changes: Changes) -> None:
+    """Undo the changes."""
     for (module, name, is_buffer), value in changes.items():
         where = module._buffers if is_buffer else module.__dict__
         if value is ABSENT:
@@ -335,7 +341,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _restored(model: Transformer, changes: Changes) -> Transformer:
-    """The model, with the state that it was loaded with at the beginning of each pass."""
+    """The model, but with each pass starting from the state in which it was loaded."""
     if not changes:
         return model
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Vision transformers of timm."""
+"""Vision transformers from timm."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ablation_sweeps.models.transformer import Transformer, input_device
 class Timm(Pretrained):
     """Any classifier of `timm.create_model`, with its own image transform.
 
-    With `path`, the weights are those of `model.safetensors` in that folder; the architecture is `name`, or what
-    `config.json` in the folder says, as it does of the image transform.
+    With `path`, the weights are those in `model.safetensors` in that folder. The folder's `config.json` gives the image
+    transform, and the architecture unless `name` does.
     """
 
     modality: ClassVar[Modality] = "image"
@@ -59,7 +59,7 @@ class Timm(Pretrained):
         return pretrained.hf_hub_id
 
     def encoder(self) -> Encoder:
-        """Needs the model, since it says into how many positions it cuts an image; any device will do."""
+        """Encoder of the images. It needs the model, which sets the number of positions per image, on any device."""
         return dataclasses.replace(self, device="cpu").load().encode
 
     def load(self) -> Transformer:
@@ -119,7 +119,7 @@ class Timm(Pretrained):
         return timm.create_model(f"hf-hub:{self.repository}@{self.commit}", pretrained=True)
 
     def _check_head(self, module: Any, weights: dict[str, torch.Tensor]) -> None:
-        """Refuse a random classifier: timm makes one where the number of classes is not that of the weights."""
+        """Refuse a random classifier, which timm creates if the weights are for another number of classes."""
         names = module.pretrained_cfg.get("classifier") or ()
         own = module.state_dict()
         for name in (names,) if isinstance(names, str) else names:

@@ -1,4 +1,4 @@
-"""A loaded model, as the experiment sees every kind of it."""
+"""A loaded model, with the same interface for every kind of model."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ Kind = Literal["causal_lm", "masked_lm", "image_classifier"]
 
 @dataclass(frozen=True)
 class Transformer:
-    """A pretrained model and the few things that differ between its kinds.
+    """A pretrained model, and functions that hide the differences between kinds of models.
 
     Attributes:
         module: the unmodified model, in eval mode.
-        logits: one forward pass; `[batch, pos, d_vocab]` or `[batch, classes]`.
-        body: the same pass without the language-model head, for collecting activations.
-        encode: examples to batches.
-        other_input: see `OtherInput`.
-        n_heads: query heads of a layer; None where the layers differ.
+        logits: runs one forward pass; returns `[batch, pos, d_vocab]` or `[batch, classes]`.
+        body: runs the same pass without the language-model head, for collecting activations.
+        encode: turns examples into batches.
+        other_input: makes an input that is not from the data; see `OtherInput`.
+        n_heads: query heads per layer; None if layers differ.
         special_ids: token ids that carry no text (BOS, CLS, PAD, ...); empty for images.
-        head: the output embedding of a language model, if it gives the logits of the positions that it is shown: set
-            by `with_head`. None where there is none, or it does not.
-        class_names: of an image classifier, in the order of its logits, where it knows them.
-        left_out: one line for each thing that the model's files hold but the model does not.
-        texts: how texts are passed ("apart", say); empty if together, as for most models.
+        head: output embedding of a language model, if it can be applied to some positions alone; set by `with_head`.
+            None otherwise.
+        class_names: class names of an image classifier in the order of its logits; empty if unknown.
+        left_out: one line for each thing in the model's files that the model does not use.
+        texts: departures from running all texts together as they are, such as "apart" (texts of different lengths are
+            run separately). Empty for most models.
     """
 
     label: str
@@ -61,28 +62,32 @@ class Transformer:
 
     @property
     def on_cpu(self) -> bool:
-        """All of it."""
+        """True if all parameters are on the CPU."""
         return {parameter.device.type for parameter in self.module.parameters()} == {"cpu"}
 
     @property
     def max_positions_per_pass(self) -> int:
-        """Positions of text, or images, that it is passed at once: of a larger batch, a half, or a half of that. A CPU
-        takes up to a fifth longer for a batch of 4,096 positions at once (benchmarks/tried.py); of images, nothing."""
+        """Limit on the positions of text, or images, in one pass; larger batches are halved until they fit.
+
+        On a CPU, a batch of 4,096 positions takes up to a fifth longer in one pass (benchmarks/tried.py).
+        """
         return 1024 if self.on_cpu else sys.maxsize
 
     def logits_at(self, batch: Batch, rows: Int[torch.Tensor, " rows"]) -> Float[torch.Tensor, "rows classes"]:
-        """Logits of some positions, or images. The head is not given the other positions, where there is one that is
-        known: of a masked language model these are five of six, and the head may be most of the work.
+        """Logits at some positions, or of some images.
+
+        If the head is known, it is applied to these positions alone. For a masked language model they are one in six,
+        and the head may be most of the work.
 
         Args:
-            rows: places in the batch, example after example.
+            rows: indices in the flattened batch.
         """
         return self.pass_at(batch, rows)[0]
 
     def pass_at(
         self, batch: Batch, rows: Int[torch.Tensor, " rows"]
     ) -> tuple[Float[torch.Tensor, "rows classes"], Float[torch.Tensor, "rows d_model"] | None]:
-        """The same, and what the head was shown; None where it was shown all positions, or there is none."""
+        """Logits at some positions, and the head's input there, or None if the head was applied to all positions."""
         shown: torch.Tensor | None = None
 
         def narrow(_: torch.nn.Module, args: tuple) -> tuple | None:
@@ -105,9 +110,12 @@ class Transformer:
 
 
 def with_head(model: Transformer, head: torch.nn.Module | None) -> Transformer:
-    """The model, and its head if the logits of some positions can be asked of it: seen with a probe, since a model may
-    do with them what it likes. Without it, all logits are computed, which is always right."""
-    # Of unequal lengths, in no order: a model may sort its examples, or treat padding in a way of its own.
+    """The model, with `head` set if that can be applied to some positions alone.
+
+    This is tested with a probe, since a model may process its logits in any way. Without a head, all logits are
+    computed, which is always right.
+    """
+    # Unequal lengths in mixed order: a model may sort its examples, or treat padding in its own way.
     lengths = (5, 9, 7)
     probe = pad_and_stack(*(model.other_input("probe", n, seed) for seed, n in enumerate(lengths))).to(model.device)
     rows = torch.tensor([2, 0, 13, 9, 22, 18]).to(model.device)  # none of them is padding
@@ -118,15 +126,15 @@ def with_head(model: Transformer, head: torch.nn.Module | None) -> Transformer:
             found, shown = headed.pass_at(probe, rows)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # whatever a model says when it misses the positions that it expects
+        except Exception:  # a model that misses positions may raise anything
             return headless
     return headed if shown is not None and _same_predictions(found, expected) else headless
 
 
 def _same_predictions(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """But for rounding. What differs between positions is what counts: the same classes are likely at all of them."""
+    """True if predictions agree up to rounding, relative to how much they differ between positions."""
     a, b = (logits.cpu().double().log_softmax(-1) for logits in (found, expected))
-    finite = b.isfinite()  # some models rule classes out
+    finite = b.isfinite()  # some models give -inf for some classes
     if not torch.equal(a.isfinite(), finite):
         return False
     a, b = a.where(finite, 0), b.where(finite, 0)
@@ -134,13 +142,13 @@ def _same_predictions(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def input_device(module: torch.nn.Module) -> torch.device:
-    """Where inputs go. The weights of a model that is spread over devices may wait elsewhere, as `meta`."""
+    """Device of the inputs. Weights of a model that is split across devices may be on `meta`, waiting elsewhere."""
     devices = (parameter.device for parameter in module.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
 def query_heads(module: torch.nn.Module) -> int | None:
-    """Query heads of each layer of a language model; None where layers differ, or there is no attention."""
+    """Query heads per layer of a language model; None if layers differ, or there is no attention."""
     config = module.config.get_text_config()  # type: ignore[union-attr,operator]
     heads = getattr(config, "num_attention_heads", None)
     return heads if isinstance(heads, int) and heads > 0 else None
