@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and what is computed from it: metrics, curves, studies, comparisons."""
+"""Results on disk, and what is computed from them: metrics, curves, studies, comparisons."""

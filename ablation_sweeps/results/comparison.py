@@ -1,5 +1,4 @@
-"""Comparison of methods: which is better, by how much, and is it luck? Paired differences with intervals over documents
-and seeds."""
+"""Compares methods: paired differences, with confidence intervals over documents and seeds."""
 
 from __future__ import annotations
 
@@ -20,18 +19,22 @@ if TYPE_CHECKING:
 
 
 DRAWS = 2000
-MAX_WEIGHTS = 1 << 24  # weights of documents in memory, 8 bytes each
+MAX_WEIGHTS = 1 << 24  # document weights in memory, 8 bytes each
 LEVEL = 0.95
 
 DocumentSums = Float[np.ndarray, "seeds fractions documents"]
 Values = Float[np.ndarray, "draws points"]
-Weights = Float[np.ndarray, "draws _units"]  # how often each seed, or each document, is taken
+Weights = Float[np.ndarray, "draws _units"]  # how often each seed, or each document, is drawn
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The curve of one method and metric, for every seed: the sums over each document, from fraction 0 on. A document
-    that was not evaluated at a fraction has a count of 0 there."""
+    """The curve of one method and metric, as sums for every seed, fraction (from 0 on) and document.
+
+    Attributes:
+        totals, counts: numerator and denominator of the metric. A document that was not evaluated at a fraction has a
+            count of 0 there.
+    """
 
     fractions: tuple[float, ...]
     totals: DocumentSums
@@ -45,13 +48,13 @@ class Curve:
     def values(
         self, seeds: Float[np.ndarray, "draws seeds"], documents: Float[np.ndarray, "draws documents"]
     ) -> Values:
-        """The curve, with each seed and each document taken so many times."""
+        """The curve, `[draws, fractions]`, with seeds and documents weighted as given."""
         return _mean(self.totals, self.counts, seeds, documents)
 
     def clean(self, seeds: Float[np.ndarray, "draws seeds"], documents: Float[np.ndarray, "draws documents"]) -> Values:
-        """The clean values likewise, of each point on its own documents."""
+        """Clean values, `[draws, fractions]`, with the same weights; for each point, on the documents of that point."""
         here = self.counts > 0
-        if (here == here[:, :1]).all():  # all points have the same: the usual case
+        if (here == here[:, :1]).all():  # the usual case: all points have the same documents
             return np.repeat(_mean(self.totals[:, :1], self.counts[:, :1], seeds, documents), here.shape[1], 1)
         return _mean(self.totals[:, :1] * here, self.counts[:, :1] * here, seeds, documents)
 
@@ -68,11 +71,11 @@ def _mean(
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its interval.
+    """A value with its confidence interval.
 
     Attributes:
         low, high: ends of the 95 % interval.
-        p: two-sided, of being 0; the interval leaves out 0 where it is below 0.05.
+        p: two-sided p-value for the value being 0; below 0.05 exactly where the interval excludes 0.
         stderr, freedom: standard error and degrees of freedom of the t-interval.
     """
 
@@ -85,7 +88,7 @@ class Estimate:
 
     def interval(self, level: float) -> tuple[float, float]:
         """Ends of the interval at another confidence level."""
-        from scipy.special import stdtrit  # as scipy.stats does, which takes a second to import
+        from scipy.special import stdtrit  # as in scipy.stats, which takes a second to import
 
         if not self.stderr > 0:
             return self.low, self.high
@@ -94,20 +97,20 @@ class Estimate:
 
 
 def levels(curve: Curve, metric: str, seed: int = 0) -> tuple[list[Estimate], Estimate]:
-    """The curve at each fraction, and the area under it (see `metrics.area`).
+    """Values of a curve at each fraction, and the area under it (see `metrics.mean_height`), with intervals.
 
-    Variances come from two bootstraps, over documents and over seeds, and are added; the interval is Student's t with
-    the degrees of freedom of Satterthwaite: quantiles of the draws themselves would be too narrow for a few seeds. With
-    one seed it is over documents alone, and says nothing about other neurons.
+    The variance is the sum of those of two bootstraps, over documents and over seeds. The interval is Student's t with
+    Satterthwaite's degrees of freedom, since quantiles of the draws would be too narrow for a few seeds. With one seed,
+    it covers the variation between documents only, not between neurons.
 
     Args:
-        seed: of the bootstrap, whose draws are the same for all methods.
+        seed: random seed of the bootstrap; the draws are the same for all methods.
     """
     return _estimates(lambda *weights: _points_and_area(curve, metric, *weights), curve, seed)
 
 
 def differences(a: Curve, b: Curve, metric: str, seed: int = 0) -> tuple[list[Estimate], Estimate]:
-    """Differences of two methods, `a - b`, on the same neurons and documents; otherwise as `levels`."""
+    """Differences `a - b` between two methods on the same neurons and documents; computed like `levels`."""
     return _estimates(
         lambda *weights: _points_and_area(a, metric, *weights) - _points_and_area(b, metric, *weights), a, seed
     )
@@ -120,8 +123,12 @@ def _points_and_area(curve: Curve, metric: str, seeds: Weights, documents: Weigh
 
 
 def _estimates(statistic: Callable[..., Values], like: Curve, seed: int) -> tuple[list[Estimate], Estimate]:
-    """Args:
-    statistic: of weights of the seeds and of the documents, `[draws, seeds]` and `[draws, documents]`.
+    """Estimate each point, and the area, with bootstrap intervals.
+
+    Args:
+        statistic: computes points and area from weights of the seeds and of the documents, `[draws, seeds]` and
+            `[draws, documents]`.
+        like: curve that gives the number of seeds and documents.
     """
     n_seeds, _, n_documents = like.totals.shape
     rng = np.random.default_rng(seed)
@@ -141,8 +148,10 @@ def _estimates(statistic: Callable[..., Values], like: Curve, seed: int) -> tupl
 
 
 def half_gone_at(fractions: Sequence[float], values: Sequence[float]) -> float:
-    """The fraction at which a curve that begins at fraction 0 first falls to half of its first value, by linear
-    interpolation; NaN if it never does, or does not begin there."""
+    """Fraction at which a curve first falls to half of its value at fraction 0, by linear interpolation.
+
+    NaN if it never does, or if the curve does not begin at fraction 0.
+    """
     if fractions[0] != 0:
         return math.nan
     target = values[0] / 2
@@ -154,7 +163,7 @@ def half_gone_at(fractions: Sequence[float], values: Sequence[float]) -> float:
 
 
 def _variance(n: int, rng: np.random.Generator, statistic: Callable[..., Values]) -> Float[np.ndarray, " points"]:
-    """Over draws of `n` out of `n`, with replacement; without the bias that this has when `n` is small."""
+    """Bootstrap variance over `n` units, corrected for its bias at small `n`."""
     if n < 2:
         return np.full_like(statistic(np.ones((1, n)))[0], math.nan)
     n_at_a_time = max(1, MAX_WEIGHTS // n)
@@ -179,7 +188,7 @@ def _with_interval(value: float, of_documents: float, of_seeds: float, n_documen
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Adjusted p-values of a family of tests (Holm 1979); NaN stays, and does not count."""
+    """Adjusted p-values for a family of tests (Holm 1979). NaN stays NaN, and is not counted."""
     known = sorted((value, i) for i, value in enumerate(p) if not math.isnan(value))
     adjusted, highest = list(p), 0.0
     for rank, (value, i) in enumerate(known):
@@ -189,10 +198,10 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def levels_of(p: Sequence[float]) -> list[float]:
-    """Confidence levels of a family of intervals, such that each leaves out 0 exactly where Holm's p is below 0.05.
+    """Confidence levels for a family of intervals, so that each excludes 0 exactly where Holm's p is below 0.05.
 
-    They are simultaneous (Bonferroni's: 1 - 0.05/m for m tests), which is wide enough to hold 0 wherever Holm's
-    procedure decides nothing. Where it decides and Bonferroni's would not, it is the level at which Holm's tests.
+    They are simultaneous: by Bonferroni, 1 - 0.05/m for m tests, which is wide enough to include 0 wherever Holm's
+    procedure does not reject. Where it rejects and Bonferroni's would not, the level is that of Holm's step.
     """
     adjusted, alpha = holm(p), 1 - LEVEL
     known = sorted((i for i, value in enumerate(p) if not math.isnan(value)), key=lambda i: p[i])
@@ -207,19 +216,19 @@ Documents = Mapping[tuple[str, int], "DataFrame"]
 
 
 def compare(documents: Documents, metrics: Sequence[str], common: Mapping[str, Documents] | None = None) -> DataFrame:
-    """All pairs of methods of one study.
+    """Compare all pairs of methods of one study.
 
     Args:
-        documents: the sums of each document (see `metrics.SUMS`) for every method and seed.
-        common: those of a metric that areas are taken over, where both methods are among them; else what the two share.
+        documents: metric sums per document (see `metrics.SUMS`) for every method and seed.
+        common: for each metric, the tables from which areas are computed, if both methods are among them; other pairs
+            use what the two share.
 
     Returns:
-        one row for each metric, pair and fraction, and one for the area, whose `fraction` is NaN: `metric`, `method`,
+        One row for each metric, pair and fraction, and one for the area, whose `fraction` is NaN: `metric`, `method`,
         `other`, `fraction`, `difference` (method - other), `low`, `high` (its interval at the confidence `level`),
-        `p_holm` (over all pairs of a metric: those of the areas are one family, those of all fractions another),
-        `better` (the method that is better, where p_holm < 0.05, which is where the interval leaves out 0; else
-        empty), `n_seeds`, `n_documents`; and of this one difference alone, not adjusted: `p`, `low_unadjusted`,
-        `high_unadjusted`.
+        `p_holm` (adjusted over all pairs of a metric: areas are one family, all fractions another), `better` (the
+        better method where p_holm < 0.05, which is where the interval excludes 0; else empty), `n_seeds`,
+        `n_documents`; and, not adjusted for other tests: `p`, `low_unadjusted`, `high_unadjusted`.
     """
     methods = list(dict.fromkeys(method for method, _ in documents))
     rows: list[dict[str, Any]] = []
@@ -251,7 +260,7 @@ def compare(documents: Documents, metrics: Sequence[str], common: Mapping[str, D
 def _of_pair(
     documents: Documents, pair: tuple[str, str], metric: str, common: Documents
 ) -> Iterator[tuple[float, Estimate, int, int]]:
-    """Fraction, difference, number of seeds and of documents: at each fraction, and for the area (fraction NaN)."""
+    """Give fraction, difference, number of seeds and of documents, for each fraction and the area (fraction NaN)."""
     first, second = pair
     seeds = [seed for method, seed in documents if method == first and (second, seed) in documents]
     if not seeds:
@@ -261,7 +270,7 @@ def _of_pair(
         return
     at_fractions, in_area = differences(one, other, metric)
     for fraction, found, n_documents in zip(one.fractions, at_fractions, one.n_documents.tolist(), strict=True):
-        if fraction != 0:  # nothing is ablated: all methods are the same
+        if fraction != 0:  # at 0, nothing is ablated: all methods are equal
             yield fraction, found, len(seeds), n_documents
     if {first, second} <= {method for method, _ in common}:
         shared_seeds = [seed for method, seed in common if method == first]
@@ -273,16 +282,21 @@ def _of_pair(
 
 
 def are_too_few(fractions: Collection[float], tables: Sequence[DataFrame]) -> bool:
-    """For an area, where these are all that the tables share: a line between two points is no curve of a method that
-    was measured between them."""
+    """True if the tables share too few fractions for an area.
+
+    A straight line between two points is not the curve of a method that was evaluated between them.
+    """
     return len(fractions) < 3 and any(
         (~table["fraction"].isin(fractions) & (table["fraction"] < max(fractions))).any() for table in tables
     )
 
 
 def shared(tables: Sequence[DataFrame]) -> list[DataFrame]:
-    """The tables without the documents that one of them lacks, at each fraction. At fraction 0, each also keeps those
-    that it has at another one: their clean values are what its points are shares of."""
+    """The tables with only the documents that all of them have, at each fraction.
+
+    At fraction 0, each table also keeps the documents that it keeps at another fraction: its points are relative to
+    their clean values.
+    """
     common: dict[float, set[int]] = {}
     for table in tables:
         for fraction, documents in table.groupby("fraction")["document"]:
@@ -296,7 +310,7 @@ def shared(tables: Sequence[DataFrame]) -> list[DataFrame]:
 
 
 def paired(of_methods: Sequence[Sequence[DataFrame]], metric: str) -> list[Curve]:
-    """The curves of some methods, at the fractions and on the documents that all of their runs have."""
+    """Curves of some methods, at the fractions and on the documents that all of their runs have."""
     tables = [table for of_seeds in of_methods for table in of_seeds]
     fractions = sorted(set.intersection(*(set(table["fraction"]) for table in tables)))
     documents = sorted(set.union(*(set(table["document"]) for table in tables)))
@@ -309,13 +323,13 @@ def paired(of_methods: Sequence[Sequence[DataFrame]], metric: str) -> list[Curve
         ]
         for column in columns
     ])  # fmt: skip
-    missing = np.isnan(arrays).any((0, 1, 2))  # a document that one of them lacks at a fraction counts for none there
+    missing = np.isnan(arrays).any((0, 1, 2))  # a document that one run lacks at a fraction does not count there
     totals, counts = np.where(missing, 0.0, arrays)
     return [Curve(tuple(fractions), *sums) for sums in zip(totals, counts, strict=True)]
 
 
 def seen_from(row: dict[Any, Any], method: str) -> Estimate:
-    """Of a row of `compare`: this method minus the other one."""
+    """Difference in a row of `compare` as `method` minus the other one."""
     sign = 1 if row["method"] == method else -1
     low, high = sorted((sign * row["low"], sign * row["high"]))
     return Estimate(sign * row["difference"], low, high, row["p"])

@@ -1,4 +1,4 @@
-"""Rows of a sweep's runs -> curves that may be compared, and what sums them up."""
+"""Reads the rows of a sweep's runs as comparable curves, and summarises them."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ POINT = ["study", "method", "seed", "fraction", "metric"]
 
 @dataclass(frozen=True)
 class Study:
-    """The rows of all runs that may be compared."""
+    """The rows of all runs that may be compared with each other."""
 
-    name: str  # of its figure's file; unique in a sweep
+    name: str  # file name of its figure; unique in a sweep
     title: str
     unit: str  # "token" or "image"
     rows: DataFrame
 
 
 def read_curves(*sweeps: str | Path) -> DataFrame:
-    """Rows of all finished runs below some folders, one for each study, method, seed, fraction and metric. A run with a
-    damaged file is left out, and a warning names the file.
+    """Read the rows of all finished runs below some folders, one per study, method, seed, fraction and metric.
 
-    Runs of one study are compared on the same documents: where a run has more of them at a fraction than another one
-    (see eval.target_stderr), its rows are those of the documents that all have.
+    A run with a damaged file is skipped, with a warning that names the file. Runs of one study are compared on the same
+    documents: if a run has more of them at a fraction than another one (see eval.target_stderr), its rows are computed
+    from those that all have.
 
     Raises:
-        UserError: no finished run lies there.
+        UserError: there is no finished run.
     """
     paths = sorted(path for sweep in sweeps for path in Path(sweep).rglob("rows.parquet"))
     read = {path.parent: run_folder.result(path.parent, path.name) for path in paths}
@@ -86,10 +86,10 @@ def _nothing_below(sweeps: Sequence[str | Path]) -> str:
 
 
 def _filled(rows: DataFrame, environment: Mapping[str, Any]) -> DataFrame:
-    """The rows with the number of positions that statistics were taken from, and that were asked for, if they are
-    recorded.
+    """Add columns that earlier versions did not write to rows.parquet.
 
-    Earlier versions did not keep the clean value on the documents of each point: that of all documents.
+    These are the number of positions in the calibration statistics and the number that was asked for (NaN if not
+    recorded), and the clean value on the documents of each point, for which the one on all documents is used.
     """
     rows = rows.assign(**{key: float(environment.get(key) or math.nan) for key in CALIBRATION})
     if "clean" in rows:
@@ -100,7 +100,7 @@ def _filled(rows: DataFrame, environment: Mapping[str, Any]) -> DataFrame:
 def _on_the_same_documents(runs: dict[Path, DataFrame]) -> dict[Path, DataFrame]:
     sizes = {point for rows in runs.values() for point in zip(rows["metric"], rows["fraction"], rows["n"], strict=True)}
     if len(sizes) == len({(metric, fraction) for metric, fraction, _ in sizes}):
-        return runs  # all the same: the usual case, in which documents.parquet need not be read
+        return runs  # the usual case: all have the same, and documents.parquet need not be read
     tables = [table for folder in runs if (table := run_folder.result(folder, "documents.parquet")) is not None]
     if len(tables) < len(runs):
         return runs
@@ -113,7 +113,7 @@ def _on_the_same_documents(runs: dict[Path, DataFrame]) -> dict[Path, DataFrame]
 
 
 def _distinguish(rows: DataFrame) -> DataFrame:
-    """Name the parameters in which methods of one label differ: one label must not hide two experiments."""
+    """Append differing parameters to the names of methods with the same label, so that no name stands for two."""
     for _, same in rows.groupby(["study", "method"]):
         variants = {text: json.loads(text) for text in same["method_params"].unique()}
         keys = sorted({key for params in variants.values() for key in params})
@@ -126,12 +126,13 @@ def _distinguish(rows: DataFrame) -> DataFrame:
 
 
 def _differing(runs: dict[str, list[Path]], rows: DataFrame) -> dict[str, str]:
-    """The options in which each study differs from others of the same labels, as typed, and how texts were passed, if
-    that differs; where all of it is the same (it is the model's or the data's files that differ), when it was finished;
-    "" if it is the only one.
+    """For each study, what distinguishes it from others with the same labels; "" if it is the only one.
+
+    It consists of the options that differ, as typed, and of how texts are passed to the model, if that differs. If all
+    of it is equal (the files of the model or of the data differ), it is the time at which the study finished.
 
     Args:
-        runs: of each study.
+        runs: run folders of each study.
     """
     found = {}
     for _, same in rows.groupby(NAME):
@@ -156,7 +157,7 @@ def _finished(runs: list[Path]) -> str:
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:
-    """The options that tell studies apart."""
+    """The options that distinguish studies, flattened."""
     return {
         key: value
         for key, value in flatten(config).items()
@@ -165,13 +166,16 @@ def _options(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def groups(rows: DataFrame, keys: list[str]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
+    """Group rows by some columns; give the values of these columns, and the rows of the group."""
     for key, group in rows.groupby(keys):
         yield dict(zip(keys, cast("tuple[Any, ...]", key), strict=True)), group
 
 
 def areas(curves: DataFrame) -> DataFrame:
-    """Column `auc` (see `metrics.auc`) for each study, method and metric, over all seeds; NaN where the fractions do
-    not span 0 to 1."""
+    """Column `auc` (see `metrics.normalised_auc`) for each study, method and metric, over all seeds.
+
+    NaN where the fractions do not span 0 to 1.
+    """
     found = []
     for key, of_study in groups(curves, STUDY):
         for own, curve in groups(pooled(of_study), ["method", "metric"]):
@@ -181,16 +185,16 @@ def areas(curves: DataFrame) -> DataFrame:
 
 
 def summarise(curves: DataFrame, found: Mapping[str, StudyResult] | None = None) -> DataFrame:
-    """One row for each study, method and metric.
+    """Summary with one row for each study, method and metric.
 
-    Columns: n_seeds, clean, at_50 (over all of the method's seeds), auc, auc_low, auc_high (area from 0 to 1 and its
-    95 % interval over documents and seeds), auc_n_seeds, auc_n_documents (those that the area is taken over: the ones
-    that all methods have) and half_gone_at: the fraction at which the curve first falls to half of its clean value
-    (accuracies only). NaN where a value was not measured or is never reached.
+    Columns: n_seeds, clean, at_50 (over all seeds of the method), auc, auc_low, auc_high (area from 0 to 1 and its
+    95 % interval over documents and seeds), auc_n_seeds, auc_n_documents (numbers that enter the area: those that all
+    methods have) and half_gone_at (the fraction at which the curve first falls to half of its clean value; accuracies
+    only). NaN where a value was not measured or is never reached.
 
     Args:
-        found: of each study, whose hash is the key. For one that is absent, the area is that over all of the method's
-            seeds, and has no interval.
+        found: result of each study, by its hash. For a study without one, areas are over all seeds of the method and
+            have no intervals.
     """
     rows = []
     for key, of_study in groups(curves, STUDY):
@@ -210,7 +214,7 @@ def summarise(curves: DataFrame, found: Mapping[str, StudyResult] | None = None)
 
 
 def _area(curve: DataFrame, metric: str) -> dict[str, float]:
-    """The area, from the values alone."""
+    """Area and half_gone_at from the values alone, without an interval."""
     fractions, values, clean = (curve[name].tolist() for name in ("fraction", "value", "clean"))
     shares = safe_divide(curve["value"].to_numpy(), curve["clean"].to_numpy())
     half_gone = half_gone_at(fractions, shares.tolist()) if not metric_named(metric).less_is_better else math.nan
@@ -230,8 +234,11 @@ def _measured_area(study: StudyResult, metric: str, method: str) -> dict[str, fl
 
 
 def studies(curves: DataFrame) -> list[Study]:
-    """Each study under a name that says what it is; where that is not unique, a hash is part of the name, and what they
-    differ in is part of the title. Of those that differ in no option, the last comes first."""
+    """All studies, each with a name that describes it.
+
+    If names are not unique, a hash is added to the name, and the differences to the title. Of studies that differ in no
+    option, the last to finish comes first.
+    """
     by_name: dict[str, list[DataFrame]] = {}
     for _, rows in curves.groupby("study"):
         name = "-".join(str(rows[label].iloc[0]) for label in NAME)
@@ -258,18 +265,18 @@ def _title(rows: DataFrame, unit: str) -> str:
 
 
 def first_metric(rows: DataFrame) -> DataFrame:
-    """The points of the loss, or, where earlier versions did not measure it, of the first metric."""
+    """The points of the loss or, if earlier versions did not measure it, of the first metric."""
     metric = "loss" if (rows["metric"] == "loss").any() else rows["metric"].iloc[0]
     return rows.loc[rows["metric"] == metric]
 
 
 def seeds_said(rows: DataFrame) -> str:
-    """How many seeds each point is of: "3 seeds", or "1 to 2 seeds"."""
+    """Number of seeds per point, in words: "3 seeds", or "1 to 2 seeds"."""
     counts = [of_point["seed"].nunique() for _, of_point in rows.groupby(["method", "fraction"])]
     return f"{span(counts)} seed{'s' if max(counts) > 1 else ''}"
 
 
 def span(counts: Iterable[int]) -> str:
-    """The least and the largest, if they differ."""
+    """The smallest and the largest count, in words: "1 to 3", or "3" if they are equal."""
     counts = sorted(counts)
     return " to ".join(f"{n:,}" for n in dict.fromkeys((counts[0], counts[-1])))

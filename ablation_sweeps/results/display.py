@@ -1,4 +1,4 @@
-"""How methods and metrics are shown: order, colours, markers and labels."""
+"""How methods are displayed: their order, colours, markers and line styles."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ if TYPE_CHECKING:
     pass
 
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; their yellow is too pale for a line on white.
+# The palette of Okabe and Ito, safe for the colour-blind, without its yellow, which is too pale for a line on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#8C6D1F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
-# These methods look the same in all figures. Another one gets a place by its name: one whose colour is not
-# in the figure yet, if there are any, and rather none that readers know as another method's.
+# These methods look the same in all figures. Others get a style by a hash of their name: if possible, one with a
+# colour that is not yet in the figure, and not one that readers know as that of another method.
 PLACES = {"zero": 0, "mean": 1, "median": 2, "peak": 3, "resample": 4, "resample-random_input": 6}
 FAMILIAR = [PLACES[method] for method in ("zero", "mean", "peak", "resample")]
 GREY = "#6E6E6E"
 
 
 def display_order(methods: Iterable[str]) -> list[str]:
-    """The known methods first, as in PLACES."""
+    """Sort methods: known ones first, in the order of PLACES, then the others by name."""
     known = list(PLACES)
     return sorted(methods, key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
 def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dashes of each method."""
+    """Colour, marker and line style of each method."""
     free, used, found = list(range(len(COLOURS) * len(DASHES))), Counter[int](), {}
     for method in display_order(methods):
         wanted = PLACES.get(method, int.from_bytes(hashlib.sha256(method.encode()).digest()[:4], "big"))
@@ -44,6 +44,6 @@ def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def _style_cost(place: int, wanted: int, known: bool, used: Counter[int]) -> tuple[int, bool, int]:
-    """How little a place suits a method: the least is taken."""
+    """How badly a style fits a method; the style with the lowest cost is used."""
     colour, distance = place % len(COLOURS), (place - wanted) % (len(COLOURS) * len(DASHES))
     return (0, False, distance) if known else (used[colour], colour in FAMILIAR, distance)

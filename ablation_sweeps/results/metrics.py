@@ -1,4 +1,4 @@
-"""Sums of documents -> metrics, with their standard errors."""
+"""Computes metrics, with standard errors, from sums over documents."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-# Over the scored positions of a document: their number, and what is summed up; `_rare`: over those whose label is not
+# Sums over the scored positions of a document, after their number `n`. `_rare`: over the positions whose label is not
 # among the most common tokens.
 SUMS = ("n", "loss", "top1", "topk", "kl", "n_rare", "loss_rare", "top1_rare", "topk_rare")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """All that is known of a metric: whoever computes, compares or shows metrics asks here.
+    """Everything that is known about a metric. Code that computes, compares or shows metrics looks it up here.
 
     Attributes:
-        name: as the column `metric` of rows.parquet has it.
-        label: for axes; `{unit}` stands for what is scored, a token or an image.
-        heading: shorter, for a table on a terminal.
-        total, count: the two of `SUMS` whose ratio it is.
-        scale: what values are multiplied with where they are shown: 100 for percent.
+        name: value in the column `metric` of rows.parquet.
+        label: label of an axis; `{unit}` stands for what is scored, "token" or "image".
+        heading: shorter label, for a table on a terminal.
+        total, count: columns of `SUMS` whose ratio is the metric.
+        scale: factor for display: 100 for percent.
         digits: decimals in a table.
-        less_is_better: True for a loss; False for an accuracy, of which half may be gone.
-        is_relative: areas are shares of the clean value; False where that is 0.
-        is_exponential: it is the exponential of the ratio.
+        less_is_better: True for a loss, False for an accuracy.
+        is_relative: True if areas are relative to the clean value; False if that is 0.
+        is_exponential: True if the metric is the exponential of the ratio.
     """
 
     name: str
@@ -51,18 +51,18 @@ class Metric:
     is_exponential: bool = False
 
     def label_in(self, unit: str) -> str:
-        """The label, with what is scored: "token" or "image"."""
+        """The label for a unit: "token" or "image"."""
         return self.label.replace("{unit}", unit)
 
     def heading_in(self, unit: str) -> str:
         return self.heading.replace("{unit}", unit)
 
     def of_ratio(self, ratio: np.ndarray) -> np.ndarray:
-        """The metric, from the ratio of its two sums."""
+        """The value of the metric, given the ratio of its two sums."""
         return np.exp(np.minimum(ratio, 700)) if self.is_exponential else ratio
 
     def is_in(self, documents: DataFrame) -> bool:
-        """Whether the sums of a run hold this metric, which earlier versions may not have measured."""
+        """True if the table has the sums of this metric, which earlier versions may not have measured."""
         return {self.total, self.count} <= {*documents.columns}
 
 
@@ -74,15 +74,14 @@ METRICS = (
     Metric("perplexity", "Perplexity", "perplexity", "loss", is_exponential=True),
     Metric("topk", "Top-{k} accuracy (%)", "top-{k} (%)", "topk", scale=100.0, digits=1, less_is_better=False),
 )
-MAIN = ("loss", "top1", "kl")  # drawn in figures, and summed up
+MAIN = ("loss", "top1", "kl")  # shown in figures and summaries
 
 
 @functools.cache
 def metric_named(name: str) -> Metric:
-    """The metric of a name such as `loss`, `top5` or `top5_skip100`: the last one leaves out the 100 most common
-    tokens.
+    """The metric with a name such as `loss`, `top5` or `top5_skip100`, which leaves out the 100 most common tokens.
 
-    A metric that is not in the table, as of another version of this code, is taken for the mean of a sum of its name.
+    A name that is not in the table, from another version of this code, is treated as the mean of a sum of that name.
     """
     base, _, skip = name.partition("_skip")
     metric = next((metric for metric in METRICS if metric.name == base), None)
@@ -98,7 +97,7 @@ def metric_named(name: str) -> Metric:
 
 
 def display_rank(name: str) -> tuple[bool, int, str]:
-    """Sorts metrics as they are shown: those over all tokens first, in the order of `METRICS`."""
+    """Sort key in the order of display: metrics over all tokens first, in the order of `METRICS`."""
     base, _, skip = name.partition("_skip")
     order = [metric.name for metric in METRICS]
     return bool(skip), order.index(base) if base in order else len(order), name
@@ -107,18 +106,18 @@ def display_rank(name: str) -> tuple[bool, int, str]:
 def curve(documents: DataFrame, top_k: int, skip: int, chance: Mapping[str, float]) -> DataFrame:
     """The metrics at every fraction, each with its standard error and its chance level.
 
-    loss: cross entropy in nats a token (image); more is worse. perplexity: exp of the mean loss.
-    top1, top<k>: fraction of tokens (images) whose label is first, or among the first k; less is worse.
-    kl: KL(clean || ablated) in nats a token (image); more is worse.
-    ..._skip<n>: the same over the tokens whose label is not among the n most common ones of the calibration data.
+    loss: cross entropy in nats per token (image); higher is worse. perplexity: exp of the mean loss.
+    top1, top<k>: fraction of tokens (images) whose label ranks first, or among the first k; lower is worse.
+    kl: KL(clean || ablated) in nats per token (image); higher is worse.
+    ..._skip<n>: the same over tokens whose label is not among the n most common ones in the calibration data.
 
-    The standard error is that of a ratio of sums over documents, since the tokens of one document are not independent:
-    with one document it is NaN.
+    The standard error is that of a ratio of sums over documents, since the tokens of one document are not independent.
+    It is NaN for a single document.
 
     Args:
-        documents: a row for each fraction and document, with the columns `SUMS`.
+        documents: one row per fraction and document, with the columns `SUMS`.
         skip: the n of `_skip<n>`; 0 for none.
-        chance: of each metric but perplexity, where it is known.
+        chance: chance level of each metric but perplexity, where it is known.
     """
     names = ["loss", "perplexity", "top1", f"top{top_k}", "kl"]
     names += [f"{name}_skip{skip}" for name in ("loss", "top1", f"top{top_k}") if skip]
@@ -126,13 +125,13 @@ def curve(documents: DataFrame, top_k: int, skip: int, chance: Mapping[str, floa
     rows = [
         {"fraction": fraction, "metric": name, **point(*tables, name), "chance": levels.get(name, math.nan)}
         for fraction, tables in with_clean(documents).items()
-        for name in dict.fromkeys(names)  # top1 may be there twice
+        for name in dict.fromkeys(names)  # top_k may be 1
     ]
     return pd.DataFrame(rows)
 
 
 def with_clean(documents: DataFrame) -> dict[float, tuple[DataFrame, DataFrame]]:
-    """The documents at each fraction, and the same ones at fraction 0."""
+    """For each fraction, the table of its documents, and the table of the same documents at fraction 0."""
     tables = {float(fraction): table for fraction, table in documents.groupby("fraction")}  # type: ignore[arg-type]
     clean = tables[0.0]
     return {at: (table, clean.loc[clean["document"].isin(table["document"])]) for at, table in tables.items()}
@@ -154,7 +153,7 @@ def measure(documents: DataFrame, metric: str) -> dict[str, float]:
 
 
 def ratio(totals: Float[np.ndarray, " documents"], counts: Float[np.ndarray, " documents"]) -> tuple[float, float]:
-    """Mean over positions, and its standard error with documents as the independent units (linearised)."""
+    """Mean over positions, and its standard error (linearised) with documents as independent units."""
     n, d = counts.sum(), np.count_nonzero(counts)
     if n == 0:
         return math.nan, math.nan
@@ -170,11 +169,12 @@ def mean_height(
     clean: Float[np.ndarray, "draws fractions"],
     metric: str,
 ) -> Float[np.ndarray, " draws"]:
-    """Mean height of each curve between its first fraction and its last, by the trapezoid rule, as a share of the clean
-    value; KL, whose clean value is 0, as it is. NaN of one point.
+    """Mean height of each curve between its first and its last fraction, by the trapezoid rule.
+
+    Heights are relative to the clean value, except for KL, whose clean value is 0. NaN for a single point.
 
     Args:
-        clean: the clean value on the documents of each point: with `eval.target_stderr`, points differ in these.
+        clean: the clean value on the documents of each point; with `eval.target_stderr`, points differ in these.
     """
     if len(fractions) < 2:
         return np.full(len(values), math.nan)
@@ -183,10 +183,10 @@ def mean_height(
 
 
 def normalised_auc(fractions: Sequence[float], values: Sequence[float], clean: Sequence[float], metric: str) -> float:
-    """The area under one curve; NaN where its fractions (in increasing order) do not reach from 0 to 1, or none lies
-    between: with `fraction=0.5,1` each of them is a job, and a line from 0 to 1 is not their curve.
+    """Area under one curve; 1.0 if it never leaves the clean value.
 
-    1.0 is a curve that never leaves the clean value.
+    NaN unless the fractions, in increasing order, reach from 0 to 1 with at least one between: with `fraction=0.5,1`
+    each fraction is a job of its own, and a straight line from 0 to 1 is not its curve.
     """
     if not is_whole(fractions):
         return math.nan
@@ -194,10 +194,10 @@ def normalised_auc(fractions: Sequence[float], values: Sequence[float], clean: S
 
 
 def pooled(rows: DataFrame) -> DataFrame:
-    """`value` and `clean` of each method, metric and fraction over all of its seeds, whose number is `n_seeds`.
+    """`value` and `clean` of each method, metric and fraction, pooled over `n_seeds` seeds.
 
-    As areas and intervals have it, a value is the ratio of sums over seeds and documents: the mean over seeds, unless
-    these differ in the number of positions that are scored, as those of masked language models do.
+    As in areas and intervals, a pooled value is the ratio of sums over seeds and documents. That is the mean over
+    seeds, unless seeds differ in their number of scored positions, as for masked language models.
     """
     keys, found = ["method", "metric", "fraction"], []
     for key, points in rows.groupby(keys):
@@ -217,10 +217,10 @@ def _pooled(values: np.ndarray, n: np.ndarray, metric: str) -> float:
 
 
 def is_whole(fractions: Sequence[float]) -> bool:
-    """True if a curve at these fractions, in increasing order, has an area: see `auc`."""
+    """True if a curve at these fractions, in increasing order, has an area: see `normalised_auc`."""
     return len(fractions) > 2 and fractions[0] == 0 and fractions[-1] == 1
 
 
 def safe_divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """NaN where there is nothing to divide by: no scored position, or nothing right before anything is ablated."""
+    """Divide; NaN where the divisor is 0: no position is scored, or the clean model gets nothing right."""
     return np.divide(a, b, out=np.full_like(a, math.nan), where=b > 0)

@@ -1,4 +1,4 @@
-"""What a tracker is given: the record of a run, or of a sweep."""
+"""The records of a run and of a sweep that trackers receive."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One finished curve, as W&B shall show it."""
+    """One finished curve, as shown in W&B."""
 
-    run_id: str  # W&B's id of the run: signature of the job and the sweep
+    run_id: str  # W&B's id of the run: hash of the job's signature and the sweep
     sweep: str  # name of the sweep: W&B's group
     model: str
     dataset: str
@@ -30,9 +30,9 @@ class RunRecord:
     method: str
     seed: int
     study: str  # runs of one study may be compared
-    config: Mapping[str, Any]  # settings of the job, nested or flat: `flatten` makes scalars of them
-    rows: Rows  # as they lie in rows.parquet, in any order
-    folder: Path  # of the sweep; W&B writes into `wandb/` below it
+    config: Mapping[str, Any]  # options of the job, nested or flat; see `flatten`
+    rows: Rows  # rows of rows.parquet, in any order
+    folder: Path  # of the sweep; W&B writes to `wandb/` in it
 
     @classmethod
     def of(cls, run: Path) -> RunRecord:
@@ -41,7 +41,7 @@ class RunRecord:
         assert rows is not None
         job = rows["run_id"].iloc[0]
         labels = rows.iloc[0][["model", "dataset", "site", "method", "seed", "study"]].to_dict()
-        own = hashing.signature([job, config["sweep"]])[:16]  # two sweeps may hold the same job, and each has its group
+        own = hashing.signature([job, config["sweep"]])[:16]  # the same job in two sweeps is a run in each group
         return cls(own, config["sweep"], **labels, config={**config, "run_id": job}, rows=rows, folder=run.parent)
 
     @property
@@ -51,17 +51,17 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """The record of a sweep that W&B shows beside its curves."""
+    """Tables and statistics of a sweep, shown in W&B beside its curves."""
 
     run_id: str
     name: str
     tables: Mapping[str, DataFrame]
-    statistics: Mapping[str, tuple[Path, Mapping[str, Any]]]  # by signature: the folder, and what they are of
+    statistics: Mapping[str, tuple[Path, Mapping[str, Any]]]  # by signature: cache folder, and a description
     folder: Path
 
 
 def points(rows: Rows) -> list[dict[str, float]]:
-    """Values that are logged at each fraction, in increasing order of the fractions; NaN is left out."""
+    """Values to log at each fraction, in increasing order of fractions, without NaN."""
     by_fraction: dict[float, dict[str, float]] = {}
     for row in _records(rows):
         point = by_fraction.setdefault(float(row["fraction"]), {"fraction": float(row["fraction"])})
@@ -75,7 +75,7 @@ def _records(rows: Rows) -> Sequence[Mapping[Any, Any]]:
 
 
 def summary(rows: Rows) -> dict[str, float]:
-    """One number a curve: `auc/<metric>` (see `metrics.auc`), `at_50/...`, `clean/...`; left out where unknown."""
+    """One number per curve: `auc/<metric>` (see `metrics.normalised_auc`), `at_50/...`, `clean/...`, where known."""
     found, records = {}, _records(rows)
     for metric in MAIN:
         curve = {row["fraction"]: row for row in records if row["metric"] == metric}
@@ -88,7 +88,7 @@ def summary(rows: Rows) -> dict[str, float]:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Scalars under dotted names, which W&B can filter and group by; a list becomes one string."""
+    """Scalars under dotted names, by which W&B can filter and group; a list becomes one string."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):

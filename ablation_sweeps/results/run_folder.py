@@ -1,5 +1,5 @@
-"""The folder of a run: config.yaml, environment.json, status.json, rows.parquet, documents.parquet, log; and progress,
-while it runs."""
+"""The folder of a run: config.yaml, environment.json, status.json, rows.parquet, documents.parquet, the log, and the
+progress of an unfinished run."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 
 GOES_ON = "the same command goes on where it was"
 WAITED = "stopped while it waited; the same command runs it"
-TOGETHER = "together"  # how texts are passed, if a run does not say
-CLOCKS = 5.0  # seconds by which the times of a file and of a process may differ
-FILES = ("config.yaml", "environment.json", "documents.parquet", "rows.parquet")  # of a finished run, beside its status
+TOGETHER = "together"  # how texts are passed to the model, unless environment.json says otherwise
+CLOCKS = 5.0  # maximum difference in seconds between the clocks of files and of processes
+FILES = ("config.yaml", "environment.json", "documents.parquet", "rows.parquet")  # of a finished run, besides status
 
 
 def _is_time(text: str) -> str:
@@ -44,16 +44,16 @@ Time = Annotated[str, AfterValidator(_is_time)]
 
 
 class Status(TypedDict):
-    """What status.json holds.
+    """Content of status.json.
 
     Attributes:
-        state: damaged and new are never written: there is no such file, or what it says cannot be true.
-        host, pid: the process that runs it, or will; absent where a cluster decides that.
-        ran: it was begun before it was put into the queue, or stopped.
-        batches: of the evaluation split.
-        begun_at: batches that were done when the process began.
-        sha256: of the files of a finished run; for status.json the signature of the rest of it.
-        run: name of the folder in which it was finished.
+        state: "new" and "damaged" are never written: the file does not exist, or its content cannot be true.
+        host, pid: process that runs the job, or will run it; absent if a cluster decides that.
+        ran: True if the job had begun before it was queued or stopped.
+        batches: number of batches in the evaluation split.
+        begun_at: number of batches that were done when the process began.
+        sha256: checksums of the files of a finished run; for status.json, of the rest of its content.
+        run: name of the folder in which the run finished.
     """
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
@@ -72,13 +72,17 @@ class Status(TypedDict):
 
 
 class Environment(TypedDict, total=False):
-    """What environment.json holds, as far as the program reads it.
+    """Content of environment.json, as far as the program reads it.
 
     Attributes:
-        model_left_out: one line for each thing that the model's files hold but the model does not.
-        data_left_out: for each split, one sentence for each reason.
+        notes: warnings for readers of the results.
+        model_left_out: one line for each thing in the model's files that the model does not use.
+        data_left_out: for each split, one sentence per reason why examples were left out.
         left_out: one of these two, in runs of earlier versions.
-        texts: how the model was passed texts ("apart", say); absent if together.
+        texts: how texts were passed to the model, such as "apart"; absent if together.
+        statistics: name of the cache folder of the calibration statistics.
+        seconds: duration of the run.
+        like: cost key: runs with the same one take about equally long.
     """
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
@@ -100,7 +104,7 @@ class Environment(TypedDict, total=False):
 
 
 class Published(TypedDict, total=False):
-    """What wandb.json holds: the sha256 of the rows that W&B has, and where."""
+    """Content of wandb.json: the sha256 of the rows that W&B has, and their place there."""
 
     rows: str | None
     place: str
@@ -108,12 +112,12 @@ class Published(TypedDict, total=False):
 
 class _RunLog(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """The disk is full: whoever writes results will say so, and once is enough."""
+        """Ignore a full disk: whoever writes results reports it, and once is enough."""
 
 
 @contextmanager
 def run_log(folder: Path) -> Iterator[None]:
-    """All that is logged meanwhile also goes to the folder's `log`."""
+    """Context manager: also write everything that is logged to the file `log` in the folder."""
     handler = _RunLog(folder / "log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
@@ -122,13 +126,13 @@ def run_log(folder: Path) -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
-        with suppress(OSError):  # the disk is full, still
+        with suppress(OSError):  # the disk is still full
             handler.close()
 
 
 def finished(folder: Path) -> bool:
-    """True if the run has finished and its files are what was written; a warning names the file that is not."""
-    return _is_whole(folder) and (folder / "documents.parquet").exists()  # which runs of the first version lack
+    """True if the run has finished and its files match their checksums; otherwise a warning names the damaged file."""
+    return _is_whole(folder) and (folder / "documents.parquet").exists()  # runs of the first version lack it
 
 
 def _is_whole(folder: Path) -> bool:
@@ -139,9 +143,9 @@ def _is_whole(folder: Path) -> bool:
 
 
 def damaged(folder: Path) -> str | None:
-    """The first file of a run that is lost or not what was written, in words; None if there is none.
+    """Description of the first file of a run that is missing or does not match its checksum; None if there is none.
 
-    A file that is not part of a finished run may be absent, but status.json must be readable in any state.
+    Files that are not part of a finished run may be absent, but status.json must be readable in any state.
     """
     found = status(folder)
     if found["state"] == "damaged":
@@ -162,7 +166,7 @@ def damaged(folder: Path) -> str | None:
 
 
 def _damaged_earlier(folder: Path, sums: dict[str, str]) -> str | None:
-    """The same for a run of an earlier version, which kept the sums of its tables alone."""
+    """The same for a run of an earlier version, which only has checksums of its tables."""
     if "rows.parquet" not in sums:
         return _damage(folder / "status.json")
     for name in sums:
@@ -180,7 +184,7 @@ def _damaged_earlier(folder: Path, sums: dict[str, str]) -> str | None:
 
 
 def _own_sum(status: Status) -> str:
-    """sha256 of what status.json says of a finished run, without this sum."""
+    """sha256 of a finished run's status.json, without this checksum."""
     others = {name: sha256 for name, sha256 in status.get("sha256", {}).items() if name != "status.json"}
     return hashlib.sha256(json.dumps({**status, "sha256": others}, sort_keys=True).encode()).hexdigest()
 
@@ -190,17 +194,17 @@ def _damage(file: Path) -> str:
 
 
 def result(folder: Path, name: str) -> pd.DataFrame | None:
-    """A table of a finished run; None if the run is not finished, or, with a warning, if a file of it is damaged."""
+    """A table of a finished run; None if the run is not finished or, with a warning, if one of its files is damaged."""
     return files.read_table(folder / name, status(folder).get("sha256", {}).get(name)) if _is_whole(folder) else None
 
 
 def runs(sweep: Path) -> list[Path]:
-    """Folders of all jobs that were ever started or queued there."""
+    """Folders of all jobs in a sweep that were ever queued or started."""
     return sorted({path.parent for name in ("status.json", "rows.parquet") for path in sweep.glob(f"*/{name}")})
 
 
 def config(folder: Path) -> dict:
-    """The configuration of a run; empty where there is none.
+    """The configuration of a run; empty if there is none.
 
     Raises:
         UserError: config.yaml is damaged.
@@ -220,10 +224,10 @@ def config(folder: Path) -> dict:
 
 
 def queue(folder: Path, config: dict, survives_launcher: bool) -> None:
-    """Write down that a job waits to be run.
+    """Record that a job is queued.
 
     Args:
-        survives_launcher: it will be run even if this process ends.
+        survives_launcher: True if the job will run even if this process ends.
     """
     _write_config(folder, config)
     by = {} if survives_launcher else _process()
@@ -234,9 +238,10 @@ def mark_interrupted(folders: Iterable[Path], killed: bool = False) -> None:
     """Mark queued runs as interrupted.
 
     Args:
-        killed: those that run were cancelled as well. Otherwise they are left alone: they may be about to finish.
+        killed: True if running ones were cancelled, too, and are to be marked. Otherwise they are left alone: they may
+            be about to finish.
     """
-    with suppress(OSError, UserError):  # a full disk may be the reason for it
+    with suppress(OSError, UserError):  # a full disk may be the cause
         for folder in folders:
             found = status(folder)
             if found["state"] == "queued":
@@ -246,7 +251,7 @@ def mark_interrupted(folders: Iterable[Path], killed: bool = False) -> None:
 
 
 def _why_stopped(folder: Path, queued: Status) -> str:
-    """Why a queued run will not be run: it waited, but it may have run before."""
+    """Why a queued run will not be run. It was waiting, but may have run before."""
     if not queued.get("ran"):
         return WAITED
     done = counted(batches_done(folder), "batch", "es")
@@ -254,7 +259,7 @@ def _why_stopped(folder: Path, queued: Status) -> str:
 
 
 def _ran(folder: Path) -> dict[str, bool]:
-    """Whether the job was begun and not finished, for a new status."""
+    """Entry of a new status: `ran` is True if the job was begun and not finished."""
     found = status(folder)
     began = found["state"] in ("running", "died") or found.get("ran") or batches_done(folder) > 0
     return {"ran": True} if began and found["state"] != "finished" else {}
@@ -267,6 +272,7 @@ def _write_config(folder: Path, config: dict) -> None:
 
 
 def begin(folder: Path, config: dict) -> None:
+    """Record that a job is running: write its configuration, environment and status."""
     _write_config(folder, config)
     earlier, now = environment(folder), describe()
     kept = {key: value for key, value in earlier.items() if key in ("notes", "texts")}
@@ -278,7 +284,7 @@ def begin(folder: Path, config: dict) -> None:
 
 
 def add_warning(folder: Path, text: str, level: int = logging.WARNING) -> None:
-    """Record what a reader of the numbers should know; the report shows it. A run that is resumed says it once."""
+    """Log a warning for readers of the results and record it for the report, only once if the run is resumed."""
     log.log(level, text)
     notes = environment(folder).get("notes", [])
     if text not in notes:
@@ -286,7 +292,7 @@ def add_warning(folder: Path, text: str, level: int = logging.WARNING) -> None:
 
 
 def left_out(folder: Path) -> list[str]:
-    """Sentences on what a run has not used of the files of its model and of its data."""
+    """Sentences on what a run did not use of the files of its model, and of its data."""
     found = environment(folder)
     earlier = found.get("left_out", [])
     of_model = [*found.get("model_left_out", []), *(earlier if isinstance(earlier, list) else [])]
@@ -295,16 +301,17 @@ def left_out(folder: Path) -> list[str]:
 
 
 def update_environment(folder: Path, **facts: object) -> None:
-    """What was found out while it ran, for who reads the results."""
+    """Add facts that were found during the run to environment.json."""
     files.write_json(folder / "environment.json", {**environment(folder), **facts})
 
 
 def remember_texts(folder: Path, passed: str) -> None:
-    """Record how the model is passed texts, before any of them is. Batches that were passed in another way are computed
-    again.
+    """Record how texts are passed to the model, before the first pass.
+
+    Batches for which they were passed in another way are discarded, and computed again.
 
     Args:
-        passed: in words; empty if together, as most models are.
+        passed: in words; empty if together, as for most models.
     """
     before = texts_of(folder)
     if (passed or TOGETHER) == before:
@@ -318,9 +325,9 @@ def remember_texts(folder: Path, passed: str) -> None:
 
 
 def fail(folder: Path, error: BaseException) -> None:
-    """A signal to stop is no failure: the job can go on where it was."""
+    """Record that a job failed; or that it was interrupted, if the error is a signal, since it can then be resumed."""
     log.debug("the job stopped", exc_info=error)
-    with suppress(OSError, UserError):  # a full disk may be the reason; it is the first error that counts
+    with suppress(OSError, UserError):  # a full disk may be the cause, but the first error counts
         if isinstance(error, Exception):
             write_status(folder, "failed", plain(error))
         else:
@@ -328,53 +335,55 @@ def fail(folder: Path, error: BaseException) -> None:
 
 
 def write_status(folder: Path, state: str, reason: str | None = None) -> None:
-    """The truth about a job: queued, running, interrupted, died (with its process), failed or finished."""
+    """Write the state of a job: queued, running, interrupted, died (with its process), failed or finished."""
     why = {"reason": reason} if reason else {}
     files.write_json(folder / "status.json", {"state": state, **why, "time": _now(), **_ran(folder)})
 
 
 def expect(folder: Path, batches: int) -> None:
-    """Write down how many batches there are, and how many are done by now, for whoever watches the run."""
+    """Record how many batches there are, and how many are done already, so that progress can be shown."""
     found = status(folder)
     running: Status = found if found["state"] == "running" else _running()
     files.write_json(folder / "status.json", {**running, "batches": batches, "begun_at": batches_done(folder)})
 
 
 def batches_done(folder: Path) -> int:
+    """Number of batches of an unfinished run whose results are saved."""
     return len(_progress_files(folder))
 
 
 def mark_published(folder: Path, place: str) -> None:
-    """W&B has these rows, there."""
+    """Record that W&B has the rows of this run, at `place`."""
     rows = status(folder).get("sha256", {}).get("rows.parquet")
     files.write_json(folder / "wandb.json", {"rows": rows, "place": place, "time": _now()})
 
 
 def published(folder: Path, place: str) -> bool:
+    """True if W&B has the present rows of this run, at `place`."""
     marked = files.read_json(folder / "wandb.json", Published) or {}
     rows = status(folder).get("sha256", {}).get("rows.parquet")
     return rows is not None and (marked.get("rows"), marked.get("place")) == (rows, place)
 
 
 def texts_of(folder: Path) -> str:
-    """How the model of a run was passed texts, in words."""
+    """How texts were passed to the model of a run, in words."""
     return environment(folder).get("texts", TOGETHER)
 
 
 def statistics_of(folder: Path) -> Path | None:
-    """Where the statistics lie that a run has used, in the cache beside its sweep; None where they are gone."""
+    """Cache folder of the statistics that a run used, beside its sweep; None if it is gone."""
     name = environment(folder).get("statistics")
     cache = folder.parents[1] / ".cache" / str(name)
     return cache if name and cache.is_dir() else None
 
 
 def environment(folder: Path) -> Environment:
-    """The machine and the versions that it ran on, and what was found out while it ran; empty where it is damaged."""
+    """Machine, versions and facts recorded for a run; empty if the file is missing or damaged."""
     return files.read_json(folder / "environment.json", Environment) or {}
 
 
 def status(folder: Path) -> Status:
-    """What status.json says; `damaged` where it cannot be read, or is lost from beside results."""
+    """Content of status.json; "damaged" if it cannot be read, or is missing beside results."""
     file = folder / "status.json"
     found = files.read_json(file, Status)
     if found is None and not file.exists() and not (folder / "rows.parquet").exists():
@@ -385,14 +394,14 @@ def status(folder: Path) -> Status:
 
 
 def current_status(folder: Path) -> Status:
-    """The status, corrected by what a killed process could not write, and by whether the files are whole."""
+    """The status, corrected for what a killed process could not write, and for damaged files."""
     found = status(folder)
     if (damage := damaged(folder)) is not None:
         return {**found, "state": "damaged", "reason": f"{damage}; the same command computes it again"}
     pid, since = found.get("pid"), found.get("started") or found.get("time")
     if found.get("host") != gethostname() or pid is None or since is None or not _gone(pid, since):
         return found
-    if found["state"] == "running" and files.is_locked(folder):  # by a process that is not seen from this container
+    if found["state"] == "running" and files.is_locked(folder):  # by a process that is not visible in this container
         return found
     if found["state"] == "queued":
         return {**found, "state": "interrupted", "reason": _why_stopped(folder, found)}
@@ -400,19 +409,21 @@ def current_status(folder: Path) -> Status:
 
 
 def is_held(folder: Path) -> bool:
-    """A process of this machine runs it, or will."""
+    """True if a process on this machine runs the job, or will run it."""
     found = current_status(folder)
     return found["state"] in ("queued", "running") and found.get("host") == gethostname()
 
 
 def _gone(pid: int, wrote: str) -> bool:
-    """Whether a process has ended. One that began after the status was written is another process: numbers are given
-    again, soon in a container."""
+    """True if a process has ended.
+
+    A process that began after the status was written is another one: ids are reused, and soon so in a container.
+    """
     import psutil
 
     try:
         process = psutil.Process(pid)
-        if process.status() == psutil.STATUS_ZOMBIE:  # killed, but its parent has not asked for its exit status
+        if process.status() == psutil.STATUS_ZOMBIE:  # killed, but still known to its parent
             return True
         return process.create_time() > datetime.fromisoformat(wrote).timestamp() + CLOCKS
     except psutil.NoSuchProcess:
@@ -428,10 +439,10 @@ def _process() -> dict[str, object]:
 
 
 def finish(folder: Path, rows: pd.DataFrame, documents: pd.DataFrame, seconds: float, like: str = "") -> None:
-    """The status is written last: a run is finished when all of its files are whole.
+    """Write the results of a run. The status is written last, so a run counts as finished when all files are complete.
 
     Args:
-        like: runs of the same take about as long.
+        like: cost key: runs with the same one take about equally long.
     """
     tables = {"documents.parquet": documents, "rows.parquet": rows}
     sums = {name: files.write_table(folder / name, table) for name, table in tables.items()}
@@ -444,17 +455,17 @@ def finish(folder: Path, rows: pd.DataFrame, documents: pd.DataFrame, seconds: f
 
 
 def remove_progress(folder: Path) -> None:
-    """What a finished run needs no more; a process that is killed just after it has finished leaves it."""
+    """Delete progress files, which a process leaves behind if it is killed just after the run has finished."""
     for file in _progress_files(folder):
         file.unlink(missing_ok=True)
 
 
 def progress(folder: Path, names: Sequence[Sequence[str]] | None = None) -> list[pd.DataFrame]:
-    """What the batches of an interrupted run gave, as far as they follow each other without a gap.
+    """Saved metric sums of the batches of an interrupted run, up to the first gap.
 
     Args:
-        names: of the documents of each batch as it is now. From the first batch that was of other documents, as with
-            the data of an earlier version, all is discarded. None: not compared.
+        names: names of the documents in each batch as it is now. From the first batch with other documents on (from an
+            earlier version's data), all saved sums are discarded. None: not compared.
     """
     tables = []
     parts = _progress_files(folder)
@@ -476,26 +487,26 @@ def progress(folder: Path, names: Sequence[Sequence[str]] | None = None) -> list
 
 
 def _is_of(table: pd.DataFrame, batch: Sequence[Sequence[str]]) -> bool:
-    """Whether the sums are those of the documents of a batch, which is none or one."""
+    """True if the sums are those of the documents in `batch`, a list of one batch or none."""
     clean = table.loc[table["fraction"] == 0, "name"]
     return [clean.tolist()] == [list(names) for names in batch]
 
 
 def save_progress(folder: Path, number: int, table: pd.DataFrame) -> None:
-    """Keep the sums of batch `number` in a file whose name tells whether it is whole, and of this run and batch."""
+    """Save the sums of batch `number` in a file whose name contains a checksum of its content, run and batch."""
     content, place = table.to_parquet(index=False), f"progress-{number:06d}"
     files.write_bytes(folder / f"{place}-{hashing.sha256_at(folder / place, content)[:16]}.parquet", content)
 
 
 def _read_progress(file: Path, number: int) -> pd.DataFrame | None:
-    """The sums of batch `number`; None if the file is that of another batch or run, or, with a warning, damaged."""
+    """Sums of batch `number`; None if the file is from another batch or run or, with a warning, damaged."""
     place, _, sha256 = file.stem.rpartition("-")
     if place != f"progress-{number:06d}":
         return None
     content = file.read_bytes()
     if hashing.sha256_at(file.with_name(place), content).startswith(sha256):
         return pd.read_parquet(io.BytesIO(content))
-    return files.read_table(file, sha256)  # of an earlier version: the checksum of the content alone
+    return files.read_table(file, sha256)  # from an earlier version: checksum of the content alone
 
 
 def _progress_files(folder: Path) -> list[Path]:

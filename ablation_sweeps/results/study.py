@@ -1,4 +1,4 @@
-"""One study: its curves, areas and paired comparisons, with intervals."""
+"""Analyses one study: curves, areas and paired comparisons, with intervals."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-Line = list[tuple[float, Estimate]]  # fractions, in increasing order, and values at them
+Line = list[tuple[float, Estimate]]  # fractions in increasing order, and values at them
 
 
 @dataclass(frozen=True)
 class StudyResult:
-    """One study: what is shown of it.
+    """Everything that is shown of one study.
 
     Attributes:
-        levels: for each metric and method, its value at each fraction, over the seeds that have the fraction.
-        areas: for each metric and method, over the seeds and fractions that all methods have; NaN where there are none,
-            or for a method that is left out so that the others have some.
-        n_seeds, n_documents: numbers that the areas of each metric are taken over.
-        fractions: those that the areas span.
+        levels: for each metric and method, its value at each fraction, over the seeds that have that fraction.
+        areas: for each metric and method, over the seeds and fractions that all methods have. NaN if there are none, or
+            for a method that was left out so that the others have some.
+        n_seeds, n_documents: numbers that enter the areas of each metric.
+        fractions: fractions that the areas cover.
         comparisons: all pairs of methods (see `comparison.compare`).
-        half_gone: for each accuracy and method, the fraction at which half of the clean value is gone; NaN if never.
-        missing: for each metric, the methods of which not every run has measured it.
+        half_gone: for each accuracy and method, the fraction at which half of the clean value is lost; NaN if never.
+        chance: chance level of each metric.
+        missing: for each metric, the methods with runs that have not measured it.
         calibration: see `thin_calibration`.
     """
 
@@ -55,35 +56,35 @@ class StudyResult:
 
     @property
     def reach(self) -> float:
-        """The last fraction of the areas; 0 where there are none."""
+        """The last fraction that the areas cover; 0 if there are no areas."""
         return max(self.fractions, default=0.0)
 
     @property
     def basis(self) -> str:
-        """The seeds and documents that the areas of the loss, or of the first metric, are taken over."""
+        """Number of seeds and documents that enter the areas of the loss (or of the first metric), in words."""
         metric = "loss" if "loss" in self.levels else next(iter(self.levels))
         documents = "images" if self.unit == "image" else "documents"
         return f"{counted(self.n_seeds[metric], 'seed')} and {self.n_documents[metric]:,} {documents}"
 
     @property
     def ranking(self) -> DataFrame:
-        """The pairs of methods by their areas of the loss."""
+        """Comparisons of all pairs of methods by the area of their loss."""
         rows = self.comparisons.query("metric == 'loss' and fraction != fraction")
         compared = [method for method in self.methods if not math.isnan(self.area("loss", method).value)]
         return rows.loc[rows["method"].isin(compared) & rows["other"].isin(compared)]
 
     def area(self, metric: str, method: str) -> Estimate:
-        """The area, of which nothing is known where the metric was not measured."""
+        """The area of a metric and method; NaN if the metric was not measured."""
         return self.areas.get(metric, {}).get(method, NOT_MEASURED)
 
 
 def analyse_study(
     name: str, title: str, unit: str, rows: DataFrame, documents: dict[tuple[str, int], DataFrame]
 ) -> StudyResult:
-    """Computes all intervals of a study.
+    """Compute all values and intervals of a study.
 
     Args:
-        documents: the sums of each document for every method and seed.
+        documents: metric sums per document for every method and seed.
     """
     methods = display_order({method for method, _ in documents})
     known = [metric for metric in dict.fromkeys(rows["metric"]) if metric != "perplexity"]
@@ -124,8 +125,10 @@ def analyse_study(
 
 
 def thin_calibration(rows: DataFrame) -> tuple[int, int] | None:
-    """The least positions that statistics of a study were taken from, and how many the options asked for, if the data
-    held fewer. None, too, of runs of earlier versions, which did not record it."""
+    """Smallest number of calibration positions in a study, and the number asked for, if the data held fewer than that.
+
+    None if they held enough, or if an earlier version did not record it.
+    """
     if "calibration_positions" not in rows:
         return None
     found = rows[["calibration_positions", "calibration_asked"]].dropna().astype(int)
@@ -137,12 +140,17 @@ def of_calibration(thin: tuple[int, int]) -> str:
     return f"of {thin[0]:,} positions, where {thin[1]:,} were asked for"
 
 
-ENOUGH = 0.99  # share of the positions: the end of a document that is too short to be scored is left out
+ENOUGH = 0.99  # fraction of the positions: the end of a document that is too short to be scored is left out
 
 
 class Drawn(NamedTuple):
-    """One method and metric: its line, the same values as shares of the clean one, and the area below it, if all seeds
-    have the same fractions."""
+    """Values of one method and metric.
+
+    Attributes:
+        line: value at each fraction, with its interval.
+        shares: the same values as fractions of the clean value.
+        area: None if seeds differ in their fractions.
+    """
 
     line: Line
     shares: list[float]
@@ -150,8 +158,10 @@ class Drawn(NamedTuple):
 
 
 def _drawn(tables: Sequence[DataFrame], metric: str) -> Drawn:
-    """Args:
-    tables: the sums of documents of each seed.
+    """Compute the values of one method and metric.
+
+    Args:
+        tables: metric sums per document, one table per seed.
     """
     seeds_at: dict[float, tuple[int, ...]] = {}
     for place, table in enumerate(tables):
@@ -176,7 +186,7 @@ NOT_MEASURED = Estimate(math.nan, math.nan, math.nan, math.nan)
 
 
 def _with(documents: Documents, metric: str) -> Documents:
-    """The runs that have measured the metric."""
+    """The runs that have measured a metric."""
     return {key: table for key, table in documents.items() if metric_named(metric).is_in(table)}
 
 
@@ -192,8 +202,10 @@ def _by_method(documents: Documents) -> dict[str, list[DataFrame]]:
 
 
 def _common(documents: Documents) -> Documents:
-    """The results that all methods have: areas over other seeds or fractions are not comparable. Where that is nothing,
-    those with the fewest points are left out, one after the other; it is empty where no two methods remain."""
+    """The results that all methods have, since areas over different seeds or fractions are not comparable.
+
+    If they have none in common, methods with the fewest points are left out one by one. Empty if fewer than two remain.
+    """
     points = Counter[str]()
     for (method, _), table in documents.items():
         points[method] += table["fraction"].nunique()

@@ -1,4 +1,4 @@
-"""All studies of a sweep, read from its files."""
+"""Reads all studies of a sweep from its files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def comparisons(found: list[tuple[Study, StudyResult]]) -> DataFrame:
-    """Of all studies: their hash, as in the rows, their name, the options in which they differ, and the columns of
-    `comparison.compare`."""
+    """Table of all comparisons: hash of the study as in the rows, its name, the options in which it differs,
+    and the columns of `comparison.compare`."""
     tables = []
     for study, measured_ in found:
         tables.append(measured_.comparisons.copy())
@@ -28,7 +28,7 @@ def comparisons(found: list[tuple[Study, StudyResult]]) -> DataFrame:
 
 
 def read_study(study: Study, runs: dict[str, Path]) -> StudyResult | None:
-    """With all intervals; None where a run has left no sums of documents, as earlier versions did."""
+    """Analyse a study; None if a run has no sums per document, as in earlier versions."""
     parts: dict[tuple[str, int], list[DataFrame]] = {}
     for run in study.rows.drop_duplicates(["method", "seed", "run_id"]).to_dict("records"):
         folder = runs.get(run["run_id"])
@@ -36,20 +36,20 @@ def read_study(study: Study, runs: dict[str, Path]) -> StudyResult | None:
         if table is None:
             return None
         parts.setdefault((run["method"], run["seed"]), []).append(table)
-    # A curve may be that of several runs, one for each fraction; each of them has a clean pass.
+    # A curve may consist of several runs, one per fraction, each with a clean pass.
     whole = [pd.concat(tables).drop_duplicates(["fraction", "document"]) for tables in parts.values()]
     documents = dict(zip(parts, shared(whole), strict=True))
     return analyse_study(study.name, study.title, study.unit, study.rows, documents)
 
 
 def read_studies(curves: DataFrame, sweep: Path) -> list[tuple[Study, StudyResult]]:
-    """The studies of a sweep, of those that can be measured."""
+    """The studies of a sweep that have sums per document, with their analyses."""
     folders = folders_by_id(sweep)
     return [(study, found) for study in studies(curves) if (found := read_study(study, runs_of(study, folders)))]
 
 
 def folders_by_id(*sweeps: Path) -> dict[str, list[Path]]:
-    """Of all runs, by the beginning of their id, with which their names end. Several may be of one job."""
+    """Folders of all runs by the first 8 characters of their id, with which their names end. Two may have the same."""
     found: dict[str, list[Path]] = {}
     for sweep in sweeps:
         for path in sweep.rglob("documents.parquet"):
@@ -58,7 +58,7 @@ def folders_by_id(*sweeps: Path) -> dict[str, list[Path]]:
 
 
 def runs_of(study: Study, folders: dict[str, list[Path]]) -> dict[str, Path]:
-    """The folder of each run of a study, by its id: of several with one id, one of this study."""
+    """The folder of each run of a study by its id; if several have the same id, one that belongs to this study."""
     own, found = study.rows["study"].iloc[0], {}
     for run_id in study.rows["run_id"].unique():
         of_job = folders.get(run_id[:8], [])
