@@ -1,1 +1,1 @@
-"""What people look at: figures, tables and report.html."""
+"""The report of a sweep: figures, tables and report.html."""

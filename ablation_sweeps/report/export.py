@@ -1,4 +1,4 @@
-"""The numbers of a sweep for other programs: csv, parquet, and a table for a paper in LaTeX."""
+"""Exports the numbers of a sweep: csv, parquet, and a LaTeX table for a paper."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from ablation_sweeps.results.sweep import read_studies
 
 
 def export(sweep: Path, to: Path) -> list[Path]:
-    """Writes curves.csv and curves.parquet, every point, and areas.tex, one table a study. Returns their paths."""
+    """Write all points to curves.csv and curves.parquet, and the areas to areas.tex, one table per study.
+
+    Returns:
+        Paths of the files.
+    """
     curves = read_curves(sweep)
     paths = [to / name for name in ("curves.csv", "curves.parquet", "areas.tex")]
     write_csv(curves, paths[0])
@@ -26,7 +30,7 @@ def export(sweep: Path, to: Path) -> list[Path]:
 
 
 def _table(study: StudyResult) -> str:
-    """The area of each metric and method, above its interval; needs the package booktabs."""
+    """LaTeX table of each metric and method: the area, and its interval below it. It needs the package booktabs."""
     lines, rarer = [], ""
     for metric in study.levels:
         found = [study.area(metric, method) for method in study.methods]

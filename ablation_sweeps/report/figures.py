@@ -1,4 +1,4 @@
-"""One study -> one figure: loss, accuracy and KL against the fraction ablated."""
+"""Draws one figure per study: loss, accuracy and KL against the fraction ablated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 PLACES |= {"resample-random_tokens": 5, "resample-random_pixels": 5, "resample-random_characters": 7}
-MANY_SEEDS = 3  # with more than that, their spread is drawn, and not each of them
+MANY_SEEDS = 3  # with more seeds, their spread is drawn instead of each one
 WIDTH = 7.2  # inches
 RC: dict[Any, Any] = {
     "font.size": 8,
@@ -38,7 +38,7 @@ RC: dict[Any, Any] = {
 
 
 def draw(rows: DataFrame, title: str, unit: str) -> Figure:
-    """Loss, top-1 accuracy and KL, side by side, as wide as the page of a paper; the legend below them."""
+    """Loss, top-1 accuracy and KL, side by side, as wide as a page of a paper, with the legend below."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -56,7 +56,7 @@ def draw(rows: DataFrame, title: str, unit: str) -> Figure:
 
 
 def _arrange(figure: Figure, style: dict[str, dict[str, Any]], title: str, n_notes: int, spread: str) -> None:
-    """Sizes in inches from the bottom: legend, label of the x axes, panels, their titles and notes, title."""
+    """Set sizes in inches, from the bottom: legend, label of the x axes, panels, their titles and notes, title."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -69,7 +69,7 @@ def _arrange(figure: Figure, style: dict[str, dict[str, Any]], title: str, n_not
     bottom, panel, above = legend + 0.48, 1.9, 0.46 + 0.12 * n_notes + 0.14 * title.count("\n")
     height = bottom + panel + above
     figure.set_size_inches(WIDTH, height)
-    figure.subplots_adjust(bottom=bottom / height, top=(bottom + panel) / height)  # on which the numbers depend
+    figure.subplots_adjust(bottom=bottom / height, top=(bottom + panel) / height)  # tick labels depend on it
     right, gap = 0.99 * WIDTH, 0.05 + max(_numbers(axes) for axes in figure.axes)
     of_one = (right - gap * len(figure.axes)) / len(figure.axes)
     figure.subplots_adjust(left=gap / WIDTH, right=right / WIDTH, wspace=gap / of_one)
@@ -80,7 +80,7 @@ def _arrange(figure: Figure, style: dict[str, dict[str, Any]], title: str, n_not
 
 
 def _numbers(axes: Axes) -> float:
-    """How far the numbers of the y axis reach to the left of it, in inches."""
+    """Width in inches of the tick labels left of the y axis."""
     box = axes.yaxis.get_tightbbox()
     return (axes.bbox.x0 - box.x0) / axes.figure.dpi if box else 0.0
 
@@ -89,7 +89,7 @@ def save(figure: Figure, path: Path, suffix: str) -> None:
     """Save the figure without a date: the same rows give the same file."""
     import matplotlib
 
-    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of every table of a font that it embeds
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it logs every table of a font that it embeds
     with matplotlib.rc_context(RC):
         undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
         figure.savefig(path, format=suffix, dpi=300, metadata=undated.get(suffix))
@@ -106,7 +106,7 @@ def _spread(rows: DataFrame) -> str:
 
 
 def _panel(axes: Axes, rows: DataFrame, style: dict[str, dict[str, Any]]) -> list[str]:
-    """Draw the curves of one metric. Returns the lines that say what the axis leaves out."""
+    """Draw the curves of one metric. Returns notes on what does not fit on the axis."""
     metric = metric_named(str(rows["metric"].iloc[0]))
     rows = rows.assign(value=rows["value"] * metric.scale)
     curves = {
@@ -139,7 +139,7 @@ def _panel(axes: Axes, rows: DataFrame, style: dict[str, dict[str, Any]]) -> lis
 
 
 def _line(axes: Axes, curves: DataFrame, over_seeds: Series, look: dict[str, Any]) -> None:
-    """The curve over all seeds; with few seeds each of them too, with many the 95 % t-interval."""
+    """Draw the curve over all seeds, and each seed if they are few, or the 95 % t-interval if they are many."""
     from scipy.special import stdtrit  # as scipy.stats does, which takes a second to import
 
     x, mean = 100 * curves.index.to_numpy(), over_seeds.to_numpy()
@@ -154,7 +154,7 @@ def _line(axes: Axes, curves: DataFrame, over_seeds: Series, look: dict[str, Any
 
 
 def _top(peaks: list[float], clean: float, chance: float) -> float:
-    """Upper end of an axis on which up is worse: a terrible method must not press all others onto the floor."""
+    """Upper end of an axis on which higher is worse, low enough that one terrible method does not hide the others."""
     rises = sorted(max(peak - clean, 1e-3) for peak in peaks)
     usual = rises[(len(rises) - 1) // 2]
     if chance - clean > usual:  # not where chance is NaN
@@ -166,7 +166,7 @@ def _top(peaks: list[float], clean: float, chance: float) -> float:
 
 
 def _level(axes: Axes, value: float, text: str, dashes: str, at: str) -> None:
-    """A grey level with its name on it, at the end where the curves are not."""
+    """Draw a grey horizontal line, with its name at the end where there are no curves."""
     axes.axhline(value, color=GREY, linewidth=0.8, linestyle=dashes, zorder=1.5)
     vertical, horizontal = at.split()
     axes.annotate(
@@ -183,7 +183,7 @@ def _level(axes: Axes, value: float, text: str, dashes: str, at: str) -> None:
 
 
 def _mark_cut(axes: Axes, curve: Series, top: float, colour: str) -> None:
-    """A triangle where a curve leaves through the top."""
+    """Draw a triangle where a curve leaves the axis at the top."""
     x, y = [100 * fraction for fraction in curve.index.tolist()], curve.tolist()
     after = next(i for i, height in enumerate(y) if height > top)
     before = max(after - 1, 0)

@@ -1,4 +1,4 @@
-"""Summary of each neuron on the calibration data, for the page of a sweep."""
+"""Summarises the calibration activations of each neuron, for report.html."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from ablation_sweeps.report.plots import LAYOUT, add_line
 from ablation_sweeps.results.display import method_styles
 
 COLOURS = {method: look["color"] for method, look in method_styles(("zero", "mean", "median", "peak")).items()}
-N_BINS = 100  # of the histograms that the peak method has left
-MAX_HISTOGRAM_BYTES = (
-    16_000_000  # bytes of histograms in a page; of a larger model, it holds the least symmetrical neurons
-)
-SIZES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4)  # of calibration data, for which the peak's stability is estimated
+N_BINS = 100  # of the histograms that the peak method caches
+MAX_HISTOGRAM_BYTES = 16_000_000  # in report.html; of a larger model, it has only the most asymmetric neurons
+SIZES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4)  # calibration data relative to the present, for the peak's stability
 
 
 def neuron_summary(statistics: Statistics, n_heads: int | None) -> dict[str, Any]:
@@ -66,7 +64,7 @@ def _packed(values: np.ndarray) -> str:
 
 
 def _per_layer(layer: np.ndarray, apart: np.ndarray, spread: np.ndarray) -> Any:
-    """Medians over the neurons of each layer, with their quartiles."""
+    """Plot the medians over the neurons of each layer, with their quartiles."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -78,13 +76,15 @@ def _per_layer(layer: np.ndarray, apart: np.ndarray, spread: np.ndarray) -> Any:
         low, middle, high = ([float(np.quantile(values[layer == i], share)) for i in x] for share in (0.25, 0.5, 0.75))
         add_line(figure, name, x, middle, low, high, colour, "")
     figure.update_layout(**LAYOUT, xaxis_title="Layer", yaxis_title="Activation")
-    figure.update_xaxes(dtick=max(1, len(x) // 8))  # layers are whole
+    figure.update_xaxes(dtick=max(1, len(x) // 8))  # layer numbers are integers
     return figure.to_plotly_json()
 
 
 def _stability(counts: np.ndarray, n: int) -> Any:
-    """How often other calibration data of some size would have the same fullest bin: drawn from the histograms, as if
-    positions were independent."""
+    """Plot how often other calibration data of some size would have the same fullest bin.
+
+    This is simulated by sampling from the histograms, as if positions were independent.
+    """
     import plotly.graph_objects as go
 
     rng = np.random.default_rng(0)

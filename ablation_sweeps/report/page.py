@@ -1,4 +1,4 @@
-"""A sweep as one page, report.html, that needs no network: verdict, curves, differences, areas, neurons, failures."""
+"""Renders a sweep as one offline page, report.html: verdict, curves, differences, areas, neurons, failures."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 
 
 def areas(study: StudyResult) -> list[dict[str, Any]]:
-    """A row for each method: the area of each metric with its interval, where half of the accuracy is gone (%), how
-    many other methods it beats, and is beaten by, in the area under the loss, and which ones it cannot be told from."""
+    """Table of areas with one row per method.
+
+    A row has the area of each metric with its interval, the fraction at which half of the accuracy is lost (%), the
+    numbers of methods that it beats and is beaten by in the area of the loss, and the methods that it is tied with.
+    """
     rows = []
     won = study.ranking
     for method in study.methods:
@@ -45,18 +48,18 @@ def areas(study: StudyResult) -> list[dict[str, Any]]:
     return rows
 
 
-# The page
+# Page
 
 
 ReportEntry = tuple[StudyResult, dict[str, Any] | None, dict[str, Any]]
 
 
 def render(title: str, studies: list[ReportEntry], failures: list[tuple[str, str, str]]) -> str:
-    """The whole page.
+    """Render the page.
 
     Args:
-        studies: each with what is known of its neurons, and with its configuration and environment.
-        failures: run, state and reason of all that is not finished.
+        studies: each with the summary of its neurons, if there is one, and with its configuration and environment.
+        failures: run, state and reason of all unfinished runs.
     """
     from plotly.offline import get_plotlyjs
 
@@ -72,14 +75,14 @@ def render(title: str, studies: list[ReportEntry], failures: list[tuple[str, str
         ],
         "failures": failures,
     }  # fmt: skip
-    text = json.dumps(_plain(content), ensure_ascii=False).replace("<", "\\u003c")  # no tag, and no comment, begins
+    text = json.dumps(_plain(content), ensure_ascii=False).replace("<", "\\u003c")  # no tag or comment begins
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(title), plotly=get_plotlyjs(), content=text
     )
 
 
 def _plain(content: Any) -> Any:
-    """Json has neither arrays nor NaN."""
+    """The content with lists for arrays and None for NaN, which json does not have."""
     if isinstance(content, dict):
         return {key: _plain(value) for key, value in content.items()}
     if isinstance(content, list | tuple | np.ndarray):

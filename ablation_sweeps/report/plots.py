@@ -1,4 +1,4 @@
-"""Interactive plots of the page."""
+"""Interactive plots of report.html."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ LAYOUT = {
     "template": "none",
     "margin": {"l": 60, "r": 12, "t": 12, "b": 48},
     "hovermode": "closest",
-    "modebar": {"orientation": "v"},  # or it lies upon the legend
+    "modebar": {"orientation": "v"},  # otherwise it covers the legend
     "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
     "font": {"family": "system-ui, sans-serif", "size": 13},
 }
 
 
-# What is drawn
+# Figures
 
 
 def figures(study: StudyResult) -> dict[str, Any]:
-    """Plotly's json under `<metric>|`, of the curves, and under `<metric>|<method>`, of the differences to it."""
+    """Plotly figures as json: curves under `<metric>|`, differences from a method under `<metric>|<method>`."""
     found = {}
     for metric, lines in study.levels.items():
         known = metric_named(metric)
@@ -88,8 +88,8 @@ def add_line(
     colour: str,
     tail: str,
 ) -> None:
-    """A line and its band, which the legend switches on and off together; `tail` ends what hovering shows."""
-    name = html.escape(name)  # plotly takes it for markup
+    """Draw a line and its band, which the legend switches on and off together; `tail` ends the hover text."""
+    name = html.escape(name)  # plotly reads it as markup
     if not any(math.isnan(value) for value in (*low, *high)):
         red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
         pale = f"rgba({red},{green},{blue},0.18)"

@@ -1,4 +1,4 @@
-"""Curves -> tables on the terminal."""
+"""Prints curves as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ MAX_COLUMNS = 11  # fractions in a table
 def print_tables(
     curves: DataFrame, console: Console | None = None, found: Mapping[str, StudyResult] | None = None
 ) -> None:
-    """A table of the loss and one of the accuracy for each study: no wider than the terminal, whole in a file.
+    """Print a table of the loss and one of the accuracy for each study, fitted to a terminal, but complete in a file.
 
     Args:
-        found: of each study, whose areas are shown with their intervals (see `curves.summarise`).
+        found: result of each study, whose areas are shown with their intervals (see `curves.summarise`).
     """
     from rich.measure import Measurement
     from rich.text import Text
@@ -46,7 +46,7 @@ def print_tables(
             if width <= screen or not console.is_terminal:
                 break
         console.print(Text(encodable(study.title, console), style="bold"), soft_wrap=True)
-        console.width = max(width, screen)  # a table that is cut is of no use: better the terminal wraps its lines
+        console.width = max(width, screen)  # a table is not cut: the terminal wraps its lines
         console.print(*tables)
         console.width = screen
         for note in _notes(study.rows, of_study, step, console):
@@ -55,7 +55,7 @@ def print_tables(
 
 
 def _steps(n_fractions: int) -> list[int]:
-    """Every how many fractions a column may stand, from the most columns to the fewest; even steps if there are any."""
+    """Distances between fractions that get a column, from most columns to fewest; those that divide evenly, if any."""
     last = max(n_fractions - 1, 1)
     steps = range(math.ceil(last / (MAX_COLUMNS - 1)), last + 1)
     even = [step for step in steps if last % step == 0]
@@ -63,7 +63,7 @@ def _steps(n_fractions: int) -> list[int]:
 
 
 def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Console) -> Table:
-    """The best of each column is bold; a file has no bold, so there it gets a star."""
+    """Table of one metric. The best value of each column is bold; in a file, which has no bold, it gets a star."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -81,11 +81,11 @@ def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Co
     fractions = sorted(rows["fraction"].unique())
     shown = [*fractions[:-1:step], fractions[-1]]
     columns = {f"{100 * f:.4g} %" if f else "clean": [means.get((f, m), math.nan) for m in methods] for f in shown}
-    # Means over other seeds, and so other neurons, are no better or worse.
+    # Means over different seeds, and so different neurons, are not comparable.
     covered = {title: [f] for title, f in zip(columns, shown, strict=True)} | {"AUC": fractions}
     fair = {title: len({seeds[f, m] for f in of for m in methods if (f, m) in seeds}) == 1
             for title, of in covered.items()}  # fmt: skip
-    # Measured areas are of the seeds and fractions that all methods have.
+    # Areas with intervals are over the seeds and fractions that all methods have.
     fair["AUC"] |= any(not math.isnan(auc[method]["auc_n_seeds"]) for method in methods)
     if any(not math.isnan(auc[method]["auc"]) for method in methods):
         columns["AUC"] = [auc[method]["auc"] for method in methods]
@@ -95,7 +95,7 @@ def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Co
     for title, values in columns.items():
         table.add_column(title, justify="right", no_wrap=True)
         known = {value for value in values if not math.isnan(value)}
-        # Where all are equal, as clean, none is.
+        # If all are equal, as in the column of clean values, none is the best.
         best = (min if shown_as.less_is_better else max)(known) if len(known) > 1 and fair[title] else None
         for method, row, value in zip(methods, cells, values, strict=True):
             text = "–" if math.isnan(value) else f"{value:.{3 if title == 'AUC' else shown_as.digits}f}"
@@ -140,7 +140,7 @@ def _notes(rows: DataFrame, summary: DataFrame, step: int, console: Console) -> 
 def _about_areas(summary: DataFrame) -> str:
     text = "AUC: mean over fractions 0 to 1, as a share of the clean value"
     known = summary.dropna(subset=["auc_n_seeds"])
-    if known.empty:  # of runs that have left no sums of documents
+    if known.empty:  # no run has sums per document
         return f"{text}; –: no interval without documents.parquet"
     n_seeds = int(known["auc_n_seeds"].max())
     over = "documents, and says nothing about other neurons" if n_seeds == 1 else f"documents and {n_seeds} seeds"

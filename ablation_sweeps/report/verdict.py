@@ -1,4 +1,4 @@
-"""The verdict: which method does least damage, in one sentence."""
+"""Writes the verdict on a study: which method does least damage."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ablation_sweeps.results.study import StudyResult, of_calibration
 if TYPE_CHECKING:
     pass
 
-SHOWN_GROUPS = 5  # of methods that cannot be told apart, in the verdict
-COUNTED_GROUPS = 200  # at most: there may be millions
+SHOWN_GROUPS = 5  # groups of methods that cannot be told apart, named in the verdict
+COUNTED_GROUPS = 200  # limit when counting them: there may be millions
 
 
-# What is said
+# Sentences
 
 
 def verdict(study: StudyResult) -> str:
-    """Which method does least damage, by the area under its loss, which cannot be told apart, and on what basis."""
+    """Which method does least damage, by the area under its loss; which cannot be told apart; and on what basis."""
     return " ".join([_said(study), *caveats(study)])
 
 
@@ -79,17 +79,18 @@ def _cannot_be_told_apart(groups: Sequence[Sequence[str]]) -> str:
 
 
 def groups_of_tied(ranked: Sequence[str], undecided: Collection[frozenset[str]]) -> Iterator[list[str]]:
-    """All largest groups of methods of which no two differ, those of the best methods first. That two methods do not
-    differ from a third one does not mean that they do not differ from each other, so a method may be in several.
+    """Maximal groups of methods in which no two differ significantly, those of the best methods first.
 
-    There may be very many, but each takes about as long as the one before it (Johnson, Yannakakis and Papadimitriou's
-    algorithm): whoever needs no more than some of them asks for no more.
+    A method may be in several groups: two methods that do not differ from a third one may differ from each other.
+
+    There may be very many groups, but each takes about as long to find as the previous one (algorithm of Johnson,
+    Yannakakis and Papadimitriou), so stop iterating when you have enough.
     """
     places = range(len(ranked))
     tied = [{o for o in places if frozenset((ranked[place], ranked[o])) in undecided} - {place} for place in places]
 
     def largest(group: list[int]) -> tuple[int, ...]:
-        """The group, and the best methods that can be added to it."""
+        """The group, extended by the best methods that can be added to it."""
         candidates = set(places).intersection(*(tied[place] for place in group))
         while candidates:
             group = [*group, min(candidates)]
@@ -106,14 +107,14 @@ def groups_of_tied(ranked: Sequence[str], undecided: Collection[frozenset[str]])
             better = [other for other in group if other < place]
             kept = [other for other in better if other in tied[place]]
             found = largest([*kept, place])
-            # One with a better method more in it comes out of another group.
+            # A group that can take in a better method is found from another group.
             if kept != better and [*kept, place] == [o for o in found if o <= place] and found not in known:
                 known.add(found)
                 heapq.heappush(waiting, found)
 
 
 def _who_beats_whom(ranked: Sequence[str], pairs: Mapping[frozenset[str], Any], together: list[list[str]]) -> str:
-    """Where the best one is not alone: all that is decided, a sentence for the methods that beat the same ones."""
+    """For a best method that is tied: all significant differences, one sentence for the methods that beat the same."""
     beaten: dict[str, tuple[str, ...]] = {}
     for method in ranked:
         versus = {other: pairs[frozenset((method, other))] for other in ranked if other != method}
@@ -129,7 +130,7 @@ def _who_beats_whom(ranked: Sequence[str], pairs: Mapping[frozenset[str], Any], 
 
 
 def caveats(study: StudyResult) -> list[str]:
-    """Sentences on what the numbers lack."""
+    """Sentences on the limits of the numbers."""
     found = []
     if study.calibration:
         found.append(f"Statistics are {of_calibration(study.calibration)}.")
@@ -149,5 +150,5 @@ def _interval(row: dict[Any, Any], first: str) -> str:
 
 
 def _p(value: float) -> str:
-    """After Holm's correction."""
+    """The p-value after Holm's correction, in words."""
     return "p unknown" if math.isnan(value) else "Holm's p < 0.001" if value < 0.001 else f"Holm's p = {value:.3f}"

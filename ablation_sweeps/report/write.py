@@ -1,4 +1,4 @@
-"""Everything that a sweep's folder tells: curves.parquet, summary.csv, comparisons.csv, figures and report.html."""
+"""Writes the report of a sweep: curves.parquet, summary.csv, comparisons.csv, figures and report.html."""
 
 from __future__ import annotations
 
@@ -27,18 +27,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-KINDS = {".png": "figure", ".html": "page"}  # of what is written, those that are looked at
-FOUND_BY = ("status.json", "rows.parquet")  # a run has one of them, at least
-DIFFER = "runs differ in"  # beside method and seed
-NOTES = "notes"  # that the runs have left
+KINDS = {".png": "figure", ".html": "page"}  # written files that are shown to the user, by suffix
+FOUND_BY = ("status.json", "rows.parquet")  # a run has at least one of them
+DIFFER = "runs differ in"  # other than method and seed
+NOTES = "notes"  # warnings for the reader
 
 
 def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[Path]:
     """Write curves.parquet, summary.csv, comparisons.csv, report.html and a figure for each study; print the tables.
 
     Args:
-        sweep_dir: where all of it goes.
-        more: other sweeps that it shall cover as well.
+        sweep_dir: sweep to report on, and folder for the files.
+        more: other sweeps to include.
+
+    Returns:
+        Paths of the files.
     """
     from rich.text import Text
 
@@ -77,7 +80,7 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
     failures = [
         (run.name, found["state"], str(found.get("reason", "")))
         for sweep in (sweep_dir, *more)
-        for run in sorted({path.parent for name in FOUND_BY for path in Path(sweep).rglob(name)})  # as deep as curves
+        for run in sorted({path.parent for name in FOUND_BY for path in Path(sweep).rglob(name)})  # at any depth
         if (found := run_folder.current_status(run))["state"] != "finished"
     ]
     files.write_text(sweep_dir / "report.html", page.render(sweep_dir.absolute().name, shown, failures))
@@ -85,13 +88,13 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
 
 
 class Written(TypedDict):
-    """What .written.json holds: the names of the figures that are ours."""
+    """Content of .written.json: the names of the figures that this program has written."""
 
     names: list[str]
 
 
 def _remove_figures_of_before(folder: Path, names: list[str]) -> None:
-    """Of studies that are not shown any more, or under another name; what others have put there is left alone."""
+    """Delete figures of studies that are gone or have another name; files that others put there are left alone."""
     ours = folder / ".written.json"
     for name in set((files.read_json(ours, Written) or {"names": []})["names"]) - set(names):
         (folder / Path(name).name).unlink(missing_ok=True)
@@ -104,8 +107,10 @@ def _shown(study: Study, runs: dict[str, Path], doubts: dict[Path, str]) -> page
 
 
 def _doubts(runs: Iterable[Path]) -> dict[Path, str]:
-    """A sentence on each run that passed texts together, as earlier versions did, where other runs of the same model
-    show that its scores depend on that."""
+    """A sentence on each run that passed texts together while other runs of its model show that scores depend on it.
+
+    Earlier versions passed all texts together.
+    """
     texts = {run: run_folder.texts_of(run) for run in runs}
     if set(texts.values()) <= {run_folder.TOGETHER}:
         return {}
@@ -121,15 +126,18 @@ def _doubts(runs: Iterable[Path]) -> dict[Path, str]:
 
 
 def _model(run: Path) -> str:
-    """All options of a run's model that can change what it computes."""
+    """All options of a run's model that can change what it computes, as json."""
     elsewhere = ("label", "device", "device_map")
     options = run_folder.config(run).get("model", {})
     return json.dumps({key: value for key, value in options.items() if value is not None and key not in elsewhere})
 
 
 def _notes(study: Study, runs: dict[str, Path], doubts: dict[Path, str]) -> list[str]:
-    """Why numbers may be wrong, notes in the records of the runs (see `store.note`), and what they left out of the
-    model's files and of the data, each behind the methods that it is about."""
+    """Notes for the reader, each with the methods that it concerns.
+
+    They say why numbers may be wrong, repeat the warnings recorded by the runs (see `run_folder.add_warning`), and say
+    what was left out of the model's files and of the data.
+    """
     methods: dict[str, list[str]] = {}
     for run in study.rows.drop_duplicates(["method", "run_id"]).to_dict("records"):
         folder = runs[run["run_id"]]
@@ -140,7 +148,7 @@ def _notes(study: Study, runs: dict[str, Path], doubts: dict[Path, str]) -> list
 
 
 def _neurons(runs: list[Path]) -> dict[str, Any] | None:
-    """From the statistics that one of the runs has left in the cache beside its sweep; None where none has."""
+    """Neuron summary from the cached statistics of one of the runs; None if there are none."""
     for run in runs:
         cache = run_folder.statistics_of(run)
         if cache is not None and (found := load_cached_statistics(cache, Histogram(neurons.N_BINS))) is not None:
@@ -150,7 +158,7 @@ def _neurons(runs: list[Path]) -> dict[str, Any] | None:
 
 
 def _setup(runs: list[Path]) -> dict[str, Any]:
-    """Of one run, for all that it is compared with: they differ in method and seed, and in what is said here."""
+    """Setup of one run, which stands for all runs of its study, with a list of what differs between them."""
     environments = [run_folder.environment(run) for run in runs]
     parts = [
         flatten({"code": e.get("code"), "packages": e.get("packages"), "device": e.get("device"),
