@@ -1,1 +1,1 @@
-"""Examples, and the batches that they become."""
+"""Examples, and how they become batches."""

@@ -1,4 +1,4 @@
-"""Plain types that flow from datasets through models to the measurements."""
+"""Examples and batches, the plain types that pass from datasets through models to metrics."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 Split = Literal["train", "calibration", "evaluation"]
-SPLITS: tuple[Split, ...] = ("calibration", "evaluation")  # that every data set has
+SPLITS: tuple[Split, ...] = ("calibration", "evaluation")  # splits that every dataset has
 Modality = Literal["text", "image"]
 
 TOO_LARGE = "the device has too little memory for {} examples at once, so they are halved: the last digit may differ"
 
-NOT_SCORED = -100  # label of a position that no metric looks at; the convention of torch's cross entropy
+NOT_SCORED = -100  # label of a position that is not scored; torch's cross entropy ignores the same
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text: the unit that is split, cut to the context, and resampled over in confidence intervals."""
+    """One text: the unit that is split, truncated, and resampled for confidence intervals."""
 
     name: str
     text: str
@@ -37,7 +37,7 @@ class Picture:
     """One labelled image.
 
     Attributes:
-        read: opens and decodes it, which is not done before it is needed: many decoded images would fill the memory.
+        read: opens and decodes the image; called only when needed, since decoded images take much memory.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class LazyPixels(Mapping[str, "Tensor"]):
-    """The inputs of a batch of pictures, made whenever they are asked for: those of all would fill the memory."""
+    """Inputs of a batch of images, computed at each access, since those of all batches may not fit into memory."""
 
     key: str
     make: Callable[[Sequence[Picture]], Tensor]
@@ -70,20 +70,20 @@ class LazyPixels(Mapping[str, "Tensor"]):
 
 @dataclass(frozen=True)
 class Batch:
-    """The inputs of a forward pass, taken at once or in parts, and the labels that it is scored against.
+    """Inputs of a forward pass, which may be run at once or in parts, and the labels to score it against.
 
     Attributes:
-        inputs: keyword arguments of the model's forward, whose first axis are the examples; token ids are called
+        inputs: keyword arguments of the model's forward, whose first axis is the examples; token ids are called
             `input_ids`.
         labels: `[batch, pos]` token ids, or `[batch]` classes; NOT_SCORED where nothing is scored.
             Already shifted: the logits at a position are scored against the label at that position.
         keep: `[batch, pos]`, True where a position enters the statistics (no padding). None: all of them.
-        names: one document or picture a row, or one piece of a document.
-        index: the place of each row in the order of the dataset, whatever the batching.
-        documents: the place of the document that each row is a piece of: rows of one are not independent. None: each
-            row is a document.
-        apart: texts of different lengths are never passed together, since the model's scores depend on the length of
-            the longest one: a pass takes texts of one length, without padding.
+        names: name of the document, piece of a document, or image in each row.
+        index: position of each row in the dataset, whatever the batching.
+        documents: position in the dataset of each row's document, since pieces of one document are not independent.
+            None: each row is a document.
+        apart: True if texts of different lengths must be run separately, without padding, since the model's scores
+            depend on the length of the longest one.
     """
 
     inputs: Mapping[str, Tensor]
@@ -96,7 +96,7 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """Positions of text, padding included; or images."""
+        """Number of positions, padding included, or of images."""
         return self.labels.numel()
 
     def to(self, device: torch.device) -> Batch:
@@ -108,11 +108,13 @@ class Batch:
         )
 
     def split_in_two(self) -> tuple[Batch, Batch]:
-        """The first and the last examples, padded as before. Of texts that are passed apart, those that are as long as
-        the first one and the others, without the padding that they do not need.
+        """Split the batch into its first and its last examples, padded as before.
+
+        With `apart`, the first part has all texts that are as long as the first one, and neither part has more padding
+        than it needs.
 
         Raises:
-            UserError: it has but one example.
+            UserError: the batch has a single example.
         """
         if len(self.names) < 2:
             positions = self.labels.shape[-1] if self.labels.ndim > 1 else "its"
@@ -127,14 +129,17 @@ class Batch:
         return self._part(first), self._part(last)
 
     def fits(self, positions: int) -> bool:
-        """Whether it may be passed at once: it has no more positions (images) than that, or one example, and no lengths
-        that must be passed apart."""
+        """True if the batch can be run in one pass.
+
+        It may have at most `positions` positions (or images), unless it is a single example, and no lengths that must
+        be run separately.
+        """
         if self.apart and len(set(self._lengths())) > 1:
             return False
         return self.size <= positions or len(self.names) == 1
 
     def split_to(self, positions: int) -> Iterator[Batch]:
-        """Halves of halves, until each fits."""
+        """Split the batch in two, and the parts again, until each fits."""
         if self.fits(positions):
             yield self
         else:
@@ -169,7 +174,7 @@ class Batch:
 
 
 def pad_and_stack(*batches: Batch) -> Batch:
-    """Single examples as one batch, for a probe; shorter texts are padded at the right, as attention_mask says."""
+    """Join single examples to one batch, for a probe. Shorter texts are padded on the right, with attention mask 0."""
     width = max(batch.labels.shape[-1] for batch in batches)
 
     def stacked(rows: list[Tensor], value: int = 0) -> Tensor:
@@ -186,9 +191,9 @@ def pad_and_stack(*batches: Batch) -> Batch:
 
 
 def prefetch_batches(batches: Sequence[Batch]) -> Iterator[Batch]:
-    """Batches whose inputs are ready: while one batch is computed with, a thread makes the inputs of the next.
+    """Iterate over the batches with their inputs ready: a thread makes the inputs of the next batch meanwhile.
 
-    In main memory, and not on the model's device, whose memory is for the computing.
+    Inputs are made in main memory; the memory of the model's device is left for the computation.
     """
     loader = ThreadPoolExecutor(1)
     made = (loader.submit(lambda batch=batch: replace(batch, inputs=dict(batch.inputs))) for batch in batches)

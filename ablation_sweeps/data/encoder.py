@@ -1,4 +1,4 @@
-"""How examples become the batches of one model."""
+"""Interfaces for turning examples into the batches of one model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Budget:
-    """How much data is used: whichever limit comes first. None is no limit.
+    """How much data to use: up to whichever limit comes first. None is no limit.
 
     Attributes:
-        window: texts are batched by length among so many that follow each other, so that after each window the texts
-            done are the first ones of the data, and not the longest; None: among all of them.
+        tokens: maximum number of positions.
+        examples: maximum number of documents or images.
+        window: texts are batched by length only among this many consecutive ones, so that after each window the
+            finished texts are the first ones of the data, not the longest ones. None: among all texts.
     """
 
     tokens: int | None
@@ -26,19 +28,19 @@ class Budget:
     window: int | None = None
 
     def say_if_short(self, split: Split, positions: int, more: str = "") -> None:
-        """Statistics do not show how much data they were taken over; scores do.
+        """Log if there are fewer calibration data than asked for: unlike scores, statistics do not show their size.
 
         Args:
-            more: what gives more of it.
+            more: says how to get more data.
         """
-        enough = self.tokens is None or positions >= self.tokens - 1  # one token alone is not scored
+        enough = self.tokens is None or positions >= self.tokens - 1  # a single token is not scored
         if split == "calibration" and not enough and self.examples is None:
             log.info("statistics.tokens=%d: the calibration data have %d, all taken%s", self.tokens, positions, more)
 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Turns documents or pictures into the batches of one model."""
+    """Turns documents or images into the batches of one model."""
 
     def __call__(
         self, examples: Iterable[Document | Picture], split: Split, budget: Budget, batch_tokens: int, seed: int
@@ -47,6 +49,6 @@ class Encoder(Protocol):
 
 @runtime_checkable
 class OtherInput(Protocol):
-    """One input of `length` positions that has nothing to do with the data, for the resample method."""
+    """Makes one input of `length` positions that is unrelated to the data, for the resample method."""
 
     def __call__(self, source: str, length: int, seed: int) -> Batch: ...

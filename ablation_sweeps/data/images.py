@@ -1,4 +1,4 @@
-"""Pictures -> batches of pixels, for image classifiers of transformers and timm."""
+"""Turns images into batches of pixels, for image classifiers from transformers and timm."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ablation_sweeps.data.batch import NOT_SCORED, Batch, Document, LazyPixels, 
 from ablation_sweeps.data.encoder import Budget
 from ablation_sweeps.data.intake import threads, upright
 
-MAX_PIXEL_BYTES = 1 << 30  # bytes of pixels that stay in memory, of a split
+MAX_PIXEL_BYTES = 1 << 30  # pixels of one split that stay in memory
 
 
 @dataclass(frozen=True)
 class ImageEncoder:
-    """Implements `transformer.Encoder` and `transformer.OtherInput` with the model's own image transform.
+    """Implements `Encoder` and `OtherInput` with the model's own image transform.
 
     Attributes:
-        transform: picture to pixels, `[channels, height, width]`.
+        transform: turns an image into pixels, `[channels, height, width]`.
         key: name of the pixels in the model's forward.
-        mode: PIL's name of the colours the model sees: "RGB" or "L".
-        n_classes: labels are below it.
-        tokens: positions of one image inside the model.
-        left_out: so many at its beginning (CLS, registers) do not enter the statistics.
+        mode: PIL's name of the colours that the model takes: "RGB" or "L".
+        n_classes: number of classes; labels are below it.
+        tokens: positions per image inside the model.
+        left_out: number of positions at the beginning (CLS, registers) that do not enter the statistics.
     """
 
     transform: Callable[..., torch.Tensor]
@@ -43,12 +43,12 @@ class ImageEncoder:
     def __call__(
         self, examples: Iterable[Document | Picture], split: Split, budget: Budget, batch_tokens: int, seed: int
     ) -> list[Batch]:
-        """Batches of `batch_tokens` positions; a budget in tokens is met with the last image that exceeds it."""
-        counted = self.tokens - (self.left_out if split == "calibration" else 0)  # positions of an image that do
+        """Batches of at most `batch_tokens` positions, or two images. A budget in tokens is rounded up to an image."""
+        counted = self.tokens - (self.left_out if split == "calibration" else 0)  # positions that enter
         limits = [budget.examples, None if budget.tokens is None else -(-budget.tokens // counted)]
         limit = min((n for n in limits if n is not None), default=None)
         pictures: list[Picture] = []
-        made: list[Future[torch.Tensor]] = []  # of the first pictures, whose pixels stay in memory
+        made: list[Future[torch.Tensor]] = []  # pixels of the first images, which stay in memory
         n_kept = 1
         for example in islice(examples, limit):
             pictures.append(self._checked(example))
@@ -60,7 +60,7 @@ class ImageEncoder:
             raise UserError(f"dataset: the {split} split has no images; check dataset.path")
         budget.say_if_short(split, len(pictures) * counted)
         size = max(2, batch_tokens // self.tokens)
-        starts = range(0, max(1, len(pictures) - 1), size)  # never one alone: resampling needs another example
+        starts = range(0, max(1, len(pictures) - 1), size)  # never a single one: resampling needs another example
         rest = deque(made[:n_kept])
         del made
         return [self._batch(pictures, range(*ends), split, rest) for ends in pairwise([*starts, len(pictures)])]
@@ -72,7 +72,7 @@ class ImageEncoder:
         return self.transform(upright(picture).convert(self.mode))  # upright, as `datasets` gives them
 
     def other_input(self, source: str, length: int, seed: int) -> Batch:
-        """Random pixels; `length` is of no use, since an image always has the same number of positions."""
+        """Random pixels; `length` is ignored, since every image has the same number of positions."""
         from PIL.Image import fromarray
 
         if source not in ("random_pixels", "probe"):
@@ -93,9 +93,11 @@ class ImageEncoder:
         return example
 
     def _batch(self, pictures: list[Picture], places: range, split: Split, made: deque[Future[torch.Tensor]]) -> Batch:
-        """Args:
-        made: pixels of the pictures from here on, as far as they fit into memory; others are made when they are needed.
-            The ones of this batch are taken out.
+        """Batch of the images at `places`.
+
+        Args:
+            made: pixels of the images from here on, as far as they fit into memory; others are made when needed. Those
+                of this batch are removed.
         """
         some = pictures[places.start : places.stop]
         if len(made) < len(some):

@@ -1,4 +1,4 @@
-"""The examples of a dataset as they enter a job: each content once, in one split only, and no broken picture."""
+"""Filters the examples of a dataset: each content counts once, in one split only, and broken images are left out."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-HELD_BYTES = 1 << 28  # decoded pictures that wait for their encoder; others are decoded once more
-N_NAMED = 5  # broken pictures that a message names
+HELD_BYTES = 1 << 28  # decoded images that wait for their encoder; others are decoded again
+N_NAMED = 5  # broken images named in a message
 
 # PIL raises these for damaged files, depending on their format.
 DAMAGE = (SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, struct.error, zlib.error)
@@ -29,19 +29,18 @@ DAMAGE = (SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticE
 
 @dataclass
 class Intake:
-    """Gives the examples of one split, in their order, and counts the ones that it leaves out.
+    """Iterates over the examples of one split in order, and counts those that it leaves out.
 
-    Two examples are the same if their content is, whatever their names and labels: a text without the white space at
-    its ends, or the upright pixels of a picture. Of equal ones, the first is given. Only hashes are kept.
+    Two examples are equal if their content is, whatever their names and labels: a text without white space at its ends,
+    or the upright pixels of an image. The first of equal examples is kept. Only hashes are stored.
 
     Attributes:
-        examples: as the dataset gives them; no more are read than are asked for, but for pictures that threads decode
-            ahead.
-        calibrated: contents of the calibration data, which are not evaluated.
-        threaded: pictures are decoded by threads, ahead.
-        contents: what was given so far.
-        copies, calibrated_copies: how many were left out, as copies of examples of this split, or of calibration data.
-        broken: the pictures that were left out, and why.
+        examples: examples from the dataset, read only as they are needed, except for images that threads decode ahead.
+        calibrated: content hashes of the calibration data, which are not evaluated.
+        threaded: True if threads decode images ahead.
+        contents: content hashes of the examples given so far.
+        copies, calibrated_copies: numbers of examples left out as copies within this split, or of calibration data.
+        broken: errors of the images that were left out.
     """
 
     dataset: str
@@ -55,8 +54,10 @@ class Intake:
     broken: list[BrokenPicture] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Document | Picture]:
-        """Raises:
-        UserError: there are examples, but all of them are left out.
+        """Give the examples that are neither copies nor broken.
+
+        Raises:
+            UserError: there are examples, but all of them are left out.
         """
         given = 0
         for example, content in _all_hashed(self.examples, self.threaded):
@@ -79,7 +80,7 @@ class Intake:
 
     @property
     def left_out(self) -> list[str]:
-        """One sentence for each reason."""
+        """Sentences on what was left out, one for each reason."""
         sentences = []
         if self.calibrated_copies or self.copies:
             counts = {"the calibration data": self.calibrated_copies, "each other": self.copies}
@@ -97,7 +98,7 @@ def content_of_text(text: str) -> bytes:
 
 
 class BrokenPicture(UserError):
-    """A picture that no attempt will read: its file is at fault, not a disk or a network. Made of its name and why."""
+    """An image that can never be read: its file is at fault, not a disk or a network. Made of its name and a reason."""
 
     def __str__(self) -> str:
         name, reason = self.args
@@ -105,10 +106,10 @@ class BrokenPicture(UserError):
 
 
 def upright(picture: Picture) -> Image:
-    """The decoded picture, turned as its EXIF data say.
+    """The decoded image, turned as its EXIF data say.
 
     Raises:
-        BrokenPicture: it is truncated, too large, not a picture, or has more than 8 bits a pixel.
+        BrokenPicture: it is truncated, too large, not an image, or has more than 8 bits per channel.
     """
     return _upright(picture.name, _decoded(picture))
 
@@ -139,7 +140,7 @@ def _decoded(picture: Picture) -> Image:
 def _upright(name: str, image: Image) -> Image:
     from PIL.ImageOps import exif_transpose
 
-    if image.mode[0] in "IF":  # PIL would cut off what is above 255
+    if image.mode[0] in "IF":  # PIL would clip values above 255
         raise _broken(name, f"more than 8 bits a pixel, PIL's mode {image.mode}; save it with 8")
     try:
         return exif_transpose(image)
@@ -153,7 +154,7 @@ def _broken(name: str, reason: object) -> BrokenPicture:
 
 @dataclass
 class _Handover:
-    """Reads a picture. The first time it gives the image that was decoded for its hash, unless that was let go."""
+    """Reads an image. The first call returns the image that was decoded for its hash, unless that was dropped."""
 
     again: Callable[[], Image]
     image: Image | None
@@ -182,7 +183,7 @@ def _hashed(example: Document | Picture) -> Hashed:
 
 
 def _all_hashed(examples: Iterable[Document | Picture], threaded: bool) -> Iterator[Hashed]:
-    """Decoded images are held until they are read, as far as HELD_BYTES go."""
+    """Hash all examples. Decoded images are held until they are read, up to HELD_BYTES in total."""
     held: deque[_Handover] = deque()
     try:
         for example, content in _hashed_ahead(examples) if threaded else map(_hashed, examples):
@@ -202,9 +203,9 @@ def _n_bytes(handover: _Handover) -> int:
 
 
 def _hashed_ahead(examples: Iterable[Document | Picture]) -> Iterator[Hashed]:
-    """The same, by threads: a few pictures are read ahead. Texts are not, since hashing them takes no time.
+    """Hash examples in threads, a few images ahead. Texts are hashed in place, which takes no time.
 
-    An error of a dataset comes when its example is asked for: it may never be.
+    An error of a dataset is raised when its example is asked for, which may never happen.
     """
     waiting: deque[Hashed | Future[Hashed]] = deque()
     source: Iterator[Document | Picture] | None = iter(examples)
@@ -231,11 +232,11 @@ def _hashed_ahead(examples: Iterable[Document | Picture]) -> Iterator[Hashed]:
 
 
 def n_threads() -> int:
-    """No more than torch has, since it gives each of them as many of its own."""
+    """Number of threads: at most as many as torch has, since each may start as many of torch's own."""
     return min(8, torch.get_num_threads())
 
 
 @functools.cache
 def threads() -> ThreadPoolExecutor:
-    """They decode and resize pictures without Python's lock."""
+    """Threads that decode and resize images, which does not hold Python's global lock."""
     return ThreadPoolExecutor(n_threads())

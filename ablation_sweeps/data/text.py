@@ -1,4 +1,4 @@
-"""Documents -> batches of token ids, for causal and masked language models."""
+"""Turns documents into batches of token ids, for causal and masked language models."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sequence:
-    """One document, or a piece of one, as it enters the model: cut to the context, labelled, not yet padded.
+    """One document, or a piece of one, as input of the model: truncated and labelled, not yet padded.
 
     Attributes:
-        document: the place of its document.
+        document: position of its document in the data.
     """
 
     name: str
@@ -46,7 +46,12 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Masking:
-    """How a masked language model is scored: of the chosen tokens, some are masked, some random, the rest stay."""
+    """How a masked language model is scored.
+
+    Attributes:
+        share: fraction of the tokens that is scored.
+        mask_share, random_share: fractions of these that the model sees as the mask token, or as a random token.
+    """
 
     share: float
     mask_share: float
@@ -55,14 +60,14 @@ class Masking:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Implements `transformer.Encoder` and the text side of `transformer.OtherInput`.
+    """Implements `Encoder`, and `OtherInput` for text.
 
     Attributes:
-        tokens: positions of the calibration data that enter the statistics: all, or all but BOS, CLS, SEP and the like.
-        pack: a sequence is a document, or a piece of all documents written one after the other.
-        n_tokens: token ids that the model knows; None: as many as the tokenizer.
-        option: where the model comes from, as the user typed it.
-        apart: texts of different lengths are never passed together: see `Batch.apart`.
+        tokens: calibration positions that enter the statistics: all, or all but BOS, CLS, SEP and the like.
+        pack: a sequence is a document, or a piece of all documents joined.
+        n_tokens: number of token ids that the model has; None: as many as the tokenizer.
+        option: option that names the model, as the user typed it.
+        apart: True if texts of different lengths must be run separately: see `Batch.apart`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -77,13 +82,16 @@ class TextEncoder:
     def __call__(
         self, examples: Iterable[Document | Picture], split: Split, budget: Budget, batch_tokens: int, seed: int
     ) -> list[Batch]:
-        """Documents, each cut to the context, until the budget is used; the last one is cut to meet it.
+        """Encode documents, each truncated to the context, until the budget is used; the last one is cut to meet it.
 
-        With `pack` concatenate, the documents are written one after the other, and this is cut into pieces as long as
-        the context: nothing of a long document is lost, and a piece begins in the middle of one.
+        With `pack` concatenate, documents are joined and cut into pieces as long as the context: nothing of a long
+        document is lost, but a piece begins in the middle of one.
 
-        Documents are batched by length, so that little is padding; padding is at the right, is not attended to, and
-        enters neither statistics nor scores. Documents shorter than two tokens cannot be scored and are left out.
+        Documents are batched by length, which saves padding. Padding is on the right, is not attended to, and enters
+        neither statistics nor scores. Documents shorter than two tokens cannot be scored and are left out.
+
+        Raises:
+            UserError: nothing to score, or a token that the model does not have.
         """
         if self.masking and self.tokenizer.mask_token_id is None:
             raise UserError("model: this tokenizer has no mask token; use a causal_lm model, or another tokenizer")
@@ -115,9 +123,9 @@ class TextEncoder:
     def _until(
         self, pieces: Iterable[tuple[str, int, list[int]]], limit: int, left_out: set[int]
     ) -> Iterator[tuple[str, int, list[int]]]:
-        """Pieces, until so many of their tokens enter the statistics: other tokens use up no budget.
+        """Pieces until `limit` of their tokens enter the statistics; tokens in `left_out` do not use up the budget.
 
-        The last one is cut to meet it; of an encoder, the tokens that end a text stay.
+        The last piece is cut to meet the limit; for an encoder, the special tokens that end a text are kept.
         """
         left = limit
         for name, document, ids in pieces:
@@ -133,8 +141,10 @@ class TextEncoder:
                 return
 
     def _check_tokens(self, sequences: list[Sequence]) -> None:
-        """Raises:
-        UserError: the model has no embedding of a token.
+        """Check that the model has an embedding for every token.
+
+        Raises:
+            UserError: it lacks one.
         """
         largest = max(int(sequence.ids.max()) for sequence in sequences)
         if self.n_tokens is not None and largest >= self.n_tokens:
@@ -145,7 +155,7 @@ class TextEncoder:
             )
 
     def _note_doubled(self, name: str, ids: list[int], doubled: list[str]) -> None:
-        """Adds the name of a text that brings a token along which the tokenizer adds as well."""
+        """Note a text that itself begins or ends with a special token that the tokenizer adds as well."""
         t = self.tokenizer
         first, last = (t.bos_token_id, t.cls_token_id), (t.eos_token_id, t.sep_token_id)
         for pair, tokens in ((ids[:2], first), (ids[-2:], last)):
@@ -163,18 +173,21 @@ class TextEncoder:
             if len(ids) >= 2:
                 yield document.name, count, ids
                 used, count = used + len(ids), count + 1
-            if self._room(budget, used) < 2 or count == budget.examples:  # before one too many is read
+            if self._room(budget, used) < 2 or count == budget.examples:  # before one document too many is read
                 return
 
     def _concatenated(
         self, documents: Iterable[Document], budget: Budget, doubled: list[str]
     ) -> Iterator[tuple[str, int, list[int]]]:
-        """A piece belongs to the document that most of it is from, and is called after it; further ones of the same
-        document have their place in the order behind its name."""
+        """Pieces of all documents joined.
+
+        A piece belongs to the document that most of its tokens come from, and has its name. Further pieces of that
+        document have their position among all pieces appended to the name.
+        """
         end = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
         names: list[str] = []
         ids: list[int] = []
-        places: list[int] = []  # of the document that each token is from
+        places: list[int] = []  # document of each token
         used, pieces = 0, Counter[int]()
         for document in islice(documents, budget.examples):
             names.append(document.name)
@@ -195,18 +208,21 @@ class TextEncoder:
             yield _piece(names, places, ids, pieces)
 
     def _room(self, budget: Budget, used: int) -> int:
+        """Maximum length of the next sequence."""
         return self.max_tokens if budget.tokens is None else min(self.max_tokens, budget.tokens - used)
 
     def ids(self, text: str, limit: int | None = None) -> list[int]:
-        """Token ids of a text. For an encoder, it is cut by the tokenizer, which keeps the token that ends a text. A
-        causal model must not be asked to foresee where a text is cut: there, the token that some tokenizers end a text
-        by falls away as well."""
+        """Token ids of a text, truncated to `limit`.
+
+        For an encoder, the tokenizer truncates and keeps the token that ends a text. A causal model must not have to
+        predict where a text is cut, so there the end token of some tokenizers is cut off as well.
+        """
         if self.masking is None:
             return self.tokenizer(text, verbose=False)["input_ids"][:limit]  # type: ignore[return-value]
         return self.tokenizer(text, truncation=limit is not None, max_length=limit, verbose=False)["input_ids"]  # type: ignore[return-value]
 
     def other_input(self, ids: list[int]) -> Batch:
-        """One unscored input."""
+        """Batch of one input that is not scored."""
         row = torch.tensor([ids])
         return Batch(
             {"input_ids": row, "attention_mask": torch.ones_like(row)},
@@ -214,7 +230,7 @@ class TextEncoder:
         )  # fmt: skip
 
     def random_ids(self, source: str, length: int, seed: int) -> list[int]:
-        """`length` tokens of random characters or random tokens, or 'probe': any tokens at all."""
+        """`length` ids of random characters or of random tokens; for "probe", any tokens."""
         rng = np.random.default_rng(seed)
         if source == "random_characters":
             ids: list[int] = []
@@ -227,11 +243,12 @@ class TextEncoder:
         return rng.choice(self.ordinary_ids(), length).tolist()
 
     def ordinary_ids(self) -> np.ndarray:
+        """Ids of all tokens that are not special, and that the model has."""
         ids = np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
         return ids if self.n_tokens is None else ids[ids < self.n_tokens]
 
     def _special_ids(self) -> set[int]:
-        """BOS, CLS, SEP, ...; not the token for what is unknown, which stands for a word."""
+        """Ids of BOS, CLS, SEP and the like, but not of the token for unknown words, which stands for text."""
         t = self.tokenizer
         others = (t.bos_token_id, t.eos_token_id, t.cls_token_id, t.sep_token_id, t.pad_token_id, t.mask_token_id)
         return {token for token in t.all_special_ids if token != t.unk_token_id or token in others}
@@ -244,7 +261,7 @@ class TextEncoder:
         return Sequence(name, document, *self._masked(name, ids, seed))
 
     def _masked(self, name: str, ids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same tokens for every method, fraction and batch size: they depend on the seed and the name alone."""
+        """Masked ids and labels. They depend only on seed and name: the same for every method, fraction, batch size."""
         assert self.masking is not None
         rng = np.random.default_rng([seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")])
         candidates = np.flatnonzero(~np.isin(ids, self.tokenizer.all_special_ids))
@@ -267,7 +284,7 @@ class TextEncoder:
             while by_length:
                 size = max(2, batch_tokens // len(by_length[0][1].ids))
                 if len(by_length) == size + 1:
-                    size += 1  # never one alone: resampling from the batch needs another example
+                    size += 1  # never a single one: resampling needs another example
                 rows, by_length = by_length[:size], by_length[size:]
                 batches.append(self._pad([sequence for _, sequence in rows], tuple(index for index, _ in rows), tokens))
         return batches
@@ -276,7 +293,7 @@ class TextEncoder:
         shape = len(sequences), max(len(s.ids) for s in sequences)
         pad = int(self.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
         known = self.n_tokens is None or pad < self.n_tokens
-        ids = torch.full(shape, pad if known else 0)  # any token: it is never attended to
+        ids = torch.full(shape, pad if known else 0)  # any token: padding is never attended to
         labels = torch.full(shape, NOT_SCORED)
         keep = torch.zeros(shape, dtype=torch.bool)
         for row, sequence in enumerate(sequences):
@@ -292,8 +309,10 @@ class TextEncoder:
 
 
 def _piece(names: list[str], places: list[int], ids: list[int], pieces: Counter[int]) -> tuple[str, int, list[int]]:
-    """Args:
-    pieces: how many there were of each document; this one is added.
+    """Name, document and ids of a piece.
+
+    Args:
+        pieces: number of pieces of each document so far; this one is added.
     """
     ((document, _),) = Counter(places).most_common(1)
     pieces[document] += 1
@@ -302,7 +321,7 @@ def _piece(names: list[str], places: list[int], ids: list[int], pieces: Counter[
 
 
 def _windows(items: list[T], size: int | None) -> Iterator[list[T]]:
-    """Windows of so many texts that follow each other; the last one may hold one more, for the reason above."""
+    """Windows of `size` consecutive texts; the last may have one more, so that no batch has a single text."""
     start = 0
     while start < len(items):
         end = len(items) if size is None or len(items) - start <= size + 1 else start + size
