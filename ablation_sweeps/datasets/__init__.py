@@ -1,1 +1,1 @@
-"""Kinds of data, one file each."""
+"""Kinds of datasets, one file each."""

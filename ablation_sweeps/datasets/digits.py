@@ -1,4 +1,4 @@
-"""Handwritten digits, 8 x 8 grey pixels, 1797 of them: they come with scikit-learn."""
+"""1797 handwritten digits of 8 x 8 grey pixels, included in scikit-learn."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Digits:
 
         pixels, labels = arrays()
         names = [f"digits/{i}" for i in range(len(labels))]
-        # In the order of the hash, so that the first n are a random sample.
+        # Ordered by hash, so that the first n are a random sample.
         for i in sorted(range(len(names)), key=lambda i: unit_hash(names[i])):
             if split_of(names[i]) == split:
                 yield Picture(names[i], partial(Image.fromarray, pixels[i]), int(labels[i]))  # uint8 [8, 8]: mode "L"
@@ -43,13 +43,13 @@ class Digits:
 
 @cache
 def arrays() -> tuple[np.ndarray, np.ndarray]:
-    """Pixels, uint8 `[1797, 8, 8]`, 0 to 255, and the digits they show."""
+    """Pixels, uint8 `[1797, 8, 8]` from 0 to 255, and the digits they show, `[1797]`."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise UserError("dataset=digits: needs scikit-learn; pip install scikit-learn") from None
     data: Any = load_digits()
-    return (data["images"] * (255 / 16)).round().astype("uint8"), data["target"]  # scikit-learn counts from 0 to 16
+    return (data["images"] * (255 / 16)).round().astype("uint8"), data["target"]  # scikit-learn's values are 0 to 16
 
 
 def split_of(name: str) -> Split:

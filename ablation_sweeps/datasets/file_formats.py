@@ -1,4 +1,4 @@
-"""Texts of a file: plain, or one a row of jsonl, json, csv, tsv or parquet; also compressed."""
+"""Reads texts from files: plain, or one per row of jsonl, json, csv, tsv or parquet; also compressed."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from ablation_sweeps.base.files import say_once
 PLAIN = ".txt"
 KINDS = (PLAIN, ".jsonl", ".parquet", ".csv", ".tsv", ".json")
 SUPPORTED = f"{', '.join(KINDS)} (an array of objects), also with .gz, .bz2, .xz or .zst behind"
-REPLACEMENT = "\ufffd"  # stands for bytes that are no letter
-DAMAGE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)  # what unpacking and pyarrow raise
+REPLACEMENT = "\ufffd"  # stands for bytes that are not valid UTF-8
+DAMAGE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)  # raised by decompression and pyarrow
 
 
 class NoColumn(UserError):
-    """A file of rows that are not documents: it lacks the column of text, or it holds no rows at all."""
+    """A file of rows that are not documents: it has no column of text, or no rows at all."""
 
 
 def kind_of(file: Path) -> str | None:
-    """One of KINDS, by the suffix, whatever its case; None for other files."""
+    """The kind of a file, one of KINDS, by its suffix in any case; None for other files."""
     kind = _suffixes(file)[0]
     return kind if kind in KINDS else None
 
 
 def stem(file: Path) -> str:
-    """The name without the suffixes that say what kind of text file it is."""
+    """The file name without the suffixes of its format and compression."""
     kind, packing = _suffixes(file)
     return file.name[: -len(kind + packing)] if kind in KINDS else file.name
 
 
 def _suffixes(file: Path) -> tuple[str, str]:
-    """The suffix of what is in the file, and the one of its compression, in small letters."""
+    """The suffixes of a file's format and of its compression, in lower case."""
     suffix = file.suffix.lower()
     return (Path(file.stem).suffix.lower(), suffix) if suffix in OPENERS else (suffix, "")
 
 
 def texts(file: Path, option: str, column: str) -> list[str]:
-    """The whole text of a plain file, or the text of every row; a row of null is empty.
+    """The text of a plain file, or the text of every row; a null is an empty text.
 
     Args:
-        option: is blamed for what is wrong with the file.
-        column: field of a row that holds its text.
+        option: option that named the file, for error messages.
+        column: name of the field with the text.
 
     Raises:
         NoColumn: a file of rows has no such column.
-        UserError: anything else is wrong with the file. It names the row.
+        UserError: anything else is wrong with the file. The message names the row.
     """
     kind = kind_of(file) or PLAIN
     try:
@@ -75,7 +75,7 @@ def texts(file: Path, option: str, column: str) -> list[str]:
 
 
 def _opened(file: Path) -> io.BufferedReader | io.BytesIO:
-    """The file, unpacked."""
+    """Open the file, decompressed."""
     unpack = OPENERS.get(_suffixes(file)[1])
     if unpack is None:
         return open(file, "rb")
@@ -90,9 +90,9 @@ def _unpacked_zst(file: str) -> Any:
 
 
 def _plain(content: io.BufferedReader | io.BytesIO, option: str, file: Path) -> str:
-    """A damaged letter here and there is let pass, and said; another encoding is refused."""
+    """Read a plain text. A few invalid bytes are replaced, with a warning; another encoding is refused."""
     text = io.TextIOWrapper(content, encoding="utf-8-sig", errors="replace").read()
-    damaged = text.count(REPLACEMENT) + text.count("\0")  # of which UTF-16 is full
+    damaged = text.count(REPLACEMENT) + text.count("\0")  # UTF-16 is full of NULs
     if damaged > len(text) / 100:
         raise UserError(
             f"{option}: {file} is no UTF-8; convert it (iconv -f latin1 -t utf-8), or remove it; what is read is "
@@ -103,7 +103,7 @@ def _plain(content: io.BufferedReader | io.BytesIO, option: str, file: Path) -> 
     return text
 
 
-Rows = Iterator[tuple[str, Any]]  # where a row stands in its file, and its text
+Rows = Iterator[tuple[str, Any]]  # place of a row in its file, and its text
 
 
 def _of_jsonl(lines: io.TextIOWrapper, option: str, file: Path, column: str) -> Rows:
@@ -205,7 +205,7 @@ def _text(value: Any, column: str, file: Path, place: str) -> str:
 
 
 def _check_utf8(text: str, option: str, where: str) -> None:
-    """Bytes that are no letters were read as halves of letters, which json may hold as well."""
+    """Refuse text that is not UTF-8. Invalid bytes were decoded as surrogates, which json escapes may hold as well."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Labelled images through the library `datasets`: from the hub, from a local copy, or saved to disk."""
+"""Labelled images read with the library `datasets`: from the hub, from a local copy, or saved to disk."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class HubImages(Rows):
-    """Attributes:
-    image_column, label_column: hold the image and the number of its class.
-    classes: of which images are taken: a name of `class_sets`, `not_` and such a name, or numbers: "0-9,42".
-        None: all. Labels keep their numbers, and the model all its classes.
-    class_sets: names for such numbers.
+    """Labelled images that the library `datasets` can read.
+
+    Attributes:
+        image_column, label_column: columns with the image, and with the number of its class.
+        classes: classes to use: a name in `class_sets`, `not_` and such a name, or numbers: "0-9,42". None: all. Labels
+            keep their numbers, and the model keeps all its classes.
+        class_sets: names for sets of such numbers.
     """
 
     modality: ClassVar[Modality] = "image"
@@ -47,7 +49,7 @@ class HubImages(Rows):
         self.labels()
 
     def labels(self) -> frozenset[int] | None:
-        """Those that are taken; None is all."""
+        """Labels of the classes to use; None for all."""
         if self.classes is None:
             return None
         sets = dict(self.class_sets)
@@ -62,7 +64,7 @@ class HubImages(Rows):
         return self._known(self.classes)
 
     def _known(self, ranges: str) -> frozenset[int]:
-        """The numbers of some classes, all of which there are."""
+        """Numbers of the classes in `ranges`, all of which must exist."""
         option = f"dataset.classes={self.classes}"
         for part in ranges.split(","):
             first, _, last = part.partition("-")
@@ -79,7 +81,7 @@ class HubImages(Rows):
         return super().class_names(self.label_column)
 
     def examples(self, split: Split) -> Iterator[Picture]:
-        """Of a stream in its own order; else in the order of a hash of their names. A budget takes the first ones."""
+        """Images of a stream in its own order, otherwise ordered by a hash of their names. A budget takes the first."""
         taken, part = self.labels(), self.part(split)
         rows = self._stream(part, taken) if self.streaming else self.by_hash(part, self.label_column, self.image_column)
         for name, label, image in rows:
@@ -87,7 +89,7 @@ class HubImages(Rows):
                 yield Picture(name, partial(self._opened, image), int(label))
 
     def _stream(self, part: str, taken: frozenset[int] | None) -> Iterator[tuple[str, Any, Callable[[], Any]]]:
-        """As `by_hash` gives them; of a stream, the files of the images stay in memory."""
+        """Rows of a stream, in the form of `by_hash`; the files of the images stay in memory."""
         wanted = lambda row: taken is None or row[self.label_column] in taken  # noqa: E731
         for name, row in self.in_order(part, (self.image_column, self.label_column), wanted):
             yield name, row[self.label_column], partial(row.__getitem__, self.image_column)
@@ -107,6 +109,6 @@ class HubImages(Rows):
 
 
 def _numbers(ranges: str) -> frozenset[int]:
-    """Of "0-2,7": 0, 1, 2, 7."""
+    """The numbers in a list of ranges: 0, 1, 2, 7 in "0-2,7"."""
     ends = [[int(end) for end in part.split("-")] for part in ranges.split(",")]
     return frozenset(number for first, *last in ends for number in range(first, (last or [first])[0] + 1))

@@ -1,4 +1,4 @@
-"""Rows of a dataset: of the hub, of a folder in the hub's layout, or saved to disk by `datasets`."""
+"""Reads rows with the library `datasets`: from the hub, from a folder in the hub's layout, or saved to disk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 Row = dict[str, Any]
-PART_ROWS, PART_BYTES = 512, 1 << 25  # a file of kept rows holds so many at most
+PART_ROWS, PART_BYTES = 512, 1 << 25  # maximum size of a file of cached rows
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -42,15 +42,15 @@ class Rows:
     """A dataset that the library `datasets` can read.
 
     Attributes:
-        name: on the hub; of no use where `path` is given.
+        name: name on the hub; nothing is read from the hub if `path` is given.
         path: a local folder: a copy in the hub's layout, or what `save_to_disk` wrote.
-        config: which of the dataset's configurations; None for the only one.
+        config: one of the dataset's configurations; None if it has only one.
         revision: commit, tag or branch on the hub.
-        data_files: which files make which split, where `datasets` does not find out by itself.
-        streaming: read row by row, in the dataset's own order, as many as are needed; these are kept on disk.
-            False downloads all of it, and takes the rows in the order of a hash.
-        calibration_split, evaluation_split: where they are the same, the documents are divided by a hash.
-        calibration_share: of the documents, in that case.
+        data_files: files of each split, if `datasets` cannot tell by itself.
+        streaming: True reads rows in the dataset's own order, as many as are needed, and caches them on disk. False
+            downloads everything, and takes rows in the order of a hash.
+        calibration_split, evaluation_split: if they are the same, the documents are divided by a hash.
+        calibration_share: in that case, fraction of the documents used for calibration.
     """
 
     label: str
@@ -90,7 +90,7 @@ class Rows:
                             "offline; leave dataset.streaming=true")  # fmt: skip
 
     def fingerprint(self) -> str:
-        """Hash of the commit, or of a folder's files; and of every option that says which rows are taken, in which
+        """Hash of the commit, or of a folder's files, and of every option that affects which rows are taken in which
         order."""
         options = {key: value for key, value in asdict(self).items() if key not in ("label", "path")}
         return signature([options, self._source()])
@@ -105,7 +105,7 @@ class Rows:
         return self.calibration_split if split == "calibration" and not is_one else self.evaluation_split
 
     def in_order(self, part: str, columns: tuple[str, ...], wanted: Callable[[Row], bool]) -> Iterator[tuple[str, Row]]:
-        """Names and rows, with these columns, as the dataset orders them."""
+        """Names and rows in the order of the dataset, with only these columns."""
 
         def stream(start: int) -> Iterator[tuple[int, Row]]:
             dataset = undecoded(self.load(part)).select_columns(list(dict.fromkeys(columns)))
@@ -120,8 +120,10 @@ class Rows:
                 yield f"{part}/{number}", row
 
     def by_hash(self, part: str, column: str, later: str) -> Iterator[tuple[str, Any, Callable[[], Any]]]:
-        """Names, the values of a column, and what reads those of another one from the disk, in the order of a hash of
-        the name: the first n are a random sample. Not for streams."""
+        """Names, values of `column`, and functions that read `later` from disk, in the order of a hash of the name.
+
+        The first n are a random sample. Not for streams.
+        """
         with loading_errors_as_user_errors(self):
             dataset = undecoded(self.load(part))
             now, then = (dataset.select_columns([name]) for name in (column, later))
@@ -129,7 +131,7 @@ class Rows:
                 yield f"{part}/{number}", now[number][column], lambda number=number: then[number][later]
 
     def class_names(self, column: str) -> list[str]:
-        """In the order of the labels."""
+        """Class names in the order of the labels."""
         file = self._kept(self.evaluation_split, (column,)) / "classes.json"
         if self.streaming and (names := _read_names(file)) is not None:
             return names
@@ -147,7 +149,7 @@ class Rows:
             data = _load(source, self.config, self.data_files, part, self._commit(), self.streaming, self._saved())
         if self.path or self.streaming or Path(data.cache_files[0]["filename"]).parent.name == self._commit():
             return data
-        # Offline, `datasets` takes the revision that it loaded last, whatever it is asked for.
+        # Offline, `datasets` uses the revision that it loaded last, whichever is asked for.
         raise UserError(f"{self.option}: its revision {self._commit()} is not on this machine; {REMEDY}")
 
     def _saved(self) -> bool:
@@ -174,7 +176,7 @@ class Rows:
 
 @contextmanager
 def loading_errors_as_user_errors(dataset: Rows) -> Iterator[None]:
-    """Errors of `datasets` become one line that names the option."""
+    """Context manager: turn errors of `datasets` into one line that names the option."""
     try:
         yield
     except UserError:
@@ -183,7 +185,7 @@ def loading_errors_as_user_errors(dataset: Rows) -> Iterator[None]:
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC) and error.filename:
             raise  # the message names the folder in which `datasets` keeps what it reads
         raise UserError(f"{dataset.option}: cannot be loaded: {loading_error(error, not dataset.path)}") from error
-    except Exception as error:  # of the hub, of file formats, of the network: each has its own
+    except Exception as error:  # the hub, file formats and the network raise errors of their own
         raise UserError(f"{dataset.option}: cannot be loaded: {loading_error(error, not dataset.path)}") from error
 
 
@@ -217,7 +219,7 @@ def _load(
 
 
 def undecoded(dataset: Any) -> Any:
-    """Images as bytes: what is kept is what was downloaded."""
+    """The dataset with images as undecoded bytes, so that the cache holds what was downloaded."""
     import datasets
 
     for column, feature in (dataset.features or {}).items():
@@ -227,7 +229,7 @@ def undecoded(dataset: Any) -> Any:
 
 
 def _whole(row: Row) -> Row:
-    """The row with the bytes of its images, where the dataset has only said where they lie."""
+    """The row with the bytes of its images, read now if the dataset only gives their paths."""
     import fsspec
 
     for column, value in row.items():
@@ -238,11 +240,11 @@ def _whole(row: Row) -> Row:
 
 
 def cached_rows(folder: Path, stream: Callable[[int], Iterator[tuple[int, Row]]]) -> Iterator[tuple[int, Row]]:
-    """The rows of a stream: those that were read before from disk, further ones from the stream, and then kept.
+    """The rows of a stream, read from the cache if it has them, and otherwise from the stream and then cached.
 
-    So a job that needs no more rows than an earlier one, or than a prefetch, needs no network. A file is called after
-    the rows of the stream that it covers, and a checksum; two processes that read at once write the same. Damaged files
-    are removed.
+    A job that needs no more rows than an earlier one, or than a prefetch, needs no network. A file's name has the range
+    of rows that it covers and a checksum; two processes that read at the same time write the same files. Damaged files
+    are deleted.
     """
     position = 0
     while found := _longest(folder, position):
@@ -262,7 +264,7 @@ def cached_rows(folder: Path, stream: Callable[[int], Iterator[tuple[int, Row]]]
             if len(rows) >= PART_ROWS or _size(rows) >= PART_BYTES:
                 _write(folder / f"{start:09d}-{position:09d}", rows)
                 start, rows = position, []
-    except BaseException:  # enough for now (GeneratorExit), or no more network
+    except BaseException:  # enough rows for now (GeneratorExit), or a network error
         if rows:
             _write(folder / f"{start:09d}-{position:09d}", rows)
         raise
@@ -270,18 +272,18 @@ def cached_rows(folder: Path, stream: Callable[[int], Iterator[tuple[int, Row]]]
 
 
 def _longest(folder: Path, start: int) -> tuple[Path, list[tuple[int, Row]]] | None:
-    """The file that covers most rows from `start` on, of those that are whole, and its rows."""
+    """The intact file that covers most rows from `start` on, and its rows."""
     for part in sorted(folder.glob(f"{start:09d}-*.parquet"), reverse=True):  # "end" sorts after all numbers
         if (rows := _read(part)) is not None:
             return part, rows
         log.warning("%s is damaged (truncated or altered); its rows are read again from their source", part)
-        with suppress(OSError):  # in a folder that is read-only
+        with suppress(OSError):  # the folder is read-only
             part.unlink()
     return None
 
 
 def _read(part: Path) -> list[tuple[int, Row]] | None:
-    """None where the file is not what was written to this place; those of earlier versions do not say."""
+    """Rows of a cached file; None if its checksum does not match, or if an earlier version wrote it without one."""
     import pyarrow.parquet
 
     place, _, sha256 = part.stem.rpartition("-")
@@ -304,19 +306,19 @@ def _write(place: Path, rows: list[tuple[int, Row]]) -> None:
 
 
 def _read_names(file: Path) -> list[str] | None:
-    """None where the file is absent, or not what was written to this place."""
+    """Cached class names; None if the file is missing, or its checksum does not match."""
     cached_rows = read_json(file) or {}
     names = cached_rows.get("names")
     return names if names and cached_rows.get("sha256") == sha256_at(file, json.dumps(names)) else None
 
 
 def _size(rows: list[tuple[int, Row]]) -> int:
-    """Bytes of the images; texts are small."""
+    """Bytes of the images in some rows; texts are small."""
     return sum(len(value.get("bytes") or b"") for _, row in rows for value in row.values() if isinstance(value, dict))
 
 
 def content(path: str) -> str:
-    """Hash of a folder's files; of those above 64 MiB, 64 KiB out of each of 64 parts."""
+    """Hash of a folder's files; of files above 64 MiB, only 64 samples of 64 KiB are read."""
     return signature([(str(name), _of_file(Path(path) / name)) for name in names_in(path)])
 
 

@@ -1,4 +1,4 @@
-"""Text through the library `datasets`: from the hub, from a local copy, or saved to disk."""
+"""Text read with the library `datasets`: from the hub, from a local copy, or saved to disk."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from ablation_sweeps.datasets.options import Pattern
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class HubText(Rows):
-    """Attributes:
-    column: holds the text.
-    document_start: regular expression; each row that it matches whole begins a new document, which the rows after it
-        continue (wikitext: a row is a line). None: a row is a document.
-    group: column that says what kind of text a row is; `meta.pile_set_name` is the field of a column.
-    only, without: kinds that are taken, or left out.
+    """Text that the library `datasets` can read.
+
+    Attributes:
+        column: column with the text.
+        document_start: regular expression; a row that it matches fully begins a new document, which the next rows
+            continue (wikitext: a row is a line). None: a row is a document.
+        group: column with the kind of text of a row; `meta.pile_set_name` is a field inside a column.
+        only, without: kinds of text to use, or to leave out.
     """
 
     modality: ClassVar[Modality] = "text"
@@ -41,8 +43,10 @@ class HubText(Rows):
             raise UserError("dataset.only and dataset.without: need dataset.group, the column they are about")
 
     def examples(self, split: Split) -> Iterator[Document]:
-        """Documents of a stream in its own order; else in the order of a hash of their names. A budget takes the first
-        ones."""
+        """Documents of a stream in its own order, otherwise ordered by a hash of their names.
+
+        A budget takes the first ones.
+        """
         part = self.part(split)
         kind = self.group.split(".")[0] if self.group else self.column
         columns = (self.column,) if kind == self.column else (self.column, kind)
@@ -70,7 +74,7 @@ class HubText(Rows):
 
 
 def _joined(rows: Iterable[tuple[str, Any]], start: re.Pattern[str]) -> Iterator[tuple[str, str]]:
-    """A document is called after the row that begins it."""
+    """Join rows to documents. A document has the name of its first row."""
     name, lines = "", []
     for row_name, text in rows:
         if start.fullmatch(text.rstrip("\n")) and lines:

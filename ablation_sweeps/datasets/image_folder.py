@@ -24,17 +24,20 @@ if TYPE_CHECKING:
 
 
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test"}  # as folders are called
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test"}  # usual names of folders of a split
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class ImageFolder:
-    """Attributes:
-    path: holds the images.
-    labels: folder: an image's class is the name of its folder; prefix: what stands before the first `_` of its name.
-    classes: text file whose line k begins with the name of class k, in the model's order (ImageNet's wnids, say).
-        None: the sorted class names that there are.
-    calibration_share: share of the images that statistics are collected on, chosen by a hash of the name.
+    """A folder of labelled images.
+
+    Attributes:
+        path: folder with the images.
+        labels: how to get an image's class. folder: from the name of its folder; prefix: from its file name, the part
+            before the first `_`.
+        classes: text file whose line k begins with the name of class k, in the model's order (ImageNet's wnids, say).
+            None: the names of the classes that are found, sorted.
+        calibration_share: fraction of the images used for calibration, chosen by a hash of the name.
     """
 
     modality: ClassVar[Modality] = "image"
@@ -56,7 +59,7 @@ class ImageFolder:
             )
 
     def examples(self, split: Split) -> Iterator[Picture]:
-        """In the order of a hash of their names: a prefix is a random sample."""
+        """Images ordered by a hash of their names, so that the first n are a random sample."""
         files = self._files()
         known = self._classes(files)
         for file in sorted(files, key=lambda file: unit_hash(self._name(file))):
@@ -65,18 +68,18 @@ class ImageFolder:
                 yield Picture(name, partial(_read, file), known[self._class_of(file)])
 
     def fingerprint(self) -> str:
-        """Signature of the names and classes of the images, and of 64 KiB of each."""
+        """Signature of the names and classes of all images, and of 64 KiB of each."""
         files = self._files()
         known = self._classes(files)
-        with ThreadPoolExecutor(8) as threads:  # which wait for the disk
+        with ThreadPoolExecutor(8) as threads:  # they wait for the disk
             contents = list(threads.map(lambda file: fingerprint_of_samples(file, 16, 1 << 12), files))
         images = [(self._name(f), of_f, known[self._class_of(f)]) for f, of_f in zip(files, contents, strict=True)]
-        # Copies counted as pictures of their own once: results from then are not taken for these.
+        # Earlier versions counted copies as images of their own: their results are not reused.
         later = ["copies count once"] if len(set(contents)) < len(contents) else []
         return signature([images, self.calibration_share, *later])
 
     def class_names(self) -> list[str]:
-        """In the order of the labels; those of the list, whether there are images of them or not."""
+        """Class names in the order of the labels; with `classes`, all that it lists, with images or without."""
         return list(self._classes(self._files()))
 
     def _name(self, file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Types of options that datasets share."""
+"""Types of options that several datasets have."""
 
 from __future__ import annotations
 
@@ -24,4 +24,4 @@ def _pairs(mapping: Any) -> Any:
 
 
 Pattern = Annotated[str | None, AfterValidator(_compiles)]  # a regular expression
-Pairs = Annotated[tuple[tuple[str, str], ...], BeforeValidator(_pairs)]  # a mapping, as something that can be hashed
+Pairs = Annotated[tuple[tuple[str, str], ...], BeforeValidator(_pairs)]  # a mapping, in a form that can be hashed

@@ -1,4 +1,4 @@
-"""Text that every Python brings along: its documentation, and the source code of its standard library."""
+"""Text that is included in every Python: documentation and source code of its standard library."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from ablation_sweeps.base.files import read_json, write_json
 from ablation_sweeps.base.hashing import fingerprint_of_file, sha256_at, signature, unit_hash
 from ablation_sweeps.data.batch import Document, Modality, Split
 
-MIN_CHARACTERS = 200  # shorter docstrings say too little to be scored
-SHARED_PARAGRAPH = 60  # characters from which a paragraph found in two documents is a copy, not a common phrase
+MIN_CHARACTERS = 200  # shorter documents are left out
+SHARED_PARAGRAPH = 60  # minimum length of a paragraph that is a copy, not a common phrase, if it is in two documents
 
-# Tests, installed packages, tables that a program wrote, and the documentation itself, which PythonDocs has already.
+# Tests, installed packages, generated tables, and the documentation itself, which PythonDocs already has.
 SKIPPED_FOLDERS = {
     *("test", "tests", "idle_test"),
     *("site-packages", "dist-packages", "_bundled"),
     *("encodings", "pydoc_data"),
 }
-SKIPPED_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")  # differ from machine to machine
+SKIPPED_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")  # these differ between machines
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PythonDocs:
-    """English: the topics of `help()`, and the docstrings of the standard library, one document a module."""
+    """English: the topics of `help()`, and the docstrings of the standard library, one document per topic or module."""
 
     label: str
     modality: ClassVar[Modality] = "text"
@@ -53,7 +53,7 @@ class PythonDocs:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PythonCode:
-    """Python: the source code of the standard library, one document a module."""
+    """Python: the source code of the standard library, one document per module."""
 
     label: str
     modality: ClassVar[Modality] = "text"
@@ -67,7 +67,7 @@ class PythonCode:
 
 @cache
 def docs() -> tuple[Document, ...]:
-    """Parsing the standard library takes seconds, so what it gave is kept, beside what the hub's libraries keep."""
+    """Documents of PythonDocs. Parsing the standard library takes seconds, so they are cached in the hub's folder."""
     from huggingface_hub.constants import HF_HOME
 
     topics = [Document(f"topic/{key}", text.strip()) for key, text in help_topics().items()]
@@ -76,29 +76,30 @@ def docs() -> tuple[Document, ...]:
     documents = _kept(file)
     if documents is None:
         documents = parsed(topics, code())
-        with suppress(OSError, UserError):  # read-only, or full
+        with suppress(OSError, UserError):  # the disk is read-only or full
             pairs = [(document.name, document.text) for document in documents]
             write_json(file, {"sha256": sha256_at(file, content_hash(documents)), "documents": pairs})
     return tuple(documents)
 
 
 class Kept(TypedDict):
-    """Content of the file of parsed documents: their hash, their names and texts."""
+    """Content of the cache file: hash of the documents, their names and texts."""
 
     sha256: str
     documents: list[tuple[str, str]]
 
 
 def _kept(file: Path) -> list[Document] | None:
-    """None where it is absent, or not what was written."""
+    """Cached documents; None if the file is missing, or its checksum does not match."""
     kept = read_json(file, Kept)
     documents = [Document(*pair) for pair in kept["documents"]] if kept else []
     return documents if kept and sha256_at(file, content_hash(documents)) == kept["sha256"] else None
 
 
 def parsed(topics: Iterable[Document], modules: Iterable[Document]) -> list[Document]:
+    """Help topics, and the docstrings of each module as one document, without copies and short ones."""
     documents = list(topics)
-    gc.disable()  # it would look through millions of new nodes again and again, which takes longer than parsing
+    gc.disable()  # it would scan millions of new nodes again and again, which takes longer than parsing
     try:
         for document in modules:
             text = "\n\n".join(docstrings(document.text))
@@ -110,13 +111,14 @@ def parsed(topics: Iterable[Document], modules: Iterable[Document]) -> list[Docu
 
 @cache
 def code() -> tuple[Document, ...]:
+    """Documents of PythonCode."""
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = []
     for path in sorted(modules(root)):
         module = path.relative_to(root).with_suffix("")
         if module.name in SKIPPED_FOLDERS or module.name.startswith(SKIPPED_FILES):
             continue
-        if not all(part.isidentifier() for part in module.parts):  # not importable: a script of the build
+        if not all(part.isidentifier() for part in module.parts):  # not importable: a build script
             continue
         text = source(path)
         if len(text) >= MIN_CHARACTERS:
@@ -127,7 +129,7 @@ def code() -> tuple[Document, ...]:
 
 
 def modules(root: Path) -> Iterator[Path]:
-    """Skipped folders may hold many thousands of files, so they are not looked into."""
+    """Paths of all Python files, without looking into skipped folders, which may hold many thousands of files."""
     for folder, inside, files in os.walk(root):
         inside[:] = [name for name in inside if name not in SKIPPED_FOLDERS]
         yield from (Path(folder, file) for file in files if file.endswith(".py"))
@@ -142,7 +144,7 @@ def help_topics() -> dict[str, str]:
 
 
 def source(path: Path) -> str:
-    with tokenize.open(path) as file:  # honours the encoding that a file declares
+    with tokenize.open(path) as file:  # uses the encoding that the file declares
         return file.read().strip()
 
 
@@ -157,8 +159,7 @@ def docstrings(text: str) -> list[str]:
 
 
 def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """All statements inside of a node, however deep. Expressions, of which there are many more, hold none that have
-    docstrings."""
+    """All statements inside a node, at any depth. Expressions, which are many more, contain no docstrings."""
     for field in ("body", "handlers", "orelse", "finalbody", "cases"):
         for inside in getattr(node, field, ()):
             yield inside
@@ -166,9 +167,9 @@ def statements(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def without_copies(documents: Iterable[Document]) -> list[Document]:
-    """Leave each paragraph in the shortest document that has it.
+    """Keep each paragraph only in the shortest document that has it.
 
-    `help("compound")` repeats `help("if")` word for word: left in, the same text would stand in two splits.
+    `help("compound")` repeats `help("if")` word for word: otherwise, two splits could contain the same text.
     """
     seen: set[str] = set()
     kept = []
@@ -185,7 +186,7 @@ def without_copies(documents: Iterable[Document]) -> list[Document]:
 
 
 def split_of(name: str) -> Split:
-    """By the module alone, not by the dataset: the docstrings of `code/json` are in `doc/json` as well."""
+    """Split of a document. It depends on the module alone: docstrings in `code/json` are also in `doc/json`."""
     position = split_position(name)
     return "train" if position < 0.8 else "calibration" if position < 0.9 else "evaluation"
 
@@ -195,7 +196,7 @@ def split_position(name: str) -> float:
 
 
 def in_split(documents: Iterable[Document], split: Split) -> Iterator[Document]:
-    """Documents of a split in the order of their hash, so that the first n are a random sample."""
+    """Documents of a split, ordered by hash, so that the first n are a random sample."""
     return iter(sorted((d for d in documents if split_of(d.name) == split), key=lambda d: split_position(d.name)))
 
 

@@ -1,4 +1,4 @@
-"""A folder, file or glob of text: plain, or rows of jsonl, json, csv, tsv or parquet."""
+"""Text in a folder, file or glob: plain, or rows of jsonl, json, csv, tsv or parquet."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ Texts = list[tuple[str, str]]  # names and texts
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class TextFiles:
-    """Attributes:
-    path: a file, a folder (its files of KINDS, at any depth), or a glob.
-    calibration_path: the same for the calibration documents; None takes a share of those at `path`.
-    calibration_share: that share, chosen by a hash of the document's name.
-    document_start: of plain text: regular expression; each line that it matches whole begins a new document. None: a
-        file is one.
-    column: of the other kinds: the field that holds the text; a row is a document.
+    """Text in local files.
+
+    Attributes:
+        path: a file, a folder (its files of KINDS, at any depth), or a glob.
+        calibration_path: the same for the calibration documents; None takes a fraction of those at `path`.
+        calibration_share: that fraction, chosen by a hash of the document's name.
+        document_start: for plain text: regular expression; each line that it matches fully begins a new document.
+            None: a file is a document.
+        column: for other formats: field with the text; each row is a document.
     """
 
     modality: ClassVar[Modality] = "text"
@@ -73,13 +75,13 @@ class TextFiles:
             )
 
     def examples(self, split: Split) -> Iterator[Document]:
-        """In the order of a hash of their names, so that a budget takes a random sample, the same everywhere."""
+        """Documents ordered by a hash of their names, so that a budget takes a random sample, the same everywhere."""
         separate = self.calibration_path and split == "calibration"
         documents = self._of_split(self._documents("calibration_path" if separate else "path"), split)
         return iter(sorted(documents, key=lambda document: unit_hash(document.name)))
 
     def fingerprint(self) -> str:
-        """Signature of the names and the content of all files, and of how they are cut into documents."""
+        """Signature of the names and content of all files, and of how they are divided into documents."""
         listed = {option: _files(option, path) for option, path in self._paths().items()}
         states = tuple((option, n, str(f), *_state(f)) for option, files in listed.items() for n, f in files)
         return _fingerprint(self, states)
@@ -106,9 +108,9 @@ class TextFiles:
         return [document for _, _, documents in self._by_file(option, path) for document in documents]
 
     def _by_file(self, option: str, path: str) -> Iterator[tuple[str, Path, Texts]]:
-        """The name of a file, the file, and its documents.
+        """Name, path and documents of each file.
 
-        A folder may hold a .json or .csv for other purposes: without the column it is passed over, and named.
+        A folder may hold .json or .csv files for other purposes: those without the column are skipped, with a warning.
         """
         passed_over: NoColumn | None = None
         some = False
@@ -139,8 +141,10 @@ class TextFiles:
 
 @functools.cache
 def _fingerprint(dataset: TextFiles, states: tuple) -> str:
-    """Args:
-    states: size and time of every file, for which this is kept.
+    """Signature of a dataset, cached in this process.
+
+    Args:
+        states: size and time of every file: if they change, it is computed again.
     """
     content: dict[str, list] = {}
     seen: set[bytes] = set()
@@ -152,13 +156,13 @@ def _fingerprint(dataset: TextFiles, states: tuple) -> str:
             for found in (content_of_text(text) for _, text in documents if text.strip()):
                 copies = copies or found in seen
                 seen.add(found)
-    # Copies counted as documents of their own once: results from then are not taken for these.
+    # Earlier versions counted copies as documents of their own: their results are not reused.
     later = ["copies count once"] if copies else []
     return signature([content, dataset.calibration_share, dataset.document_start, dataset.column, *later])
 
 
 def _read_anew(file: Path) -> list[str]:
-    """The kind of a file that was once read as another one, as plain text, say."""
+    """The kind of a file that earlier versions read as another one (mostly as plain text); otherwise empty."""
     once = file.suffix if file.suffix in (".jsonl", ".parquet") else PLAIN
     kind = kind_of(file) or PLAIN
     return [kind] if kind != once else []
@@ -174,7 +178,7 @@ def _is_folder(path: str) -> bool:
 
 
 def _files(option: str, path: str) -> list[tuple[str, Path]]:
-    """Names relative to the folder, and paths. Each can be opened."""
+    """Names, relative to the folder, and paths of the text files; all of them are regular files."""
     given = Path(os.path.expanduser(path))
     asked = f"dataset.{option}"
     if given.is_dir():
