@@ -1,1 +1,1 @@
-"""From many jobs to processes, here or on a cluster, and back."""
+"""Sends jobs to processes, here or on a cluster, and collects their results."""

@@ -1,4 +1,4 @@
-"""Sends the packs of a sweep to where they run, sees to those whose process dies, and collects."""
+"""Submits the packs of a sweep, recovers the jobs of processes that die, and collects the results."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ log = logging.getLogger(__name__)
 
 
 LAUNCHERS = {"Slurm": Slurm, "Local": Local}
-LAST_LAUNCH = "how.json"  # a sweep was launched last; `retry` reads it
+LAST_LAUNCH = "how.json"  # how the sweep was launched last; read by `retry`
 
 
 def launch(options: Any, jobs: Sequence[Job]) -> None:
-    """Runs what is not finished, and reports; or, with wait=false, only submits it."""
+    """Run all unfinished jobs and report; with wait=false, only submit them."""
     sweep = jobs[0].folder.parent
     jobs = [jobs[i] for i in by_model(jobs)]
     with exclusive_launch(sweep):
@@ -51,9 +51,7 @@ def launch(options: Any, jobs: Sequence[Job]) -> None:
         except KeyboardInterrupt:
             log.warning("cancelling %s", counted(len(work.packs), "pack"))
             queue.cancel(list(work.packs))
-            run_folder.mark_interrupted(
-                work.jobs, killed=queue.survives_launcher
-            )  # local packs have said themselves how they ended
+            run_folder.mark_interrupted(work.jobs, killed=queue.survives_launcher)  # local packs record how they ended
             raise
     failures = Failures()
     for folder in work.jobs:
@@ -63,10 +61,10 @@ def launch(options: Any, jobs: Sequence[Job]) -> None:
 
 
 def retry(sweep: Path) -> None:
-    """Runs what is not finished, in the way in which the sweep was last launched: nothing of that is to be typed again.
+    """Run unfinished jobs again, in the way in which the sweep was last launched.
 
     Raises:
-        UserError: what is left cannot be run again; or others may write to it.
+        UserError: what is left cannot be run again; or others may write to the files that say how.
     """
     runs = [run for run in run_folder.runs(sweep) if not run_folder.finished(run)]
     if not runs:
@@ -84,8 +82,8 @@ def retry(sweep: Path) -> None:
     how = _read_last_launch(sweep)
     launcher = LAUNCHERS[how["launcher"]]
     if Path(how["folder"]).is_dir():
-        os.chdir(how["folder"])  # from where paths were given
-    held = [run for run in runs if launcher is Local and run_folder.is_held(run)]  # SLURM is asked
+        os.chdir(how["folder"])  # relative paths begin there
+    held = [run for run in runs if launcher is Local and run_folder.is_held(run)]  # of SLURM, its queue knows more
     if held:
         log.warning("%s left to the process that is at it, or will be", counted(len(held), "job"))
     jobs = [job for run in runs if run not in held and (job := _job_of(run))]
@@ -101,7 +99,7 @@ class LaunchRecord(TypedDict):
 
     Attributes:
         launcher: name of a class.
-        options: its options.
+        options: options of the launcher.
         folder: where the command was typed.
     """
 
@@ -111,7 +109,7 @@ class LaunchRecord(TypedDict):
 
 
 def _read_last_launch(sweep: Path) -> LaunchRecord:
-    """A sweep that ran without a launcher goes on in packs of this machine."""
+    """Read how a sweep was launched last. One that ran without a launcher continues in packs on this machine."""
     file = sweep / ".dispatch" / LAST_LAUNCH
     if not file.exists():
         plain = {"max_jobs_per_pack": None, "max_parallel": None, "max_attempts": 2, "gpus": None}
@@ -139,7 +137,7 @@ def _job_of(run: Path) -> Job | None:
 
 @contextmanager
 def exclusive_launch(sweep: Path) -> Iterator[None]:
-    """Two launchers that submit the same jobs would be in each other's way."""
+    """Context manager: refuse a second launcher of the same sweep, which would submit the same jobs again."""
     from filelock import FileLock, Timeout
 
     (sweep / ".dispatch").mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Packs on this machine: one process for each GPU, or a few on its cores."""
+"""Runs packs on this machine: one process for each GPU, or a few on its cores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MOST_AT_ONCE = 4096  # processes of one machine
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Local:
-    """Options of conf/hydra/launcher/local.yaml, which says what each one means."""
+    """Options of conf/hydra/launcher/local.yaml, which explains each one."""
 
     max_jobs_per_pack: Count | None
     max_parallel: Annotated[int, Field(ge=1, le=MOST_AT_ONCE)] | None
@@ -41,12 +41,12 @@ class Local:
 
     @property
     def max_concurrent_packs(self) -> int:
-        """Packs; one, if their model is spread over all GPUs."""
+        """Number of packs that run at the same time, if no model is split across GPUs."""
         n = len(self._names())
         return min(n, self.max_parallel or n) if n else self.max_parallel or 1
 
     def _names(self) -> list[str]:
-        """Names of the GPUs, as CUDA_VISIBLE_DEVICES has them; where it is set, it is these that are counted."""
+        """Names of the GPUs for CUDA_VISIBLE_DEVICES. If that is set already, only the GPUs in it are counted."""
         n = torch.cuda.device_count()
         names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = names[:n] if names[0] else [str(gpu) for gpu in range(n)]
@@ -63,6 +63,13 @@ class Local:
 
 @dataclass
 class LocalScheduler:
+    """Runs packs in processes of this machine, which end with the launcher.
+
+    Attributes:
+        slots: slots that are free; see `_slots`.
+        waiting, running, ended: packs by name; the process and slot of those that run; exit status of those that ended.
+    """
+
     survives_launcher: ClassVar[bool] = False
     max_packs_per_submission: ClassVar[int] = sys.maxsize
 
@@ -84,7 +91,7 @@ class LocalScheduler:
         return named
 
     def _slots(self, packs: list[Pack]) -> list[str]:
-        """One pack at a time in each: the GPU it sees, all where a model is spread over them, or none."""
+        """Slots, each for one pack at a time: the GPUs that it sees (all if a model is split across them), or none."""
         if not self.gpus:
             return [""] * (self.max_parallel or 1)
         spread = any(config["model"].get("device_map") for pack in packs for config in pack.configs.values())
@@ -118,15 +125,15 @@ class LocalScheduler:
             environment = {**os.environ, "CUDA_VISIBLE_DEVICES": slot}
             self.logs.mkdir(parents=True, exist_ok=True)
             with open(self.log_of(name), "w") as output:
-                # In a session of its own: Ctrl-C is the launcher's to handle.
+                # In a session of its own, so that only the launcher receives Ctrl-C.
                 process = subprocess.Popen(
                     [sys.executable, "-m", "ablation_sweeps.dispatch.packs"], env=environment, text=True,
                     stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
                 )  # fmt: skip
             assert process.stdin is not None
-            with suppress(BrokenPipeError):  # it died at once; `places` will say so
+            with suppress(BrokenPipeError):  # it died at once; `poll` reports it
                 process.stdin.write(json.dumps(pack.configs) + "\n")
-                process.stdin.flush()  # and left open: when this process ends, so do its packs
+                process.stdin.flush()  # stdin is left open: when this process ends, so do its packs
             self.running[name] = process, slot
 
     def cancel(self, packs: list[str]) -> None:

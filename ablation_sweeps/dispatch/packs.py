@@ -1,4 +1,4 @@
-"""A pack: jobs that share model and dataset, run one after the other in one process, which loads the model once."""
+"""A pack: jobs with the same model and dataset, run in one process that loads the model once."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-_leaving = threading.Event()  # a signal came: what goes wrong from now on is no fault of the job
+_leaving = threading.Event()  # set by a signal: errors from then on are not the job's fault
 
 FINISHED_STATES = ("finished", "failed")
-STALLS = 2  # times in a row that a pack may run into its time limit with nothing done
-POISONED = 70  # exit status of a process whose device is of no more use
+STALLS = 2  # limit of successive time-outs of a pack without progress
+POISONED = 70  # exit status of a process whose GPU has failed
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Jobs that are shipped to the process that runs them: plain values, frozen when they were submitted.
+    """Jobs for one process, as plain values that are fixed when they are submitted.
 
     Attributes:
-        configs: of each job, composed and resolved, under the folder that its results go to.
-        delay: wait up to so many seconds first, so that many packs do not all load, and call W&B, at once.
-        reached: jobs, and batches of others, that were done when it was last put into the queue again.
-        stalls: times that this happened with nothing done since.
+        configs: configuration of each job, composed and resolved, by its run folder.
+        delay: maximum seconds of a random wait at the start, so that packs do not all load models and call W&B at once.
+        reached: numbers of finished jobs, and of batches done, when the pack was last requeued.
+        stalls: number of successive times that it was requeued without progress.
     """
 
     configs: dict[str, dict[str, Any]]
@@ -59,7 +59,7 @@ class Pack:
     def __call__(self) -> None:
         _log_to_stderr()
         time.sleep(random.random() * self.delay)
-        if self.stalls == STALLS:  # it would go round for ever
+        if self.stalls == STALLS:  # otherwise it would be requeued for ever
             stuck = next(folder for folder in self.folders if run_folder.status(folder)["state"] not in FINISHED_STATES)
             run_folder.write_status(stuck, "failed", f"no batch was done in {STALLS} runs, each up to its time limit: "
                                                 "raise hydra.launcher.time")  # fmt: skip
@@ -67,13 +67,13 @@ class Pack:
 
         session = Session()
         for number, (folder, config) in enumerate(self.configs.items(), start=1):
-            if run_folder.status(Path(folder))["state"] == "failed":  # before this pack was put into the queue again
+            if run_folder.status(Path(folder))["state"] == "failed":  # before this pack was requeued
                 continue
             log.info("[%d/%d] %s", number, len(self.configs), Path(folder).name)
             _run(Path(folder), config, session)
 
     def checkpoint(self) -> DelayedSubmission:
-        """The pack that submitit puts into the queue again after a signal. Progress is on disk already."""
+        """The pack that submitit requeues after a signal. Progress is on disk already."""
         from submitit.helpers import DelayedSubmission
 
         _leaving.set()
@@ -84,7 +84,7 @@ class Pack:
 
 
 def packed(jobs: Sequence[Job], most: int | None) -> list[Pack]:
-    """The jobs in packs of at most `most`."""
+    """Group jobs with the same model and dataset into packs of at most `most` jobs."""
     groups: dict[Any, list[Job]] = {}
     for job in jobs:
         groups.setdefault((job.model, job.dataset), []).append(job)
@@ -97,11 +97,12 @@ def packed(jobs: Sequence[Job], most: int | None) -> list[Pack]:
 
 
 def frozen(job: Job) -> dict[str, Any]:
+    """Configuration of a job with the absolute path of its results."""
     return {**job.config, "results_dir": str(job.results_dir)}
 
 
 def _run(folder: Path, config: dict[str, Any], session: Session) -> None:
-    """One job never costs another one its result: only what makes the process useless ends it."""
+    """Run one job. If it fails, the next jobs still run, unless the process itself has become unusable."""
     from ablation_sweeps.experiment.run import run_job
 
     try:
@@ -113,7 +114,7 @@ def _run(folder: Path, config: dict[str, Any], session: Session) -> None:
         run_job(job, session)
     except Exception as error:
         log.exception("failed: %s", folder.name)
-        if _leaving.is_set():  # raised by submitit's handler of USR2, in the middle of the job
+        if _leaving.is_set():  # the error was raised by submitit's handler of USR2
             if run_folder.status(folder)["state"] != "finished":
                 run_folder.write_status(
                     folder, "interrupted", f"out of time, and not put into the queue again: {error}"
@@ -123,16 +124,16 @@ def _run(folder: Path, config: dict[str, Any], session: Session) -> None:
             run_folder.write_status(folder, "died", f"{type(error).__name__}: {error}".splitlines()[0])
             sys.exit(POISONED)
         if run_folder.status(folder)["state"] != "finished":
-            run_folder.fail(folder, error)  # an error before or after what run_job looks after
+            run_folder.fail(folder, error)  # an error outside of what run_job handles
 
 
 def poisons(error: BaseException) -> bool:
-    """After an error of the device itself, but for lack of memory, every later call in the process fails too."""
+    """True if all later calls in this process will fail, too: after a CUDA error other than a lack of memory."""
     return "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError)
 
 
 def _log_to_stderr() -> None:
-    """Log to stderr as on a terminal, with the time; details go to the log of each job."""
+    """Log to stderr as on a terminal, with the time; details go to the log of each run."""
     handler = logging.StreamHandler()
     handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -142,13 +143,13 @@ def _log_to_stderr() -> None:
 
 
 def _end_with_the_launcher() -> None:
-    """The launcher holds the other end of stdin for as long as it lives."""
+    """Interrupt this process when the launcher ends, which holds the other end of stdin."""
     os.read(sys.stdin.fileno(), 1)
     os.kill(os.getpid(), signal.SIGINT)
 
 
-if __name__ == "__main__":  # the local launcher's: the pack comes on stdin, in one line
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell script starts with `&`
+if __name__ == "__main__":  # run by the local launcher, which sends the pack on stdin, in one line
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell script ignores it in what it starts with `&`
     pack = Pack(json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with_the_launcher, daemon=True).start()
     pack()

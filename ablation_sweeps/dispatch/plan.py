@@ -1,4 +1,4 @@
-"""What would run: packs, finished jobs and an estimate of the time."""
+"""Prints the plan of a sweep: its packs, finished jobs and an estimate of the time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def plan(jobs: Sequence[Job], most: int | None, max_concurrent_packs: int) -> None:
-    """Says what would run, and how long it may take by what like jobs took before."""
+    """Print what would run, and how long it may take, judging by similar jobs that ran before."""
     jobs = [jobs[i] for i in by_model(jobs)]
     missing = {job.folder: job for job in jobs if not run_folder.finished(job.folder)}
     packs = packed(list(missing.values()), most)
@@ -44,11 +44,11 @@ def plan(jobs: Sequence[Job], most: int | None, max_concurrent_packs: int) -> No
 
 
 def seconds_of(job: Job) -> float | None:
-    """What earlier jobs below its results_dir took, in the mean, that differ in nothing but method and seed."""
+    """Mean duration of earlier jobs in the same results_dir that differ only in method and seed; None if none."""
     name = f"{job.model.label}-{job.dataset.label}-".replace("/", "--")
     earlier = job.results_dir.glob(f"*/{glob.escape(name)}*/environment.json")
     ran = [found for file in earlier if (found := run_folder.environment(file.parent)).get("like") == job.cost_key]
-    took = [found["seconds"] for found in ran if "seconds" in found]  # nothing of a run that has not finished
+    took = [found["seconds"] for found in ran if "seconds" in found]  # an unfinished run has no duration
     return sum(took) / len(took) if took else None
 
 
@@ -59,7 +59,7 @@ def duration(seconds: float) -> str:
 
 
 def by_model(jobs: Sequence[Job]) -> list[int]:
-    """The order in which each model is loaded once, whatever the order in which the options were typed."""
+    """Order of the jobs in which each model is loaded only once; otherwise, jobs stay in order."""
     model_first = {job.model: i for i, job in reversed(list(enumerate(jobs)))}
     data_first = {(job.model, job.dataset): i for i, job in reversed(list(enumerate(jobs)))}
     place = lambda i: (model_first[jobs[i].model], data_first[jobs[i].model, jobs[i].dataset], i)  # noqa: E731

@@ -11,10 +11,12 @@ from ablation_sweeps.dispatch.packs import Pack
 
 @dataclass(frozen=True)
 class PackState:
-    """Attributes:
-    state: in SLURM's words.
-    is_over: it runs no more, and will not again.
-    reason: it does not run, where that is known; or how its process ended.
+    """State of a pack.
+
+    Attributes:
+        state: in SLURM's terms.
+        is_over: True if the pack has ended and will not run again.
+        reason: why it does not run, if that is known; or how its process ended.
     """
 
     state: str
@@ -25,23 +27,25 @@ class PackState:
 
 @runtime_checkable
 class Scheduler(Protocol):
-    survives_launcher: bool  # what waits in it is run even if this process ends
+    """Runs packs, and reports their states."""
+
+    survives_launcher: bool  # True if queued packs will run even if this process ends
 
     @property
     def max_packs_per_submission(self) -> int:
-        """Packs of one submission."""
+        """Maximum number of packs in one call of `submit`."""
         ...
 
     def submit(self, packs: list[Pack]) -> dict[str, Pack]:
-        """Each under its name; at most `most`."""
+        """Submit packs, at most `max_packs_per_submission`; returns them by their names."""
         ...
 
     def live_packs(self) -> dict[str, list[str]]:
-        """The packs of earlier launches that still wait or run, and the folders of their jobs."""
+        """Names of the packs of earlier launches that are queued or running, with the run folders of their jobs."""
         ...
 
     def poll(self) -> dict[str, PackState] | None:
-        """Where each pack is, as far as that is known; None while nothing new is known."""
+        """State of each pack, as far as it is known; None if there is nothing new."""
         ...
 
     def cancel(self, packs: list[str]) -> None: ...

@@ -1,4 +1,4 @@
-"""Packs on a SLURM cluster: submitted by submitit, watched by squeue and scontrol, which need no accounting."""
+"""Runs packs on a SLURM cluster: submitit submits them; squeue and scontrol, which need no accounting, track them."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from ablation_sweeps.dispatch.scheduler import PackState
 log = logging.getLogger(__name__)
 
 
-POLL_SECONDS = 10.0  # at least, between two calls of squeue, whatever the number of jobs
-TRIES = 6  # of squeue, and scontrol, before a launch gives up: it would submit again what runs already
+POLL_SECONDS = 10.0  # minimum time between two calls of squeue, whatever the number of jobs
+TRIES = 6  # calls of squeue and scontrol before a launch gives up, rather than submit again what runs already
 FINISHED_STATES = (
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
     "PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT",
 )  # fmt: skip
 GONE = PackState("GONE", "", True, "it left the queue, and SLURM does not know it any more")
 NOT_SEEN = PackState("UNKNOWN", "", False, "")
-USUAL_ARRAY = 1000  # tasks, where scontrol does not say how many the site allows
+USUAL_ARRAY = 1000  # tasks, if scontrol does not give the site's limit
 TOO_MANY = re.compile(r"Submit(Job|Limit)|job submit limit|array|MaxJob|temporarily unable", re.IGNORECASE)
 
-# Variables of the user that SLURM's commands need to find the cluster. Others filter and format what squeue answers.
+# Variables of the user that SLURM's commands need to find the cluster. Others filter and format the output of squeue.
 FINDS_CLUSTER = ("SLURM_CONF", "SLURM_JWT")
 COMMANDS = ("SLURM_", "SLURMD_", "SRUN_", "SALLOC_", "SBATCH_", "SQUEUE_", "SINFO_", "SCANCEL_", "SCONTROL_")
 
-# sbatch prefers a variable SBATCH_NAME to what the job script says: these belong to the packs, whatever the user has.
+# sbatch prefers a variable SBATCH_NAME to the job script. These are ours to set, whatever the user's environment has.
 OURS = ("ARRAY_INX", "CLUSTERS", "ERROR", "EXPORT", "EXPORT_FILE", "GET_USER_ENV", "INPUT", "JOB_NAME", "NODES",
         "NO_REQUEUE", "NTASKS", "OPEN_MODE", "OUTPUT", "REQUEUE", "SIGNAL", "WAIT")  # fmt: skip
 SET_BY = {
@@ -59,12 +59,13 @@ PLAIN = ("partition", "account", "qos", "gres", "cpus_per_task", "mem", "time", 
 
 
 class Array(TypedDict):
-    """What a file of .dispatch holds of one submission.
+    """Content of a file in .dispatch: the record of one submission.
 
     Attributes:
-        packs: the folders of the jobs of each.
-        job: SLURM's number of the array; absent if the launcher was killed before it knew.
-        cancelled: numbers of packs.
+        packs: run folders of the jobs in each pack.
+        logs: folder with the output.
+        job: SLURM's id of the array; absent if the launcher was killed before it knew that.
+        cancelled: indices of cancelled packs.
     """
 
     packs: list[list[str]]
@@ -74,7 +75,7 @@ class Array(TypedDict):
 
 
 def minutes(time: object) -> object:
-    """Whole minutes of a time as SLURM writes it, rounded up: minutes, minutes:seconds, hours:minutes:seconds,
+    """Whole minutes, rounded up, of a time in SLURM's notation: minutes, minutes:seconds, hours:minutes:seconds,
     days-hours, days-hours:minutes or days-hours:minutes:seconds."""
     if not isinstance(time, str):
         return time
@@ -91,7 +92,7 @@ def minutes(time: object) -> object:
 
 @validated(frozen=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
 class Slurm:
-    """Options of conf/hydra/launcher/slurm.yaml, which says what each one means."""
+    """Options of conf/hydra/launcher/slurm.yaml, which explains each one."""
 
     max_jobs_per_pack: Count | None
     max_parallel: Count
@@ -112,7 +113,7 @@ class Slurm:
 
     @property
     def max_concurrent_packs(self) -> int:
-        """Packs."""
+        """Number of packs that run at the same time."""
         return self.max_parallel
 
     def queue(self, sweep: Path) -> SlurmScheduler:
@@ -121,7 +122,7 @@ class Slurm:
 
 @dataclass
 class SlurmScheduler:
-    """The packs of one sweep, each under the name of its array and its number in it."""
+    """The packs of one sweep. A pack's name consists of the name of its array and its index in that."""
 
     survives_launcher: ClassVar[bool] = True
 
@@ -142,13 +143,13 @@ class SlurmScheduler:
 
     @functools.cached_property
     def max_packs_per_submission(self) -> int:
-        """Packs of one submission: as many tasks as the site allows an array."""
+        """Maximum number of packs in one submission: the tasks that the site allows in an array."""
         answer = _command("scontrol", "show", "config")
         match = re.search(r"^MaxArraySize\s*=\s*(\d+)", answer.stdout, re.MULTILINE)
         return max(1, int(match[1])) if match else USUAL_ARRAY
 
     def submit(self, packs: list[Pack]) -> dict[str, Pack]:
-        """One array. What it holds is on disk before SLURM knows of it: a launcher that is killed forgets nothing."""
+        """Submit packs as one array. They are recorded on disk first, so a launcher that is killed forgets nothing."""
         import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -161,14 +162,14 @@ class SlurmScheduler:
             with self._environment():
                 executor = submitit.SlurmExecutor(
                     self.private, max_num_timeout=10**6
-                )  # a pack that gets nowhere gives up
+                )  # packs without progress end themselves
                 executor.update_parameters(**self._parameters(name))
                 submissions = [Pack(pack.configs, delay) for pack in packs]
                 jobs = executor.submit_array(submissions)
         except RuntimeError as error:
             (self.records / f"{name}.json").unlink()
             if isinstance(error, FailedJobError | FailedSubmissionError):
-                said = " ".join(dict.fromkeys(str(error).splitlines()))  # sbatch tries again, and says the same
+                said = " ".join(dict.fromkeys(str(error).splitlines()))  # sbatch tries again, with the same message
                 if TOO_MANY.search(said):
                     said += "; raise hydra.launcher.max_jobs_per_pack, which makes fewer and larger packs"
                 raise UserError(f"hydra.launcher: sbatch refuses: {said}") from error
@@ -176,13 +177,13 @@ class SlurmScheduler:
                 "hydra/launcher=slurm: there is no srun here; type the command on a machine of the cluster, or take "
                 "hydra/launcher=local"
             ) from error
-        except KeyboardInterrupt:  # perhaps SLURM has it already
+        except KeyboardInterrupt:  # SLURM may have it already
             _command("scancel", "--quiet", f"--name={name}")
             raise
         record["job"] = jobs[0].job_id.partition("_")[0]
         files.write_json(self.records / f"{name}.json", record)
         self.arrays[name] = record
-        self.asked = time.monotonic() - POLL_SECONDS + 2  # soon, but not before SLURM has seen to it
+        self.asked = time.monotonic() - POLL_SECONDS + 2  # soon, but not before SLURM lists it
         return {f"{name}.{index}": pack for index, pack in enumerate(packs)}
 
     def _parameters(self, name: str) -> dict[str, Any]:
@@ -193,8 +194,11 @@ class SlurmScheduler:
 
     @contextmanager
     def _environment(self) -> Iterator[None]:
-        """The launcher may itself run in a job, whose size would be taken for that of the packs. Defaults of the user
-        for sbatch stay, but for those that an option sets."""
+        """Context manager: the environment for sbatch.
+
+        The launcher may itself run in a job, whose size would be taken for that of the packs, so its variables are
+        removed. The user's own defaults for sbatch are kept, except for those that an option sets.
+        """
         from submitit.helpers import clean_env
 
         o = self.options
@@ -204,7 +208,7 @@ class SlurmScheduler:
             for name in SET_BY.get(key.replace("-", "_"), (key.replace("-", "_").upper(),)):
                 taken[f"SBATCH_{name}"] = f"hydra.launcher.{'sbatch.' * (key in o.sbatch)}{key}"
         found = {key: value for key, value in os.environ.items() if key.startswith("SBATCH_")}
-        if "SLURM_JOB_ID" in os.environ:  # of this job
+        if "SLURM_JOB_ID" in os.environ:  # from the job in which the launcher runs
             found = {key: value for key, value in found.items() if not key.startswith(("SBATCH_CPU_B", "SBATCH_MEM_B"))}
         for key in found:
             if taken.get(key):
@@ -221,7 +225,7 @@ class SlurmScheduler:
                     del os.environ[key]
 
     def live_packs(self) -> dict[str, list[str]]:
-        """The packs of earlier launches that still wait or run, and the folders of their jobs."""
+        """Names of the packs of earlier launches that are queued or running, with the run folders of their jobs."""
         if not self.arrays and not self.damaged:
             return {}
         if not any(self._ask() for _ in range(TRIES)):
@@ -239,14 +243,17 @@ class SlurmScheduler:
         }
 
     def poll(self) -> dict[str, PackState] | None:
-        """Where each pack is; None while it is too early to ask again, or nobody answers."""
+        """State of each pack; None while it is too early to ask again, or if SLURM does not answer."""
         if time.monotonic() - self.asked < POLL_SECONDS:
             return None
         return self.known if self._ask() else None
 
     def _ask(self) -> bool:
-        """One squeue for all packs. One that is missing from its answer may have been left out by a filter or a hidden
-        partition, so scontrol is asked for its array by number: only SLURM itself says that a pack is over."""
+        """Update the states with one call of squeue for all packs; True if SLURM has answered.
+
+        A pack that is missing from the answer may be hidden by a filter or a partition, so scontrol is asked for its
+        array by id: a pack is only over if SLURM says so.
+        """
         time.sleep(max(0.0, self.asked + POLL_SECONDS - time.monotonic()))
         answer = _command("squeue", "--noheader", "--all", "--array", "--states=all", f"--user={os.getuid()}",
                           "--format=%j|%K|%T|%N|%F|%r")  # fmt: skip
@@ -267,7 +274,7 @@ class SlurmScheduler:
                 index = index if index.isdigit() else "0"
                 waits = reason if state == "PENDING" and reason not in ("None", "Priority", "Resources") else ""
                 found[f"{name}.{index}"] = PackState(state, node, state in FINISHED_STATES, waits)
-                self.arrays[name].setdefault("job", job)  # where the launcher was killed before it wrote it down
+                self.arrays[name].setdefault("job", job)  # in case the launcher was killed before it was recorded
         missing: dict[str, list[str]] = {}
         for name, array in self.arrays.items():
             packs = [f"{name}.{index}" for index in range(len(array["packs"]))]
@@ -281,9 +288,9 @@ class SlurmScheduler:
         return True
 
     def _show(self, name: str) -> dict[str, PackState] | None:
-        """Where the packs of an array are that SLURM knows by their number; None if scontrol does not answer."""
+        """States of the packs of an array that SLURM knows by id; None if scontrol does not answer."""
         array = self.arrays[name]
-        if "job" not in array:  # a launcher was killed before SLURM had it
+        if "job" not in array:  # the launcher was killed before SLURM had it
             return {}
         answer = _command("scontrol", "--all", "--oneliner", "show", "job", array["job"])
         if answer.returncode != 0 and "Invalid job id" not in answer.stderr + answer.stdout:
@@ -297,15 +304,15 @@ class SlurmScheduler:
             cut_off |= _is_cut_off(tasks)
             for index in _indices(tasks):
                 found[f"{name}.{index}"] = PackState(state, node, state in FINISHED_STATES, "")
-        if cut_off:  # what is not in it may be in the rest
+        if cut_off:  # packs that are not listed may be in the rest
             found = {f"{name}.{i}": NOT_SEEN for i in range(len(array["packs"]))} | found
         return found
 
     def cancel(self, packs: list[str]) -> None:
-        """Exactly these: an array may hold packs of an earlier launch that nobody waits for here."""
+        """Cancel exactly these packs: an array may hold others, of an earlier launch, that are not awaited here."""
         if not packs:
             return
-        for pack in packs:  # it may take minutes to end: a launch that comes before that must not wait for it
+        for pack in packs:  # recorded, since packs may take minutes to end, and a later launch must not wait for them
             name, _, index = pack.rpartition(".")
             self.arrays[name].setdefault("cancelled", []).append(int(index))
         for name in {pack.rpartition(".")[0] for pack in packs}:
@@ -318,17 +325,17 @@ class SlurmScheduler:
         return self.private / f"{self._id(pack)}_0_log.err"
 
     def _id(self, pack: str) -> str:
-        """SLURM's; a single pack is no array."""
+        """SLURM's id of a pack; a single pack is not an array."""
         name, _, index = pack.rpartition(".")
         record = self.arrays[name]
         return f"{record.get('job')}_{index}" if len(record["packs"]) > 1 else str(record.get("job"))
 
 
 def _command(*command: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command of SLURM without the user's variables for such commands, which filter and format answers."""
+    """Run a command of SLURM without the user's variables that filter and format its output."""
     environment = {key: value for key, value in os.environ.items()
                    if key in FINDS_CLUSTER or not key.startswith(COMMANDS)}  # fmt: skip
-    environment["SLURM_BITSTR_LEN"] = "0"  # or scontrol cuts lists of tasks off at 64 characters
+    environment["SLURM_BITSTR_LEN"] = "0"  # otherwise scontrol cuts lists of tasks at 64 characters
     try:
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -336,15 +343,15 @@ def _command(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def _is_cut_off(tasks: str) -> bool:
-    """Whether scontrol has not written all of a list of tasks."""
+    """True if scontrol has cut off a list of tasks."""
     return tasks.partition("%")[0].endswith("...")
 
 
 def _indices(tasks: str) -> list[int]:
-    """Numbers of the tasks that scontrol writes as 3, 0-4%2 or 1,3-7:2."""
+    """Indices of the tasks in scontrol's notation: 3, 0-4%2 or 1,3-7:2."""
     found: list[int] = []
     listed = tasks.partition("%")[0]
-    if _is_cut_off(tasks):  # perhaps within a number
+    if _is_cut_off(tasks):  # maybe inside a number
         listed = listed.removesuffix("...").rpartition(",")[0]
     for part in listed.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?(?::(\d+))?", part)
@@ -355,7 +362,11 @@ def _indices(tasks: str) -> list[int]:
 
 
 def private(folder: Path) -> Path:
-    """Made where it is absent; what submitit unpickles lies in it, so nobody else may be able to put anything there."""
+    """Create a folder if it is missing, and check that nobody else can write to it: submitit unpickles files from it.
+
+    Raises:
+        UserError: others may write to it, or to a folder above it.
+    """
     old = os.umask(0o077)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -371,7 +382,7 @@ def private(folder: Path) -> Path:
 
 
 def others_may_write(path: Path) -> bool:
-    """Or own it; a folder where everybody may write but nobody touch what is another's (/tmp) is none of these."""
+    """True if others may write to a path, or own it. A folder where nobody may touch others' files (/tmp) is safe."""
     status = path.stat()
     writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
     return bool(writable) or status.st_uid not in (0, os.getuid())

@@ -1,4 +1,4 @@
-"""Follows submitted packs and resubmits what a dead process left."""
+"""Follows submitted packs, and resubmits the jobs of processes that died."""
 
 from __future__ import annotations
 
@@ -22,28 +22,36 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 2.0  # between two looks at the files of the jobs
-NOT_SEEN = PackState("UNKNOWN", "", False, "")  # that it is over must be said by the queue
+LOOK_SECONDS = 2.0  # between two reads of the jobs' files
+NOT_SEEN = PackState("UNKNOWN", "", False, "")  # only the scheduler can say that a pack is over
 NOBODYS_FAULT = ("PREEMPTED", "BOOT_FAIL")
 MEMORY = re.compile(r"oom.?kill|out of memory|OutOfMemory|\bKilled\b|SIGKILL|MemoryError", re.IGNORECASE)
 
 
 @dataclass
 class Supervisor:
-    """The jobs of a launch, and the packs that hold those which are not finished."""
+    """The jobs of a launch, and the packs that hold the unfinished ones.
+
+    Attributes:
+        deaths: for each job, how many times its process died without progress.
+        reached: for each job, batches done when it was last submitted, or died.
+        over: packs that were over when the scheduler was last asked.
+        last: states of the packs then.
+    """
 
     scheduler: Scheduler
     max_attempts: int
     jobs: dict[Path, Job]
     packs: dict[str, list[Path]] = field(default_factory=dict)
     deaths: Counter[Path] = field(default_factory=Counter)
-    reached: dict[Path, int] = field(default_factory=dict)  # batches of each job when it was last submitted, or died
-    over: set[str] = field(default_factory=set)  # of the packs: over when last asked
-    last: dict[str, PackState] = field(default_factory=dict)  # where they were then
+    reached: dict[Path, int] = field(default_factory=dict)  # batches
+    over: set[str] = field(default_factory=set)  # names of packs
+    last: dict[str, PackState] = field(default_factory=dict)  # by pack
 
     def start(self, most: int | None) -> None:
+        """Submit all jobs that are neither finished nor in a pack of an earlier launch."""
         earlier = self.scheduler.live_packs()
-        # Only now: what ended while the queue was asked is finished, and in no pack.
+        # Only now: jobs that ended while the queue was asked are finished, and in no pack.
         missing = {folder: job for folder, job in self.jobs.items() if not run_folder.finished(folder)}
         self.reached = {folder: run_folder.batches_done(folder) for folder in missing}
         for pack, folders in earlier.items():
@@ -75,7 +83,7 @@ class Supervisor:
                 return
 
     def watch(self) -> None:
-        """Until nothing is left to wait for."""
+        """Follow the packs until none is left."""
         with Watcher() as watcher:
             while True:
                 places, again = self.scheduler.poll(), []
@@ -95,13 +103,13 @@ class Supervisor:
                 time.sleep(LOOK_SECONDS)
 
     def _is_over(self, pack: str, place: PackState) -> bool:
-        """SLURM may say that a job is over just before it puts it into the queue again: so it is asked twice."""
+        """True if a pack is over, twice in a row: SLURM may report so just before it requeues a job."""
         before = pack in self.over
         (self.over.add if place.is_over else self.over.discard)(pack)
         return place.is_over and before
 
     def _recover(self, pack: str, place: PackState) -> list[Pack]:
-        """What a dead process left: the job that it was at gets a pack of its own, the others go on without it."""
+        """Packs with the jobs of a dead process: one for the job that was running, and one for the others."""
         left = {folder: run_folder.status(folder)["state"] for folder in self.packs.pop(pack)}
         left = {folder: state for folder, state in left.items() if state not in FINISHED_STATES}
         reason = self._reason(pack, place)
@@ -113,7 +121,7 @@ class Supervisor:
             return []
         culprits = [folder for folder, state in left.items() if state in ("running", "died", "damaged")]
         if not culprits and "interrupted" not in left.values():
-            culprits = list(left)  # it died before it came to any: is the environment of the nodes the right one?
+            culprits = list(left)  # it died before any job began: is the environment of the nodes right?
         for folder in culprits:
             further = run_folder.batches_done(folder) > self.reached.get(folder, 0)
             self.reached[folder] = run_folder.batches_done(folder)
@@ -130,7 +138,7 @@ class Supervisor:
         return others + alone
 
     def _reason(self, pack: str, place: PackState) -> str:
-        """The state alone says little: SLURM calls it FAILED when the kernel kills a process for memory."""
+        """Why a pack ended. The state says little: SLURM reports FAILED if the kernel kills a process for memory."""
         try:
             lines = self.scheduler.log_of(pack).read_text(errors="replace").splitlines()[-30:]
         except OSError:

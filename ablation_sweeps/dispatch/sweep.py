@@ -1,4 +1,4 @@
-"""What every launcher does before the first job and after the last."""
+"""Steps of every launcher: checks before the first job, and the report after the last."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 
 
 def check(configs: Sequence[DictConfig]) -> list[Job]:
-    """Builds all jobs of a sweep, so that a mistake in the last one is found before the first one runs."""
+    """Build and check all jobs of a sweep, so that a mistake in the last one is found before the first one runs."""
     from tqdm import tqdm
 
-    code()  # as it is now; files may be edited before the sweep ends
+    code()  # hash the code now: files may be edited before the sweep ends
     jobs = []
     for config in tqdm(configs, desc="checking the jobs", delay=2, leave=False, disable=None):
         job = to_job(config)
@@ -43,7 +43,7 @@ def check(configs: Sequence[DictConfig]) -> list[Job]:
 
 
 def fetch(jobs: Sequence[Job]) -> None:
-    """All that the jobs need from the hub, once each, so that they can then run offline. Nothing is computed."""
+    """Download all that the jobs need from the hub, once each, so that they can run offline. Compute nothing."""
     splits: tuple[Split, ...] = ("calibration", "evaluation")
     needed = {(job.model, job.dataset, *map(job.budget, splits)): job for job in jobs}
     for i, job in enumerate(needed.values(), start=1):
@@ -53,7 +53,7 @@ def fetch(jobs: Sequence[Job]) -> None:
 
 
 def only_asked(jobs: Sequence[Job], most: int | None, max_concurrent_packs: int) -> bool:
-    """With prefetch=true or dry_run=true: does that, and nothing is to be run."""
+    """Do what prefetch=true or dry_run=true asks for. Returns True if one of them is set: then nothing is to be run."""
     if jobs[0].prefetch:
         fetch(jobs)
     elif jobs[0].dry_run:
@@ -63,23 +63,23 @@ def only_asked(jobs: Sequence[Job], most: int | None, max_concurrent_packs: int)
 
 @dataclass
 class Failures:
-    """Jobs that failed while others went on."""
+    """Jobs that failed while others continued."""
 
     reasons: list[str] = field(default_factory=list)
-    first: BaseException | None = None  # its traceback is shown where one is wanted
+    first: BaseException | None = None  # its traceback is shown on request
 
     def add(self, what: str, error: BaseException) -> None:
         self.reasons.append(f"{what}: {plain(error)}")
         self.first = self.first or error
         log.error("failed: %s", self.reasons[-1])
         chained: BaseException | None = error
-        while chained:  # what its frames hold is let go: a model, where the next one needs the memory
+        while chained:  # release what its frames hold: a model, whose memory the next one needs
             traceback.clear_frames(chained.__traceback__)
             chained = chained.__cause__ or chained.__context__
 
 
 def _mirror(folder: Path, tracking: Any) -> None:
-    """Where W&B has the curves, it gets the tables of the sweep, too; with tracking.sync=true, all that it lacks."""
+    """Send the tables of a sweep to W&B if that has its curves; with tracking.sync=true, everything that it lacks."""
     if getattr(tracking, "sync", False):
         log.info("%s to W&B", publish(folder))
     elif getattr(tracking, "is_online", False) and any(
@@ -90,7 +90,7 @@ def _mirror(folder: Path, tracking: Any) -> None:
 
 @contextmanager
 def waiting(jobs: Sequence[Job]) -> Iterator[None]:
-    """`status` and `retry` know of them, also of those that this process does not come to."""
+    """Context manager: mark the jobs as queued, so that `status` and `retry` list those that never run here."""
     mine = [
         job
         for job in jobs
@@ -105,7 +105,7 @@ def waiting(jobs: Sequence[Job]) -> Iterator[None]:
 
 
 def _say_what_other_code_did(jobs: Sequence[Job]) -> None:
-    """A shipped method that was edited, say, does not change the name of a result."""
+    """Say which results are from another version of this code: editing it does not change the name of a result."""
     finished = [job.folder for job in jobs if run_folder.status(job.folder)["state"] == "finished"]
     other = [folder.name for folder in finished if run_folder.environment(folder).get("code") != code()]
     if other:
@@ -117,7 +117,7 @@ def _say_what_other_code_did(jobs: Sequence[Job]) -> None:
 
 
 def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
-    """Tables and figures of all that is finished in the sweep's folder; then, loudly, what failed.
+    """Write tables and figures of all finished runs in the sweep's folder; then raise an error if a job failed.
 
     Raises:
         UserError: a job failed, or W&B does not take what tracking.sync=true sends.
@@ -138,7 +138,7 @@ def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
         except UserError as error:
             if getattr(jobs[0].tracking, "sync", False) and not failures.reasons:
                 raise
-            log.error("%s", error)  # what failed comes last, where it is seen
+            log.error("%s", error)  # failures come last, where they are seen
     if failures.reasons:
         n = len(failures.reasons)
         done = sum(run_folder.status(job.folder)["state"] == "finished" for job in jobs)

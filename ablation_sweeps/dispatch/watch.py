@@ -1,4 +1,4 @@
-"""How far the jobs of a sweep are, from their files: live while a launcher waits, or later."""
+"""Shows the progress of a sweep's jobs, read from their files: live in a launcher, or later."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-LINE_SECONDS = 60.0  # between two lines where there is no terminal
-ROWS = 30  # packs that a terminal shows
+LINE_SECONDS = 60.0  # between two lines if there is no terminal
+ROWS = 30  # packs shown on a terminal
 Packs = dict[str, tuple[list[Path], PackState]]
 
 
 class Watcher:
-    """A table that is drawn again and again; in a file a line a minute, as long as something is awaited."""
+    """Table of packs that is redrawn on a terminal; elsewhere, a line a minute while packs are awaited."""
 
     def __enter__(self) -> Watcher:
         from rich.console import Console
         from rich.live import Live
 
-        console = Console(stderr=True)  # stdout holds the results alone
+        console = Console(stderr=True)  # stdout is for results only
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         if self.live:
             self.live.start()
@@ -58,6 +58,7 @@ class Watcher:
 
 
 def table(packs: Packs) -> Table:
+    """Table of packs: node, state, and progress of the job that runs."""
     from rich import box
     from rich.table import Table
 
@@ -74,7 +75,7 @@ def table(packs: Packs) -> Table:
 
 
 def progress(folder: Path, status: run_folder.Status) -> tuple[str, str]:
-    """The job and its batches; and what is left of it, if all of its batches take as long as those that are done."""
+    """Name of a job with its batches done, and the time left if later batches take as long as those done."""
     total, done = status.get("batches"), run_folder.batches_done(folder)
     if not total or "started" not in status:
         return f"{folder.name} (loading)", ""
@@ -85,7 +86,7 @@ def progress(folder: Path, status: run_folder.Status) -> tuple[str, str]:
 
 
 def overview(runs: Sequence[Path]) -> Table:
-    """One line a job."""
+    """Table of jobs: state, machine, and progress or reason."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
