@@ -1,1 +1,1 @@
-"""W&B, as a mirror of the files."""
+"""Weights & Biases, as a mirror of the results on disk."""

@@ -1,4 +1,4 @@
-"""A saved view in W&B for each study of a sweep: its curves by method with their spread over seeds, and their areas."""
+"""Saves a view in W&B for each study of a sweep: its curves by method, with their spread over seeds, and its areas."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def views(sweep: Path, name: str, project: str, entity: str, known: dict[str, str]) -> dict[str, str]:
-    """Saves them, and gives the address of each by the name of its study.
+    """Save a view for each study, and return their addresses by the study's name.
 
     Args:
-        name: of the sweep, and of the group of its runs unless the environment names another one.
-        known: addresses from before; these are written again.
+        name: name of the sweep, which is the group of its runs unless the environment names another one.
+        known: addresses of earlier views, which are overwritten.
 
     Raises:
         UserError: the extra `reports` is not installed.
@@ -50,7 +50,7 @@ def views(sweep: Path, name: str, project: str, entity: str, known: dict[str, st
 
 
 def _runs(study: Study, name: str) -> Any:
-    """The curves of one study; each method in the colour that it has in our own figures."""
+    """The runs of one study; each method has the same colour as in our own figures."""
     import wandb_workspaces.expr as expr
     import wandb_workspaces.workspaces as ws
 
@@ -69,7 +69,7 @@ def _runs(study: Study, name: str) -> Any:
 
 
 def differing(study: Study) -> list[str]:
-    """The parameters in which methods of one label differ; `curves.read_curves` has put them into their names."""
+    """Parameters that distinguish methods with the same label; `curves.read_curves` appends them to their names."""
     of_names = study.rows.drop_duplicates("method")[["method", "method_params"]].itertuples(index=False)
     named = [(name.split(" ")[-1].split(","), json.loads(params)) for name, params in of_names if " " in name]
     found = {key for said, params in named for key, value in params.items() if f"{key}={value}" in said}
@@ -83,7 +83,7 @@ def _curves(study: Study) -> list[Any]:
     found = [metric for metric in study.rows["metric"].unique() if metric != "perplexity"]
     return [
         wr.LinePlot(
-            title=metric_named(metric).label_in(study.unit).replace(" (%)", ""),  # W&B has them as shares
+            title=metric_named(metric).label_in(study.unit).replace(" (%)", ""),  # W&B has fractions, not percent
             x="fraction", y=[f"eval/{metric}"], title_x="Fraction of neurons ablated", range_x=(0, 1),
             groupby=_by(study), aggregate=True, groupby_aggfunc="mean", groupby_rangefunc="stderr",
             smoothing_type="none", layout=Layout(w=8, h=8, x=8 * (i % 3), y=8 * (i // 3)),
@@ -93,7 +93,7 @@ def _curves(study: Study) -> list[Any]:
 
 
 def _by(study: Study) -> Any:
-    """None leaves it to the table of runs, which can group by more than one key."""
+    """Key by which curves are grouped. None leaves it to the table of runs, which can group by more than one key."""
     import wandb_workspaces.reports.v2 as wr
 
     return None if differing(study) else wr.Config("method")

@@ -1,4 +1,4 @@
-"""A sweep, from its files alone -> W&B: each curve once, its tables and statistics, and views of them."""
+"""Sends a sweep to W&B from its files: each curve once, its tables and statistics, and views of them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ablation_sweeps.results.sweep import comparisons, read_studies
 from ablation_sweeps.tracking import dashboard
 from ablation_sweeps.tracking.wandb import Wandb, online
 
-PROJECT = "ablation-sweeps"  # of runs that were tracked nowhere, and the default of conf/tracking/wandb.yaml
+PROJECT = "ablation-sweeps"  # for runs that were not tracked; also the default of conf/tracking/wandb.yaml
 
 
 class Sent(NamedTuple):
-    """Number of runs, and whether tables, that W&B did not have yet."""
+    """What was sent to W&B: the number of runs, and whether the tables were."""
 
     runs: int
     tables: bool
@@ -34,12 +34,14 @@ class Sent(NamedTuple):
 
 
 def publish(sweep: Path, project: str | None = None, entity: str | None = None, again: bool = False) -> Sent:
-    """Sends the finished runs that W&B does not have yet, then what there is of all of them. Stopped anywhere, the same
-    call goes on: a run that was sent in part is sent whole under the same id, which replaces it.
+    """Send the finished runs that W&B does not have yet, then the tables of the sweep.
+
+    If it is stopped, the same call continues: a run that was sent in part is sent again under the same id, which
+    replaces it.
 
     Args:
-        project, entity: where to; None: where the runs would have logged themselves.
-        again: send all of it.
+        project, entity: destination; None: where the runs would have logged themselves.
+        again: True sends everything again.
 
     Raises:
         UserError: no run is finished, there is no key, or W&B does not take a run.
@@ -57,8 +59,16 @@ def publish(sweep: Path, project: str | None = None, entity: str | None = None, 
 
 
 def send_tables(sweep: Path) -> bool:
-    """One run for the sweep, with all its points and differences as tables, and the statistics as artifacts; unless W&B
-    has them as they are now. Returns whether it was sent; errors as those of `publish`."""
+    """Send one run for the sweep, with points and differences as tables and the statistics as artifacts.
+
+    Nothing is sent if W&B has them as they are now.
+
+    Returns:
+        True if they were sent.
+
+    Raises:
+        UserError: as for `publish`.
+    """
     return _send_tables(sweep, _finished(sweep), None, None, again=False)
 
 
@@ -70,7 +80,7 @@ def _send_tables(sweep: Path, runs: list[Path], project: str | None, entity: str
     if known.get("content") == content and not again:
         return False
     known = {"run_id": secrets.token_hex(8), **known}
-    files.write_json(sweep / MARK, known)  # before it is sent: stopped now, it is sent under the same id
+    files.write_json(sweep / MARK, known)  # saved first: if sending is stopped, it is repeated under the same id
     found = read_studies(curves, sweep)
     measured = {study.rows["study"].iloc[0]: of_study for study, of_study in found}
     tables = {"curves": curves, "summary": summarise(curves, measured)}
@@ -83,10 +93,10 @@ def _send_tables(sweep: Path, runs: list[Path], project: str | None, entity: str
 
 
 def save_views(sweep: Path, project: str | None = None, entity: str | None = None) -> dict[str, str]:
-    """One for each study, saved again where there was one. Returns their addresses by the study's name.
+    """Save a view for each study, over an earlier one if there is one, and return their addresses by study.
 
     Args:
-        project, entity: as those of `publish`.
+        project, entity: as for `publish`.
 
     Raises:
         UserError: the extra `reports` is not installed, there is no key, or W&B does not take it.
@@ -103,14 +113,14 @@ def save_views(sweep: Path, project: str | None = None, entity: str | None = Non
     return views
 
 
-MARK = "wandb.json"  # in the folder of a sweep: what W&B has of it
+MARK = "wandb.json"  # file in the folder of a sweep that records what W&B has of it
 
 
 class Mark(TypedDict, total=False):
-    """What that file holds.
+    """Content of the file MARK.
 
     Attributes:
-        run_id: of the run that has the tables.
+        run_id: id of the run that has the tables.
         content: signature of what was sent.
         views: addresses by study, in the project `viewed`.
     """
@@ -128,7 +138,7 @@ def _finished(sweep: Path) -> list[Path]:
 
 
 def _statistics(runs: list[Path]) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Statistics of the runs that are still in the cache."""
+    """Cached statistics that the runs used: by their signature, the folder and a description."""
     found = {}
     for run in runs:
         if (folder := run_folder.statistics_of(run)) is not None and folder.name not in found:
@@ -139,7 +149,7 @@ def _statistics(runs: list[Path]) -> dict[str, tuple[Path, dict[str, Any]]]:
 
 def _tracking(run: Path, project: str | None, entity: str | None) -> Wandb:
     own = run_folder.config(run).get("tracking") or {}
-    chosen = own.get("project") if own.get("project") != PROJECT else None  # the default is nobody's choice
+    chosen = own.get("project") if own.get("project") != PROJECT else None  # the default counts as no choice
     return Wandb(
         project=project or chosen or os.environ.get("WANDB_PROJECT") or PROJECT,
         entity=entity or own.get("entity") or os.environ.get("WANDB_ENTITY") or None,

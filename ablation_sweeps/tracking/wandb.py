@@ -1,6 +1,6 @@
-"""W&B, or nothing. The files of a sweep are the truth and W&B mirrors them: nothing that fails here costs a job.
+"""Trackers: W&B, or none. W&B mirrors the files of a sweep, so no failure here makes a job fail.
 
-W&B's own variables count where no option says otherwise: WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_JOB_TYPE,
+W&B's own variables apply if no option says otherwise: WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_JOB_TYPE,
 WANDB_NAME, WANDB_NOTES, WANDB_TAGS, WANDB_DIR, WANDB_MODE and WANDB_DISABLED. WANDB_RUN_ID does not: it names one run.
 """
 
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-INIT_SECONDS = 30.0  # a node without internet must not wait W&B's 90 s; once only, then the process stays offline
-FINISH_SECONDS = 60.0  # of a job; W&B's own default waits for ever
-FINISH_TABLES = 1800.0  # with all statistics, somebody waiting for it
-OFFLINE_MODES = ("offline", "dryrun", "disabled")  # of WANDB_MODE
+INIT_SECONDS = 30.0  # W&B's 90 s are too long on a node without internet; after one time-out, the process stays offline
+FINISH_SECONDS = 60.0  # per job; W&B's own default is to wait for ever
+FINISH_TABLES = 1800.0  # for tables with all statistics, while a user waits
+OFFLINE_MODES = ("offline", "dryrun", "disabled")  # values of WANDB_MODE
 TAG_LENGTH = 64  # the server refuses longer ones
-_offline_because: list[str] = []  # why this process no longer tries to go online; the user was told once
-_refused: set[str] = set()  # values of WANDB_DIR that cannot be used, of which the user was told
+_offline_because: list[str] = []  # why this process stays offline; the user was told once
+_refused: set[str] = set()  # values of WANDB_DIR that cannot be used; the user was told
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class NoTracking:
-    """Logs nothing."""
+    """No tracking: logs nothing."""
 
     def log_run(self, run: RunRecord) -> bool:
         return False
@@ -49,13 +49,13 @@ class NoTracking:
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Wandb:
-    """One W&B run a curve, x = fraction.
+    """One W&B run per curve, with the fraction as x axis.
 
     Attributes:
-        entity: user or team; None is the default one of the key.
-        mode: auto is online where there is a key and offline elsewhere. The environment's WANDB_MODE wins.
+        entity: user or team; None is the default of the key.
+        mode: auto is online if there is a key, and otherwise offline. The environment's WANDB_MODE wins.
         tags: added to the model, the method, the site and WANDB_TAGS.
-        sync: at the end of a sweep, send all that W&B does not have yet.
+        sync: at the end of a sweep, send everything that W&B does not have yet.
     """
 
     project: str
@@ -66,19 +66,19 @@ class Wandb:
 
     @property
     def place(self) -> str:
-        """Where runs go."""
+        """Entity and project of the runs."""
         return f"{self.entity or ''}/{self.project}"
 
     @property
     def is_online(self) -> bool:
-        """Whether this process still tries to be."""
+        """True if this process still tries to go online."""
         return (_environments_mode() or self.mode) not in OFFLINE_MODES and not _offline_because
 
     def log_run(self, run: RunRecord) -> bool:
         """Log the whole curve at once: an offline run that is opened a second time is uploaded twice.
 
         Returns:
-            whether W&B has it now.
+            True if W&B has it now.
         """
         _quiet()
         if _environments_mode() == "disabled":
@@ -96,14 +96,14 @@ class Wandb:
         return False
 
     def send(self, run: RunRecord) -> None:
-        """Online, now. What W&B has under this id already is replaced.
+        """Send a run to W&B now. What W&B already has under its id is replaced.
 
         Raises:
             UserError: there is no key, or W&B does not take it.
         """
         with online():
             self._write(run, "online")
-        _forget(run)  # or `wandb sync` would send its points a second time
+        _forget(run)  # otherwise `wandb sync` would send its points a second time
 
     def send_tables(self, sweep: SweepRecord) -> None:
         """Send, as `send` does, a run of the type `report`, with the statistics as artifacts."""
@@ -119,22 +119,22 @@ class Wandb:
                     f"statistics-{signature}", "statistics", metadata={**about, "signature": signature}
                 )
                 for file in sorted(folder.glob("*.safetensors")):
-                    artifact.add_file(str(file), policy="immutable")  # or it is copied first
+                    artifact.add_file(str(file), policy="immutable")  # otherwise it is copied first
                 logged.log_artifact(artifact)
 
     def _online(self, run: RunRecord) -> bool:
-        """Whether the curve is now W&B's business; where not, the caller writes it offline."""
+        """Log the run online. Returns False if that failed, and the caller must write it offline."""
         import wandb
 
         try:
             if not wandb.login(prompt=False, verify=False):
                 return _go_offline("no API key found", run)
             self._write(run, "online")
-        except TimeoutError as error:  # of finish: the curve is complete on disk, and W&B has part of it already
+        except TimeoutError as error:  # from finish: the curve is complete on disk, and W&B has part of it already
             _go_offline(_line(error), run)
         except Exception as error:
-            # Or the id stays taken and the offline run fails ("run ID is in use"). Where W&B's service has died this
-            # raises, or exits (!), and the next `wandb.init` starts a new service all the same.
+            # Otherwise the id stays in use and the offline run fails ("run ID is in use"). If W&B's service has died,
+            # this raises an error, or even exits, but the next `wandb.init` starts a new service anyway.
             with contextlib.suppress(Exception, SystemExit):
                 wandb.teardown()
             return _go_offline(_line(error), run)
@@ -169,9 +169,9 @@ class Wandb:
         root.mkdir(parents=True, exist_ok=True)
         tags = tuple(dict.fromkeys((*tags, *_environments_tags())))
         timeouts = {"init_timeout": INIT_SECONDS, "finish_timeout": finish_seconds, "finish_timeout_raises": True}
-        # No statistics of the machine: the run lasts a second, and its load during it means nothing.
+        # No machine statistics: the run lasts a second, during which the load means nothing.
         settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, **timeouts)
-        if AGENTS_SWEEP in os.environ:  # which says all of it; W&B would warn
+        if AGENTS_SWEEP in os.environ:  # the agent sets all of these; W&B would warn
             del about["id"]
         else:
             about |= {"project": self.project, "entity": self.entity}
@@ -179,21 +179,21 @@ class Wandb:
             mode=mode,
             tags=[tag[:TAG_LENGTH] for tag in tags],
             dir=str(root),
-            reinit="create_new",  # a run that the caller has open stays his
+            reinit="create_new",  # a run that the caller has open stays open
             settings=settings,
             **about,
         )
         try:
             yield run
         except BaseException:
-            run.finish(exit_code=1)  # leaving a run's own `with` by an error prints a traceback
+            run.finish(exit_code=1)  # an error inside the run's own `with` would print a traceback
             raise
         run.finish()
 
 
 @contextlib.contextmanager
 def online() -> Iterator[None]:
-    """Make errors inside a UserError, and refuse to start without a key."""
+    """Context manager: turn errors into a UserError, and refuse to start without a key."""
     import wandb
 
     _quiet()
@@ -215,13 +215,13 @@ def online() -> Iterator[None]:
 
 def _quiet() -> None:
     os.environ.pop("WANDB_SERVICE", None)  # inherited from a parent process, whose service may be gone
-    os.environ["WANDB_SILENT"] = "true"  # `silent` of the run's settings leaves the chatter of the log-in
-    # W&B's telemetry calls home in offline mode too, and on a node without internet it retries and warns for 10 s.
+    os.environ["WANDB_SILENT"] = "true"  # `silent` in the run's settings does not cover the log-in
+    # W&B's telemetry uses the network in offline mode, too; on a node without internet it retries and warns for 10 s.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 
 def _environments_mode() -> str | None:
-    """WANDB_MODE, or what the older WANDB_DISABLED says; None where neither is set."""
+    """WANDB_MODE, or the mode that the older WANDB_DISABLED means; None if neither is set."""
     disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
     return os.environ.get("WANDB_MODE") or ("disabled" if disabled else None)
 
@@ -231,28 +231,28 @@ def _environments_tags() -> list[str]:
 
 
 def group_of(sweep: str) -> str:
-    """W&B's group of the runs of a sweep."""
+    """W&B's group for the runs of a sweep."""
     return os.environ.get("WANDB_RUN_GROUP") or sweep
 
 
 def job_type() -> str:
-    """W&B's job type of a curve."""
+    """W&B's job type for a curve."""
     return os.environ.get("WANDB_JOB_TYPE") or "ablation"
 
 
 def _root(folder: Path) -> Path:
-    """The folder in which W&B makes its own, `wandb`."""
+    """The folder in which W&B creates its folder `wandb`."""
     chosen = os.environ.get("WANDB_DIR")
     if chosen and (why := _why_not_writable(chosen)) is None:
         return Path(chosen).expanduser()
-    if chosen and chosen not in _refused:  # W&B would take the folder for temporary files, and say nothing
+    if chosen and chosen not in _refused:  # W&B would silently use a temporary folder
         _refused.add(chosen)
         log.warning("W&B: WANDB_DIR=%s: %s; runs go to %s/wandb", chosen, why, folder)
     return folder
 
 
 def _why_not_writable(folder: str) -> str | None:
-    """The reason that a folder, which is made if there is none, cannot be written to; None if it can."""
+    """Why a folder, which is created if it is missing, cannot be written to; None if it can."""
     root = Path(folder).expanduser()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -267,8 +267,10 @@ ONE_RUN = ("WANDB_RUN_ID", "WANDB_RESUME", AGENTS_SWEEP, "WANDB_SWEEP_PARAM_PATH
 
 @contextlib.contextmanager
 def _agents_run() -> Iterator[str | None]:
-    """Gives the id of the run that `wandb agent` expects of this command, if it logs one curve; then later runs of this
-    process are outside of the agent's sweep."""
+    """Context manager: gives the id of the run that `wandb agent` expects of this command, if it logs a single curve.
+
+    Later runs of this process are then outside of the agent's sweep.
+    """
     its_id = os.environ.get("WANDB_RUN_ID") if AGENTS_SWEEP in os.environ and _logs_one_curve() else None
     if its_id is None:
         _leave_the_agents_run()
@@ -280,13 +282,13 @@ def _agents_run() -> Iterator[str | None]:
         yield its_id
     finally:
         with contextlib.suppress(Exception, SystemExit):
-            wandb.teardown()  # W&B reads the environment once a session
+            wandb.teardown()  # W&B reads the environment once per session
         for name in ONE_RUN:
             os.environ.pop(name, None)
 
 
 def _leave_the_agents_run() -> None:
-    """One id for many runs would make one of them: whose points are those of all, one after the other."""
+    """Ignore a WANDB_RUN_ID, with a warning: runs with the same id would become one run with the points of all."""
     if its_id := os.environ.get("WANDB_RUN_ID"):
         why = "a sweep logs many" if AGENTS_SWEEP in os.environ else "each curve has an id of its own"
         log.warning("W&B: WANDB_RUN_ID=%s names one run, and is ignored: %s", its_id, why)
@@ -295,7 +297,7 @@ def _leave_the_agents_run() -> None:
 
 
 def _logs_one_curve() -> bool:
-    """Whether this is a launch without -m."""
+    """True for a launch without -m."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -303,7 +305,7 @@ def _logs_one_curve() -> bool:
 
 
 def _forget(run: RunRecord) -> None:
-    """Remove what was written for it here."""
+    """Delete W&B's local files of a run."""
     for stale in (_root(run.folder) / "wandb").glob(f"*run-*-{run.run_id}"):
         shutil.rmtree(stale, ignore_errors=True)
 
