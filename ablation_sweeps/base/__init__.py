@@ -1,1 +1,1 @@
-"""Files, hashes, errors and the terminal: what knows nothing of models or data."""
+"""Files, hashes, errors and the terminal: code that does not depend on models or data."""

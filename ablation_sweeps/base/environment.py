@@ -28,7 +28,7 @@ PACKAGES = (
     "wandb",
 )
 
-# Folders in which a model, dataset or method of one's own may lie beside ours, and which of their modules are ours.
+# Folders in which users may put models, datasets or methods of their own, and the modules in them that are ours.
 PLUGINS = {
     "models": (
         *("adapters", "causal_lm", "image_classifier", "masked_lm", "pretrained", "probing", "timm", "transformer"),
@@ -43,7 +43,7 @@ PLUGINS = {
 
 @functools.cache
 def describe() -> dict[str, Any]:
-    """Commit, versions and device of this process: of the code as it was when it began."""
+    """Commit, versions and device of this process, and a hash of the code as it was when the process began."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "git_commit": _git("rev-parse", "HEAD"),
@@ -58,7 +58,7 @@ def describe() -> dict[str, Any]:
 
 
 def is_ours(module: str) -> bool:
-    """Whether a module, by its dotted name, belongs to this package, and not to a user who put it there."""
+    """True if a module, given by its dotted name, belongs to this package, and was not put there by a user."""
     package, _, rest = module.partition(".")
     folder, _, name = rest.partition(".")
     return package == "ablation_sweeps" and (folder not in PLUGINS or name in (*PLUGINS[folder], "__init__"))
@@ -66,7 +66,7 @@ def is_ours(module: str) -> bool:
 
 @functools.cache
 def code() -> str:
-    """Hash of this package's own sources, in a checkout or not."""
+    """Hash of the sources of this package, in a checkout or not."""
     digest, folder = hashlib.sha256(), Path(__file__).parents[1]
     for file in sorted(folder.rglob("*.py")):
         module = ".".join(file.relative_to(folder.parent).with_suffix("").parts)
@@ -76,8 +76,10 @@ def code() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command in the folder that holds this package; None where it is no checkout. An installed package
-    may lie in a checkout of something else, which does not track it."""
+    """Output of a git command in the folder of this package; None if that is not a checkout.
+
+    An installed package may lie in the checkout of another project, which does not track it.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)

@@ -1,4 +1,4 @@
-"""Errors that a user can mend."""
+"""Errors that a user can fix."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ if TYPE_CHECKING:
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message is one line: it names the option and the remedy."""
+    """An error that the user can fix. The message is one line that names the option and the remedy."""

@@ -36,15 +36,15 @@ T = TypeVar("T")
 
 _adapter = functools.cache(TypeAdapter)
 
-SAY_SECONDS = 10.0  # of waiting for a lock, before it is said
-LEFT_OVER_SECONDS = 24 * 3600.0  # a temporary file of another host that is older was left by a process that was killed
+SAY_SECONDS = 10.0  # a longer wait for a lock is logged
+LEFT_OVER_SECONDS = 24 * 3600.0  # age at which a temporary file of another host is taken for that of a killed process
 
-# pyarrow and safetensors have errors of their own, which say the same.
+# pyarrow and safetensors raise errors of their own with the same text.
 FULL = re.compile("|".join(re.escape(os.strerror(code)) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 
 
 def files_below(folder: Path, option: str) -> list[Path]:
-    """All that is below a folder but folders, sorted.
+    """All files below a folder, sorted.
 
     Raises:
         UserError: one of its folders cannot be read, so that some files would be missing.
@@ -57,21 +57,21 @@ def files_below(folder: Path, option: str) -> list[Path]:
 
 
 def check_regular(file: Path, option: str) -> None:
-    """Anything else must not be opened: a pipe waits for ever, and a device may have no end.
+    """Refuse a path that must not be opened: a pipe waits for ever, and a device may have no end.
 
     Raises:
         UserError: it is no regular file, nor a link to one.
     """
     try:
         mode = os.stat(file).st_mode
-    except OSError as error:  # a link to nothing, or to itself; or a folder that may not be looked into
+    except OSError as error:  # a broken or circular link, or a folder without permission
         raise UserError(f"{option}: {file} cannot be read ({error.strerror}); mend or remove it") from error
     if not stat.S_ISREG(mode):
         raise UserError(f"{option}: {file} is no regular file, but a pipe, a device or a socket; remove it")
 
 
 def say_others(where: str, others: Iterable[Path]) -> None:
-    """Log, once, what kinds of files are passed over in a folder of data. Hidden files are not mentioned."""
+    """Warn, once, about the kinds of files that are skipped in a folder of data. Hidden files are not mentioned."""
     kinds = Counter(file.suffix.lower() or file.name for file in others if not file.name.startswith("."))
     if kinds:
         named = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.most_common(5))
@@ -80,12 +80,13 @@ def say_others(where: str, others: Iterable[Path]) -> None:
 
 @functools.cache
 def say_once(message: str) -> None:
+    """Log a warning the first time that it occurs in this process."""
     log.warning(message)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`, and moves it there once it is written whole.
+    """Context manager: gives a temporary path beside `path`, which replaces `path` once it is written completely.
 
     Raises:
         UserError: the disk is full.
@@ -99,7 +100,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(mode)  # as umask has it; safetensors gives its files to their owner alone
+        temporary.chmod(mode)  # as umask says; safetensors makes its files readable by their owner alone
         os.replace(temporary, path)
     except Exception as error:
         if FULL.search(str(error)):
@@ -114,16 +115,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @functools.cache
 def _system() -> str:
-    """Names where process ids are unique: this host, or container, since it was started."""
+    """Identifies the host or container, since its start: process ids are unique only within it."""
     parts = [gethostname()]
-    with suppress(OSError):  # there is no /proc
+    with suppress(OSError):  # there may be no /proc
         parts += [os.readlink("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id").read_text()]
     return signature(parts)[:8]
 
 
 @functools.cache
 def _remove_left_over(folder: Path) -> None:
-    """Remove the temporary files of processes that were killed while they wrote; once for each folder and process."""
+    """Delete temporary files of processes that were killed while writing; once for each folder and process."""
     for file in folder.glob(".*.tmp"):
         with suppress(OSError, ValueError, IndexError):  # others may remove it first, and may have files of that name
             if _is_left_over(file):
@@ -131,14 +132,14 @@ def _remove_left_over(folder: Path) -> None:
 
 
 def _is_left_over(file: Path) -> bool:
-    """Whether the process that wrote it has ended; elsewhere, that is not known, and a day is enough to write."""
+    """True if the process that wrote a file has ended. That of another host is taken to have ended after a day."""
     import psutil
 
     system, pid, written = file.name.split(".")[-4], int(file.name.split(".")[-3]), file.stat().st_mtime
     if system != _system():
         return time.time() - written > LEFT_OVER_SECONDS
     try:
-        return psutil.Process(pid).create_time() > written + 1  # the number was given again
+        return psutil.Process(pid).create_time() > written + 1  # the id was reused
     except psutil.NoSuchProcess:
         return True
 
@@ -153,10 +154,10 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path, kind: type[T] = dict) -> T | None:  # type: ignore[assignment]
-    """The content of a file; None where it is absent, truncated, or not what `kind` says.
+    """Content of a json file; None if it is missing, truncated, or does not match `kind`.
 
     Args:
-        kind: what pydantic can check; a TypedDict says which keys there must be, and of which type.
+        kind: a type that pydantic can check; a TypedDict says which keys there must be, and their types.
     """
     try:
         return _adapter(kind).validate_json(path.read_bytes(), strict=True)
@@ -165,7 +166,7 @@ def read_json(path: Path, kind: type[T] = dict) -> T | None:  # type: ignore[ass
 
 
 def write_table(path: Path, table: pd.DataFrame) -> str:
-    """Returns the sha256 of the file."""
+    """Write a table as parquet, and return the sha256 of the file."""
     content = table.to_parquet(index=False)
     write_bytes(path, content)
     return hashlib.sha256(content).hexdigest()
@@ -177,16 +178,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def read_table(path: Path, sha256: str | None) -> pd.DataFrame | None:
-    """None where the file is absent; also, with a warning, where it is not the one that was written.
+    """Read a parquet table; None if it is missing or, with a warning, if its checksum does not match.
 
     Args:
-        sha256: the beginning of it, at least.
+        sha256: checksum, or its beginning.
     """
     content = read_whole(path, sha256)
     return None if content is None else pd.read_parquet(io.BytesIO(content))
 
 
 def read_whole(path: Path, sha256: str | None) -> bytes | None:
+    """Bytes of a file; None if it is missing or, with a warning, if its checksum does not match."""
     if not path.exists():
         return None
     content = path.read_bytes()
@@ -198,7 +200,7 @@ def read_whole(path: Path, sha256: str | None) -> bytes | None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time, on all hosts that share the file system."""
+    """Context manager: lock a folder for this process, on all hosts that share the file system."""
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -215,24 +217,24 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether some process holds the lock of a folder, as far as the file system tells."""
+    """True if some process holds the lock of a folder, as far as the file system tells."""
     import fcntl
 
     try:
         with open(folder / ".lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # and let go at once
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once
             return False
     except BlockingIOError:
         return True
-    except OSError:  # there is none, or locks are not to be had
+    except OSError:  # no lock file, or a file system without locks
         return False
 
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a formula begins in a spreadsheet
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters of a formula in a spreadsheet
 
 
 def write_csv(table: DataFrame, path: Path) -> None:
-    """Text that a spreadsheet would take for a formula gets an apostrophe in front; numbers are as they are."""
+    """Write a csv. Text that a spreadsheet would take for a formula gets an apostrophe; numbers are unchanged."""
     safe = lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell  # noqa: E731
     texts = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
     with replacing(path) as temporary:

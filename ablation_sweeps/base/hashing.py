@@ -1,4 +1,4 @@
-"""Hashes of names, of content and of files."""
+"""Hashes of names, content and files."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 def unit_hash(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone: it splits and orders documents the same way everywhere."""
+    """A number in [0, 1) that depends only on the name, to split and order documents the same way everywhere."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def signature(content: object) -> str:
-    """sha256 over the canonical json of `content`: equal content, equal name, on every machine."""
+    """sha256 of the canonical json of `content`: equal content gives an equal signature on every machine."""
     text = json.dumps(content, sort_keys=True, default=str, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprint_of_file(path: Path) -> str:
-    """Hash of the whole content: a model that differs in one layer, or a text in one letter, is another one."""
+    """Hash of the whole content of a file, so that a change of a single weight or letter changes it."""
     status = path.stat()
     return _hash_of_content(path, status.st_size, status.st_mtime_ns)
 
@@ -39,8 +39,10 @@ def _hash_of_content(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def fingerprint_of_samples(path: Path, blocks: int, size: int) -> str:
-    """Hash of the length of a file, and of `blocks` of `size` bytes that are spread over it, its ends among them: for
-    files that are too large, or too many, to be read whole."""
+    """Hash of a file's length, and of `blocks` samples of `size` bytes, spread over it and including its ends.
+
+    For files that are too large, or too many, to be read completely.
+    """
     status = path.stat()
     return _hash_of_samples(path, status.st_size, status.st_mtime_ns, blocks, size)
 
@@ -56,14 +58,14 @@ def _hash_of_samples(path: Path, length: int, mtime_ns: int, blocks: int, size: 
 
 
 def names_in(folder: str | Path) -> list[Path]:
-    """Names of the files below a folder, in order, but for those that Hydra, git or the hub's client leave there."""
+    """Relative paths of the files below a folder, sorted, without those that Hydra, git or the hub's client create."""
     names = [file.relative_to(folder) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
     names = [name for name in names if name.name != "multirun.yaml"]
     return [name for name in names if not any(part.startswith(".") for part in name.parts)]
 
 
 def sha256_of(path: Path) -> str | None:
-    """None where the file is absent. Not by `fingerprint_of_file`: a damaged file may have its old size and time."""
+    """sha256 of a file; None if it is missing. Unlike `fingerprint_of_file`, it always reads it, to find damage."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except FileNotFoundError:
@@ -71,7 +73,9 @@ def sha256_of(path: Path) -> str | None:
 
 
 def sha256_at(path: Path, content: str | bytes) -> str:
-    """Checksum of a cached file that also holds for its place: its folder and its name, which say what it is of.
-    A whole file that was copied from another place does not match."""
+    """Checksum of a cached file's content and place, i.e. the names of folder and file, which say what it contains.
+
+    A file that was copied from another place does not match.
+    """
     content = content if isinstance(content, bytes) else content.encode()
     return hashlib.sha256(f"{path.parent.name}/{path.name}\0".encode() + content).hexdigest()

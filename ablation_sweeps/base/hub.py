@@ -1,4 +1,4 @@
-"""The hub: which commit a name stands for, getting its files, and saying clearly what is missing offline."""
+"""Access to the hub: commits, downloads, and clear errors when offline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 RepoType = Literal["model", "dataset"]
 REMEDY = "run the same command with prefetch=true where there is a network, with HF_HOME on a disk that both see"
 
-# Of huggingface_hub, httpx, requests, urllib3 and datasets.
+# Beginnings of the names of errors in huggingface_hub, httpx, requests, urllib3 and datasets.
 NETWORK_ERRORS = ("OfflineMode", "LocalEntryNotFound", "Connect", "MaxRetryError")
 
 
@@ -25,8 +25,8 @@ NETWORK_ERRORS = ("OfflineMode", "LocalEntryNotFound", "Connect", "MaxRetryError
 def commit(repo: str, revision: str | None, repo_type: RepoType) -> str:
     """The commit that a branch or tag stands for now; offline, the one that was fetched last.
 
-    It is what is loaded and what the signature holds, so that a model or dataset that changed on the hub is another
-    one. What is neither reached nor kept is told apart by the name of the revision alone.
+    It is loaded, and it enters the signature, so a model or dataset that has changed on the hub counts as another one.
+    If the hub is not reached and nothing was fetched, the name of the revision stands in for the commit.
     """
     from huggingface_hub import HfApi, constants
 
@@ -37,23 +37,23 @@ def commit(repo: str, revision: str | None, repo_type: RepoType) -> str:
     if not constants.HF_HUB_OFFLINE:
         try:
             found = HfApi().repo_info(repo, revision=name, repo_type=repo_type, timeout=10).sha
-            if found and (not ref.is_file() or ref.read_text() != found):  # for the nodes that will be offline
+            if found and (not ref.is_file() or ref.read_text() != found):  # for nodes that are offline
                 with replacing(ref) as temporary:
                     temporary.write_text(found)
             return found or name
-        except Exception as error:  # no network, a gated or a missing repository: loading it says which
+        except Exception as error:  # no network, or a gated or missing repository: loading it tells which
             log.debug("the commit of %s is not known from the hub", repo, exc_info=error)
             if is_network_error(error):
                 log.warning("the hub cannot be reached; what was fetched before is used")
-                constants.HF_HUB_OFFLINE = True  # or every file would be asked for, and waited for
+                constants.HF_HUB_OFFLINE = True  # otherwise every file would be asked for, and waited for
     return ref.read_text().strip() if ref.is_file() else name
 
 
 def fetch_model(repo: str, commit: str, files: list[str], option: str = "") -> None:
-    """Gets all that loading it needs, without loading it.
+    """Download everything that loading a model needs.
 
     Args:
-        option: as the user typed it; `model.name` by default.
+        option: option that names the model, for errors; `model.name` by default.
     """
     from huggingface_hub import snapshot_download
 
@@ -70,18 +70,18 @@ def fetch_model(repo: str, commit: str, files: list[str], option: str = "") -> N
 
 @functools.cache
 def fetch_file(repo: str, commit: str, name: str) -> Path | None:
-    """One small file of a model; None where there is none, or it is not reached."""
+    """Path of one small file of a model; None if there is none, or if it cannot be reached."""
     from huggingface_hub import constants, hf_hub_download
 
     try:
         return Path(hf_hub_download(repo, name, revision=commit, local_files_only=constants.HF_HUB_OFFLINE))
-    except Exception as error:  # a model without it is an error as well
+    except Exception as error:  # also raised if the model has no such file
         log.debug("%s of %s is not there", name, repo, exc_info=error)
         return None
 
 
 def require_cached(option: str, repo: str, commit: str) -> None:
-    """Offline, a model that was never fetched is found out before anything runs."""
+    """Offline, refuse a model that was never fetched, before anything runs."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots" / commit
@@ -96,7 +96,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def loading_error(error: BaseException, of_the_hub: bool) -> str:
-    """The reason in one line, with the remedy where the hub was not reached."""
+    """The reason in one line, with the remedy if the hub was not reached."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     reason = " ".join(str(error).split())[:300]
@@ -104,7 +104,7 @@ def loading_error(error: BaseException, of_the_hub: bool) -> str:
 
 
 def is_network_error(error: BaseException | None) -> bool:
-    """The network was off, on purpose or not, somewhere in the chain of what went wrong."""
+    """True if there was no network, on purpose or not, according to the error or one of its causes."""
     while error is not None:
         if type(error).__name__.startswith(NETWORK_ERRORS) or "couldn't connect" in str(error).lower():
             return True

@@ -1,5 +1,7 @@
-"""Ctrl-C ends a command with one line and no traceback. It may come while modules are imported, so that this one is
-imported first and itself imports little."""
+"""Ends a command on Ctrl-C with one line and no traceback.
+
+Ctrl-C may come while modules are imported, so this module is imported first, and itself imports little.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,13 @@ LINE = "interrupted; the same command continues where it stopped"
 
 
 def say_in_one_line() -> None:
-    """Show one line for a Ctrl-C that nothing else answers, unless HYDRA_FULL_ERROR=1 asks for tracebacks."""
+    """Show one line for a Ctrl-C that nothing else handles, unless HYDRA_FULL_ERROR=1 asks for tracebacks."""
     if os.environ.get("HYDRA_FULL_ERROR") != "1":
         sys.excepthook = _show
 
 
 def end_at_the_next() -> None:
-    """Let another Ctrl-C end the process at once: libraries that tidy up when it leaves would show a traceback."""
+    """Let another Ctrl-C end the process at once, since the cleanup of libraries at exit would show a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

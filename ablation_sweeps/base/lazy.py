@@ -1,4 +1,4 @@
-"""torch and pandas, imported when something of them is first used: a sweep is planned without them, seconds sooner."""
+"""torch and pandas, imported on first use: without them, planning a sweep starts seconds sooner."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 else:
 
     class Lazy(ModuleType):
-        """Stands for a module, and is none: `sys.modules` and everybody else's imports are as ever."""
+        """Stand-in for a module. It does not change `sys.modules`, or how others import the module."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(import_module(self.__name__), name)

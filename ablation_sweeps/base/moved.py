@@ -1,9 +1,9 @@
-"""Former places of classes. Configs written before a move name them, and so do signatures."""
+"""Former import paths of classes, which earlier configs and all signatures contain."""
 
 from __future__ import annotations
 
-# Former path -> present path. Results made before are read, resumed and compared because of this table, and a
-# signature always holds the former path: a class that moves does not rename its results.
+# Former path -> present path. With it, earlier results are read, resumed and compared. A signature always holds the
+# former path, so moving a class does not rename its results.
 MOVED = {
     "ablation_sweeps.job.Calibration": "ablation_sweeps.experiment.job.Calibration",
     "ablation_sweeps.job.Evaluation": "ablation_sweeps.experiment.job.Evaluation",

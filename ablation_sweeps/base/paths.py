@@ -1,4 +1,4 @@
-"""Paths given by the user: made absolute once, where the command was typed."""
+"""Paths from the user, made absolute once, in the folder where the command was typed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def absolute(path: str) -> str:
-    """The path from the root: `~` is the user's folder, and a relative path or pattern begins in the current folder."""
+    """Absolute path: `~` is the user's home folder; relative paths and patterns begin in the current folder."""
     given = os.path.expanduser(path)
     if os.path.isabs(given) or os.path.lexists(given) or not glob.has_magic(given):
         return os.path.join(os.getcwd(), given)
@@ -27,4 +27,4 @@ def _local(path: str) -> str:
 
 
 # Types of options.
-LocalPath = Annotated[str, AfterValidator(_local)]  # resolved once, when the command is read: a job may change folder
+LocalPath = Annotated[str, AfterValidator(_local)]  # made absolute when the command is read: a job may change folder

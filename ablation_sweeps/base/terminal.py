@@ -1,4 +1,4 @@
-"""Words on a terminal or in a log."""
+"""Messages on a terminal or in a log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Handler(logging.Handler):
-    """Writes above the progress bar, which it does not tear apart, to stderr: stdout holds the results alone."""
+    """Log handler that writes to stderr, since stdout is for results only, and does not tear progress bars apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -28,8 +28,8 @@ class Handler(logging.Handler):
 
 
 def terminal() -> Console:
-    """Prints to stdout. If its reader has gone (`| head`), the rest is lost and the program goes on: what it has still
-    to write is worth more."""
+    """Console for stdout. If its reader has gone (`| head`), output is dropped and the program continues, since it may
+    still have files to write."""
     from rich.console import Console
 
     class Terminal(Console):
@@ -41,11 +41,12 @@ def terminal() -> Console:
 
 
 def lose_output() -> None:
-    """Let whatever is printed to stdout from now on be lost, without an error."""
+    """Drop whatever is printed to stdout from now on, without an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def counted(number: int, what: str, ending: str = "s") -> str:
+    """A number with its noun: "1 job", "2 jobs"."""
     return f"{number} {what}{ending if number != 1 else ''}"
 
 
@@ -59,19 +60,19 @@ def typed_command() -> str:
 
 
 def typed_subcommand(name: str) -> str:
-    """A subcommand of the command that was typed; `launch.py` itself has none."""
+    """A subcommand, as typed with the present command; `launch.py` itself has none."""
     return f"{typed_command().replace('launch.py', '-m ablation_sweeps')} {name}"
 
 
 def as_typed(value: Any) -> str:
-    """The value as it is written on the command line: null, true, [a,b]."""
+    """The value as written on the command line: null, true, [a,b]."""
     if isinstance(value, list):
         return f"[{','.join(as_typed(item) for item in value)}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def encodable(text: str, console: Console) -> str:
-    """A log file in ASCII gets question marks and not a traceback."""
+    """Text with question marks for characters that the console, such as a log file in ASCII, cannot encode."""
     return text.encode(console.encoding, "replace").decode(console.encoding)
 
 
@@ -87,11 +88,11 @@ def plain(error: BaseException) -> str:
     return f"{name}{_where(error)}" if isinstance(error, Exception) else name
 
 
-FOLDERS: dict[str, str] = {}  # the option that named each folder or file of this command: `remedy` looks it up
+FOLDERS: dict[str, str] = {}  # the option that named each folder or file of this command, for `remedy`
 
 
 def remedy(path: str) -> str:
-    """The end of a message on a file that cannot be read or written: the option that says where it lies, if known."""
+    """End of a message about a file that cannot be read or written: the option that says where it is, if known."""
     named = {**_folders_of_the_environment(), **FOLDERS}
     around = [folder for folder in named if os.path.commonpath([os.path.abspath(path), folder]) == folder]
     if not around:
@@ -104,7 +105,7 @@ def remedy(path: str) -> str:
 
 
 def _folders_of_the_environment() -> dict[str, str]:
-    """Where libraries keep what they download or write, and the variable that says so."""
+    """Folders in which libraries keep downloads or write files, with the variable that sets each."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     hub = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
     folders = {hub: "HF_HOME"}
@@ -115,7 +116,7 @@ def _folders_of_the_environment() -> dict[str, str]:
 
 
 def _where(error: Exception) -> str:
-    """The last line that is no library's: it may be of a method or dataset that the reader has written."""
+    """Place of an error outside of libraries, which may be in a user's own method or dataset."""
     libraries = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib"))
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<"))]
