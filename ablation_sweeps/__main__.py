@@ -1,5 +1,5 @@
-"""The command `ablation-sweeps`, also typed as `python -m ablation_sweeps`: it launches jobs and sweeps, and its
-subcommands inspect, retry, report and export them."""
+"""The command `ablation-sweeps`, also `python -m ablation_sweeps`: it launches jobs and sweeps, and its subcommands
+inspect, retry, report and export them."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from ablation_sweeps.base import interrupts
 
 
 def main() -> None:
-    """A bare word, which no option of Hydra is, names a subcommand; everything else launches."""
+    """Run a subcommand if the first argument is a plain word, which no option of Hydra is; otherwise launch."""
     interrupts.say_in_one_line()
     first = sys.argv[1] if len(sys.argv) > 1 else ""
     if first.isalpha() or first == "--version":

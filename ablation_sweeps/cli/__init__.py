@@ -1,1 +1,1 @@
-"""The commands that are typed."""
+"""The command line."""

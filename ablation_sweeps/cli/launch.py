@@ -1,4 +1,4 @@
-"""Runs one job, or with -m a sweep: Hydra composes the configs, and a launcher of hydra_plugins runs the jobs."""
+"""Runs one job, or with -m a sweep: Hydra composes the configs, and a launcher in hydra_plugins runs the jobs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PastHydra(BaseException):
 
 
 def launch() -> None:
-    """Launch what `sys.argv` says, and leave the process with one line if that goes wrong."""
+    """Launch what `sys.argv` says; if that fails, exit with one line."""
     with_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves errors to us
     try:
@@ -45,13 +45,13 @@ def launch() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def run(cfg: DictConfig) -> float | None:
-    """Run one job, which with -m is one of a sweep."""
+    """Run one job, which is one of a sweep if -m is given."""
     from ablation_sweeps.experiment.job import objective
     from ablation_sweeps.experiment.run import run_job
 
-    if HydraConfig.get().mode is RunMode.MULTIRUN:  # the launcher has checked it, and will report
+    if HydraConfig.get().mode is RunMode.MULTIRUN:  # the launcher checks the job, and reports
         job = job_of(cfg)
-        if job.prefetch or job.dry_run:  # a launcher of another package knows nothing of these
+        if job.prefetch or job.dry_run:  # launchers of other packages ignore these
             return only_do_what_is_asked(job)
         run_job(job, session())
         return objective(job)
@@ -76,15 +76,15 @@ def run(cfg: DictConfig) -> float | None:
 
 @functools.cache
 def session() -> Session:
-    """What the jobs of this process share: of a sweep that runs in order, Hydra calls `run` for each of them."""
+    """The session of this process: for a sweep that runs in order, Hydra calls `run` for each job."""
     from ablation_sweeps.experiment.session import Session
 
     return Session()
 
 
 def job_of(cfg: DictConfig) -> Job:
-    """The job of a config, whose paths begin in the folder where the command was typed: with hydra.job.chdir=true,
-    Hydra has left it."""
+    """Build the job of a config. Relative paths begin where the command was typed, a folder that Hydra has left if
+    hydra.job.chdir=true."""
     from hydra.core.global_hydra import GlobalHydra
 
     left = os.getcwd()
@@ -106,8 +106,8 @@ def only_do_what_is_asked(job: Job) -> None:
 
 
 def leave(error: BaseException) -> NoReturn:
-    """End the process with one line on the error."""
-    if isinstance(error, BrokenPipeError):  # `| head`: its reader has seen enough
+    """Exit with one line about the error."""
+    if isinstance(error, BrokenPipeError):  # `| head`: the reader has gone
         lose_output()
         sys.exit(1)
     if isinstance(error, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""The configs of a sweep's jobs, composed at once: what is edited in conf/ later changes nothing."""
+"""Composes the configs of all jobs of a sweep at once, so that later edits in conf/ change nothing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +9,22 @@ from tqdm import tqdm
 
 from ablation_sweeps.base.errors import UserError
 
-OF_A_LAUNCH = ("launcher", "sweeper")  # parts of Hydra's settings that jobs of one launch share
-OPTIMISERS = ("optuna", "ax_sweeper", "nevergrad")  # sweepers that want a number from each job
+OF_A_LAUNCH = ("launcher", "sweeper")  # settings of Hydra that the jobs of a launch share
+OPTIMISERS = ("optuna", "ax_sweeper", "nevergrad")  # sweepers that need a number from each job
 
 
 def compose(
     config: DictConfig, context: HydraContext, overrides: Sequence[Sequence[str]], first: int
 ) -> list[DictConfig]:
+    """Compose the config of each job.
+
+    Args:
+        overrides: overrides of each job.
+        first: number of the first job.
+
+    Raises:
+        UserError: there is no job, or a job cannot be part of this launch.
+    """
     from ablation_sweeps.experiment.arguments import options_for_hydra
     from ablation_sweeps.experiment.config_choices import check_choices
 
@@ -36,11 +45,12 @@ def compose(
 
 
 def _check_same_launch(job: DictConfig, launch: DictConfig, of_job: Sequence[str]) -> None:
-    """The jobs of one launch share its launcher and its sweeper: where one of several experiments that are swept over
-    has others, they would be passed over.
+    """Check that a job does not set another launcher or sweeper than its launch, which Hydra would ignore.
+
+    An experiment may set them, and a sweep may be over several experiments.
 
     Raises:
-        UserError: the job was given others.
+        UserError: it sets another one.
     """
     differing = [part for part in OF_A_LAUNCH if job.hydra[part] != launch.hydra[part]]
     if differing:
@@ -52,7 +62,7 @@ def _check_same_launch(job: DictConfig, launch: DictConfig, of_job: Sequence[str
 
 
 def record(config: DictConfig) -> None:
-    """Keeps the composed command in the sweep's folder, as Hydra's own sweeper does."""
+    """Save the composed command in the sweep's folder, as Hydra's own sweeper does."""
     folder = Path(config.hydra.sweep.dir)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, folder / "multirun.yaml")

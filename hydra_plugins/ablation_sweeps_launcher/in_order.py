@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class InOrderLauncher(Launcher):
-    """Jobs of one process share the loaded model. One bad job never costs another one's result."""
+    """Runs jobs in this process, where they share the loaded model. A failing job does not affect the others."""
 
     def __init__(self, **options: Any) -> None:
         if options:

@@ -1,4 +1,4 @@
-"""hydra/launcher=slurm and hydra/launcher=local: the jobs of a sweep in packs, each of which loads its model once."""
+"""hydra/launcher=slurm and hydra/launcher=local: run the jobs of a sweep in packs, each of which loads its model once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class InPacksLauncher(Launcher):
     """Checks every job before it submits the first."""
 
     def __init__(self, **options: Any) -> None:
-        pass  # `launch` reads them from the config, and says in one line what is wrong with them
+        pass  # `launch` reads them from the config, and explains errors in one line
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context = hydra_context
@@ -45,7 +45,7 @@ class InPacksLauncher(Launcher):
 
 
 def _returned(job: Job, options: Any) -> JobReturn:
-    """The return value that a sweeper that optimises expects of a job that ran in another process."""
+    """Return value of a job that ran in another process, for a sweeper that optimises it."""
     from ablation_sweeps.base.errors import UserError
     from ablation_sweeps.experiment.job import objective
     from ablation_sweeps.results import run_folder

@@ -14,8 +14,10 @@ from ablation_sweeps.base.errors import UserError
 
 
 class ComposedByTheLauncher(BasicSweeper):
-    """Leaves it to the launcher to compose the jobs and to make folders: half the time of planning a large sweep, and
-    nothing is created by a command that is refused."""
+    """Leaves composing jobs and creating folders to the launcher.
+
+    Planning a large sweep then takes half the time, and a command that is refused creates nothing.
+    """
 
     def sweep(self, arguments: list[str]) -> Any:
         assert self.launcher is not None and self.hydra_context is not None
@@ -32,7 +34,7 @@ class ComposedByTheLauncher(BasicSweeper):
         return returns
 
     def _params(self, parser: OverridesParser) -> list[Override]:
-        """`hydra.sweeper.params`, where a list is as good as names with commas between them."""
+        """Overrides in `hydra.sweeper.params`, where a list means the same as names with commas between them."""
         from ablation_sweeps.experiment.arguments import options_for_hydra, typed
 
         params = OmegaConf.to_container(OmegaConf.create(self.params or {}), resolve=True)
@@ -46,15 +48,14 @@ class ComposedByTheLauncher(BasicSweeper):
 
 
 def _replaced(given: Override, typed: Sequence[Override]) -> bool:
-    """Overrides in which what is typed takes the place of what an experiment says; `fraction` may stand under two
-    names."""
+    """True if a typed override replaces one of an experiment; `fraction` may have two names."""
     alike = {"fraction": "fraction.values"}
     key = alike.get(given.key_or_group, given.key_or_group)
     return any(alike.get(override.key_or_group, override.key_or_group) == key for override in typed)
 
 
 def _checked(override: Override) -> Override:
-    """The override, as it is swept over.
+    """The override in the form in which it is swept over.
 
     Raises:
         UserError: it gives nothing to sweep over.
