@@ -1,8 +1,8 @@
 """Which value should stand in for an ablated neuron of a transformer?
 
-The command `ablation-sweeps` runs sweeps; the names below do the same from Python. A job is one curve: a model on a
-dataset, of whose neurons more and more are ablated with one method. It is composed of the options that the command
-takes, and leaves the same files:
+The command `ablation-sweeps` runs sweeps; the names below do the same from Python. A job is one curve: the metrics of a
+model on a dataset while one method ablates more and more of its neurons. It takes the same options as the command, and
+writes the same files:
 
 >>> from ablation_sweeps import compose_job, read_curves, run_job
 >>> small = ["fraction=half", "eval.tokens=300", "statistics.tokens=300", "tracking=none", "results_dir=my_results"]
@@ -12,7 +12,8 @@ takes, and leaves the same files:
 >>> curves[curves.metric == "loss"].pivot(index="fraction", columns="method", values="value").shape
 (2, 2)
 
-A job's parts work alone, too. `ablated` writes values of your own into a forward pass, `reading` keeps what is there:
+The parts of a job can be used alone. `reading` records the neurons' activations in a forward pass, and `ablated`
+replaces them with values of your own:
 
 >>> import torch
 >>> from ablation_sweeps import ablated, find_projections, reading
@@ -20,7 +21,7 @@ A job's parts work alone, too. `ablated` writes values of your own into a forwar
 >>> model = job.model.load()
 >>> texts = job.dataset.examples("evaluation")
 >>> batch, *_ = model.encode(texts, "evaluation", job.budget("evaluation"), job.batch_tokens, job.seed)
->>> projections = find_projections(model, job.site, job.model.site_paths)  # one a layer
+>>> projections = find_projections(model, job.site, job.model.site_paths)  # one per layer
 >>> with torch.no_grad(), reading(projections, len(batch.labels)) as activations:
 ...     clean = model.logits(batch)  # [example, position, token]
 >>> means = [layer[batch.keep].mean(0) for layer in activations]  # [neuron]
@@ -31,16 +32,16 @@ A job's parts work alone, too. `ablated` writes values of your own into a forwar
 True
 
 Names:
-    compose_job: the job of some options, built and checked; nothing is loaded yet.
+    compose_job: builds and checks a job from options; nothing is loaded yet.
     Job: one curve, with its parts `model`, `dataset`, `method`, `site`, ... and the `folder` of its results.
-    run_job: runs a job, unless it is finished already; gives its folder.
-    read_curves: the rows of all finished runs below some folders, as a DataFrame.
-    summarise: of these, one row for each study, method and metric, with the area under the curve.
-    find_projections: the modules at whose input neurons are read and replaced.
-    reading, ablated: forward passes that keep the activations there, or replace them.
-    Method, Fitting, Replacement, Constant: what a method of your own has, is given and gives.
-    UserError: an error that its message explains in one line.
-    __version__: of this package.
+    run_job: runs a job, unless it has finished before; returns its folder.
+    read_curves: reads the rows of all finished runs below some folders as a DataFrame.
+    summarise: turns these into one row per study, method and metric, with the area under the curve.
+    find_projections: finds the modules whose inputs are the neurons.
+    reading, ablated: context managers that record, or replace, the neurons' activations in forward passes.
+    Method, Fitting, Replacement, Constant: the interface of a method of your own, its inputs and its results.
+    UserError: an error that its one-line message explains.
+    __version__: version of this package.
 """
 
 from __future__ import annotations

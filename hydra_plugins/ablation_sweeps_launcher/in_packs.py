@@ -1,4 +1,4 @@
-"""hydra/launcher=slurm and hydra/launcher=local: run the jobs of a sweep in packs, each of which loads its model once."""
+"""hydra/launcher=slurm and hydra/launcher=local: run the jobs of a sweep in packs that load their model once."""
 
 from __future__ import annotations
 
