@@ -1,4 +1,4 @@
-"""Access to the hub: commits, downloads, and clear errors when offline."""
+"""Access to the Hugging Face Hub: commits, downloads, and clear errors when offline."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class ImageEncoder:
         self, examples: Iterable[Document | Picture], split: Split, budget: Budget, batch_tokens: int, seed: int
     ) -> list[Batch]:
         """Batches of at most `batch_tokens` positions, or two images. A budget in tokens is rounded up to an image."""
-        counted = self.tokens - (self.left_out if split == "calibration" else 0)  # positions that enter
+        counted = self.tokens - (self.left_out if split == "calibration" else 0)  # positions per image that count
         limits = [budget.examples, None if budget.tokens is None else -(-budget.tokens // counted)]
         limit = min((n for n in limits if n is not None), default=None)
         pictures: list[Picture] = []

@@ -83,7 +83,7 @@ def retry(sweep: Path) -> None:
     launcher = LAUNCHERS[how["launcher"]]
     if Path(how["folder"]).is_dir():
         os.chdir(how["folder"])  # relative paths begin there
-    held = [run for run in runs if launcher is Local and run_folder.is_held(run)]  # of SLURM, its queue knows more
+    held = [run for run in runs if launcher is Local and run_folder.is_held(run)]  # for SLURM, its queue is asked
     if held:
         log.warning("%s left to the process that is at it, or will be", counted(len(held), "job"))
     jobs = [job for run in runs if run not in held and (job := _job_of(run))]

@@ -44,9 +44,9 @@ class Supervisor:
     jobs: dict[Path, Job]
     packs: dict[str, list[Path]] = field(default_factory=dict)
     deaths: Counter[Path] = field(default_factory=Counter)
-    reached: dict[Path, int] = field(default_factory=dict)  # batches
-    over: set[str] = field(default_factory=set)  # names of packs
-    last: dict[str, PackState] = field(default_factory=dict)  # by pack
+    reached: dict[Path, int] = field(default_factory=dict)
+    over: set[str] = field(default_factory=set)
+    last: dict[str, PackState] = field(default_factory=dict)
 
     def start(self, most: int | None) -> None:
         """Submit all jobs that are neither finished nor in a pack of an earlier launch."""

@@ -86,7 +86,7 @@ def options_for_hydra(options: Sequence[str]) -> list[str]:
     - `model.path=~/gpt2`: `~` is expanded to the user's home folder.
     """
     at_home = [_at_home(option) for option in options]
-    # If `fraction` is given twice, the last one counts. Rewritten, both might be different keys, and Hydra keep both.
+    # If `fraction` is given twice, the last one counts. Rewritten, they might be different keys; Hydra would keep both.
     fractions = [place for place, option in enumerate(at_home) if option.startswith("fraction=")]
     at_home = [option for place, option in enumerate(at_home) if place not in fractions[:-1]]
     return [_rewritten(option) for option in number_fractions(at_home)]

@@ -24,7 +24,8 @@ class ChanceModel:
     """Predictor that does not see the input; its scores are the chance levels.
 
     Attributes:
-        probability: of each token (its frequency in the calibration data, add-one smoothed) or class (uniform).
+        probability: predicted probability of each token (its frequency in the calibration data, add-one smoothed) or of
+            each class (uniform).
         common: ids of the most common tokens, which the skip metrics leave out; empty for images.
     """
 

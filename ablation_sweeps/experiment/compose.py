@@ -32,7 +32,7 @@ def compose_job(*options: str, config_dir: str | os.PathLike[str] | None = None)
     """Compose and check the job that the command line makes of the same options. Nothing is loaded or written yet.
 
     Args:
-        options: as typed on the command line: `"method=mean"` or `"eval.tokens=5000"`.
+        options: options as typed on the command line: `"method=mean"` or `"eval.tokens=5000"`.
         config_dir: folder with yaml files of your own, as for the flag `--config-dir`.
 
     Raises:

@@ -27,7 +27,7 @@ from ablation_sweeps.results import run_folder
 from ablation_sweeps.results.metrics import MAIN
 from ablation_sweeps.results.record import summary
 
-NO_SPECIAL = 2  # the same for results with model.tokens=no_special
+NO_SPECIAL = 2  # like RESULTS_VERSION, for results with model.tokens=no_special
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -88,7 +88,7 @@ class Job:
     dry_run: bool  # print what would run, then stop
     sweep: str
     results_dir: Path
-    objective: str | None  # value that a sweeper optimises
+    objective: str | None  # name of the value that a sweeper optimises
     config: dict[str, Any]  # composed and resolved; saved as config.yaml
 
     def check(self) -> None:

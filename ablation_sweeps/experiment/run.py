@@ -50,7 +50,7 @@ def run_job(job: Job, session: Session | None = None) -> Path:
     """Run the job, unless it has finished before.
 
     Args:
-        session: what earlier jobs of this process have loaded; None loads everything anew.
+        session: state that earlier jobs of this process have loaded; None loads everything anew.
 
     Returns:
         The run folder, which holds the job's rows (`rows.parquet`) and the metric sums of each document
@@ -67,7 +67,7 @@ def run_job(job: Job, session: Session | None = None) -> Path:
             documents, rows = measure(job, folder, session or Session())
             run_folder.finish(folder, rows, documents, time.perf_counter() - started, job.cost_key)
         except BaseException as error:
-            if run_folder.status(folder)["state"] != "finished":  # what follows that state only tidies up
+            if run_folder.status(folder)["state"] != "finished":  # after that, only tidying up can fail
                 run_folder.fail(folder, error)
             raise
     if job.tracking.log_run(RunRecord.of(folder)):  # only a mirror: results on disk do not depend on it

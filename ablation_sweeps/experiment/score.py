@@ -19,7 +19,7 @@ class Targets(NamedTuple):
 
     rows: Int[torch.Tensor, " scored"]
     labels: Int[torch.Tensor, " scored"]
-    shape: tuple[int, int]  # of the batch: examples, positions per example
+    shape: tuple[int, int]  # (examples, positions per example) of the batch
 
 
 def _targets(batch: Batch) -> Targets:

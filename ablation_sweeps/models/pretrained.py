@@ -54,7 +54,7 @@ class Pretrained:
         device: `auto` is the first GPU if there is one, else the CPU.
         device_map: `auto` and the like split a model across devices, as in transformers and accelerate.
         quantize: load the weights in 8 or 4 bits with bitsandbytes.
-        attn_implementation: as in transformers; None is the model's default.
+        attn_implementation: attention kernel, named as in transformers; None is the model's default.
         use_safetensors: True accepts no other format; None also accepts torch's, read with `weights_only`.
         tokens: positions that enter the statistics: "all", or "no_special": all but BOS, CLS, SEP, registers and such.
         site_paths: module paths or patterns of the projections, for a model in which they are not found by structure.

@@ -54,7 +54,7 @@ def isolate(model: Transformer, encoder: TextEncoder, option: str) -> Transforme
     """Change the model and its encoder so that a text scores the same whatever runs before it or beside it.
 
     A short text is run alone, beside a longer one, beside the longest possible one, and alone again. Longer texts are
-    tried as well (see `_length_matters`), since a few tokens reveal little about a position scheme. If scores depend on
+    tried as well (see `_length_matters`), as few tokens reveal little about a position encoding. If scores depend on
     the length of the other texts, texts of different lengths are run separately. If the model changes its own state
     between passes, each pass starts from the state in which it was loaded. If it has fewer positions than its
     configuration says, texts are truncated to that number.
@@ -112,7 +112,7 @@ def _length_matters(model: Transformer, longest: Batch, n: int) -> bool:
     """True if a text scores differently beside the longest one, by more than rounding.
 
     It tries texts that are half as long as the longest one, a quarter as long and so on, so that one of them is near
-    the length at which a position scheme changes. In a causal model they are prefixes of the longest text, which then
+    the length at which a position encoding changes. In a causal model they are prefixes of the longest text, which then
     needs a single pass.
 
     Args:

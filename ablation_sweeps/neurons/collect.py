@@ -153,7 +153,7 @@ class CalibrationData:
     too_large: int | None = None
 
     def run(self, see: ActivationSink, title: str) -> None:
-        """Run one pass and call `see(layer, x)` with the activations at all counted positions, in chunks."""
+        """Run one pass and call `see(layer, x)` with the activations that enter the statistics, in chunks."""
         if self.replay is None:
             self._pass(see, title)
         elif self.replay.whole:
@@ -179,10 +179,10 @@ class CalibrationData:
         layer: int,
         x: torch.Tensor,
     ) -> None:
-        """Pass a layer's activations at the counted positions to `see`, in chunks.
+        """Pass a layer's activations that enter the statistics to `see`, in chunks.
 
         Args:
-            counted: indices of the counted positions in the flattened batch; None if all positions count.
+            counted: indices of the positions that enter the statistics in the flattened batch; None for all positions.
         """
         rows, keep = as_rows(x, len(batch.names)), batch.keep
         if keep is not None and rows.shape[1] != keep.shape[1]:  # the model adds or removes padding itself

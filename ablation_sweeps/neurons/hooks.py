@@ -43,7 +43,10 @@ def ablated(
 
 
 def _check_shape(value: torch.Tensor, rows: Float[torch.Tensor, "batch rows neurons"]) -> None:
-    """Refuse two axes: `[positions, neurons]` could not be told from `[examples, neurons]` if both sizes agree."""
+    """Check the shape of replacement values.
+
+    Two axes are refused: `[positions, neurons]` could not be told from `[examples, neurons]` if both sizes agree.
+    """
     fits = all(size in (1, full) for size, full in zip(value.shape[:-1], rows.shape, strict=False))
     if value.ndim not in (1, 3) or value.shape[-1] != rows.shape[-1] or not fits:
         raise UserError(

@@ -12,7 +12,7 @@ from ablation_sweeps.base.lazy import torch
 
 Operation = Literal["attention", "activation"]
 
-NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")  # a layer's number; one at the end of a path belongs to the layer's inside
+NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")  # a layer's number; one at the end of a path is a module inside a layer
 MLP = re.compile(r"mlp|ffn|feed_?forward|\bff\b|\bfc|down", re.IGNORECASE)
 
 

@@ -22,7 +22,7 @@ class StreamingHistogram:
     Attributes:
         low: lower end of the first bin, float64.
         width: width of a bin, float64.
-        counts: int32.
+        counts: number of values in each bin, int32.
     """
 
     low: Float[torch.Tensor, " neurons"]
@@ -113,7 +113,7 @@ class Bracket:
 
     Attributes:
         low, high: ends of the interval, inclusive, float32.
-        minimum, maximum: of all values, float32.
+        minimum, maximum: range of all values, float32.
         counts: number of values below the interval, equal to `low`, in each bin, and above the interval; None before
             the first value.
         least, greatest: smallest and largest value inside the interval.

@@ -140,7 +140,7 @@ def _panel(axes: Axes, rows: DataFrame, style: dict[str, dict[str, Any]]) -> lis
 
 def _line(axes: Axes, curves: DataFrame, over_seeds: Series, look: dict[str, Any]) -> None:
     """Draw the curve over all seeds, and each seed if they are few, or the 95 % t-interval if they are many."""
-    from scipy.special import stdtrit  # as scipy.stats does, which takes a second to import
+    from scipy.special import stdtrit  # as in scipy.stats, which takes a second to import
 
     x, mean = 100 * curves.index.to_numpy(), over_seeds.to_numpy()
     every = max(1, round(len(x) / 11))
@@ -157,7 +157,7 @@ def _top(peaks: list[float], clean: float, chance: float) -> float:
     """Upper end of an axis on which higher is worse, low enough that one terrible method does not hide the others."""
     rises = sorted(max(peak - clean, 1e-3) for peak in peaks)
     usual = rises[(len(rises) - 1) // 2]
-    if chance - clean > usual:  # not where chance is NaN
+    if chance - clean > usual:  # False if chance is NaN
         usual = min(chance - clean, 4 * usual)
     shown = max(rise for rise in rises if rise <= max(4 * usual, rises[0]))
     if shown < chance - clean <= 4 * shown:

@@ -14,7 +14,7 @@ from ablation_sweeps.report.plots import LAYOUT, add_line
 from ablation_sweeps.results.display import method_styles
 
 COLOURS = {method: look["color"] for method, look in method_styles(("zero", "mean", "median", "peak")).items()}
-N_BINS = 100  # of the histograms that the peak method caches
+N_BINS = 100  # as in the histograms that the peak method caches
 MAX_HISTOGRAM_BYTES = 16_000_000  # in report.html; of a larger model, it has only the most asymmetric neurons
 SIZES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4)  # calibration data relative to the present, for the peak's stability
 

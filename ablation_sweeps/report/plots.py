@@ -71,7 +71,7 @@ def _figure(lines: dict[str, Line], methods: list[str], scale: float, y: str, ma
             figure.update_traces(line_dash="dash", selector=shown)
     for name, value in marked.items():
         if not math.isnan(value):
-            dashes, side = ("dash", "right") if name == "clean" else ("dot", "left")  # where the curves are not
+            dashes, side = ("dash", "right") if name == "clean" else ("dot", "left")  # away from the curves
             figure.add_hline(scale * value, line_color=GREY, line_width=1, line_dash=dashes, annotation_text=name,
                              annotation_font_color=GREY, annotation_position=f"top {side}")  # fmt: skip
     figure.update_layout(**LAYOUT, xaxis_title="Neurons ablated (%)", yaxis_title=y)

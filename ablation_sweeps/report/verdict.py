@@ -23,7 +23,7 @@ COUNTED_GROUPS = 200  # limit when counting them: there may be millions
 
 
 def verdict(study: StudyResult) -> str:
-    """Which method does least damage, by the area under its loss; which cannot be told apart; and on what basis."""
+    """Say which method does least damage by the area under its loss, which cannot be told apart, and on what basis."""
     return " ".join([_said(study), *caveats(study)])
 
 
@@ -114,7 +114,7 @@ def groups_of_tied(ranked: Sequence[str], undecided: Collection[frozenset[str]])
 
 
 def _who_beats_whom(ranked: Sequence[str], pairs: Mapping[frozenset[str], Any], together: list[list[str]]) -> str:
-    """For a best method that is tied: all significant differences, one sentence for the methods that beat the same."""
+    """Sentences on all significant differences, for the case that the best method is tied with others."""
     beaten: dict[str, tuple[str, ...]] = {}
     for method in ranked:
         versus = {other: pairs[frozenset((method, other))] for other in ranked if other != method}

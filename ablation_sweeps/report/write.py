@@ -107,9 +107,9 @@ def _shown(study: Study, runs: dict[str, Path], doubts: dict[Path, str]) -> page
 
 
 def _doubts(runs: Iterable[Path]) -> dict[Path, str]:
-    """A sentence on each run that passed texts together while other runs of its model show that scores depend on it.
+    """A sentence on each run whose scores may be wrong, since texts of different lengths were in the same pass.
 
-    Earlier versions passed all texts together.
+    Earlier versions did that with every model. Other runs of the same model show that its scores depend on it.
     """
     texts = {run: run_folder.texts_of(run) for run in runs}
     if set(texts.values()) <= {run_folder.TOGETHER}:

@@ -133,7 +133,7 @@ def _estimates(statistic: Callable[..., Values], like: Curve, seed: int) -> tupl
     n_seeds, _, n_documents = like.totals.shape
     rng = np.random.default_rng(seed)
     of_points = like.n_documents.tolist()
-    of_points.append(min(of_points))  # of the area
+    of_points.append(min(of_points))  # documents of the area
     all_seeds, all_documents = np.ones((1, n_seeds)), np.ones((1, n_documents))
     values = statistic(all_seeds, all_documents)[0]
     over_documents = _variance(n_documents, rng, lambda w: statistic(np.repeat(all_seeds, len(w), 0), w))

@@ -126,7 +126,7 @@ def _distinguish(rows: DataFrame) -> DataFrame:
 
 
 def _differing(runs: dict[str, list[Path]], rows: DataFrame) -> dict[str, str]:
-    """For each study, what distinguishes it from others with the same labels; "" if it is the only one.
+    """Text that distinguishes each study from others with the same labels; "" if it is the only one.
 
     It consists of the options that differ, as typed, and of how texts are passed to the model, if that differs. If all
     of it is equal (the files of the model or of the data differ), it is the time at which the study finished.

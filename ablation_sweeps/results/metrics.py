@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-# Sums over the scored positions of a document, after their number `n`. `_rare`: over the positions whose label is not
-# among the most common tokens.
+# Columns of a document: the number `n` of its scored positions, and sums over them. `_rare`: over the positions whose
+# label is not among the most common tokens.
 SUMS = ("n", "loss", "top1", "topk", "kl", "n_rare", "loss_rare", "top1_rare", "topk_rare")
 
 

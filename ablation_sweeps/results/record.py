@@ -32,7 +32,7 @@ class RunRecord:
     study: str  # runs of one study may be compared
     config: Mapping[str, Any]  # options of the job, nested or flat; see `flatten`
     rows: Rows  # rows of rows.parquet, in any order
-    folder: Path  # of the sweep; W&B writes to `wandb/` in it
+    folder: Path  # sweep folder; W&B writes to `wandb/` in it
 
     @classmethod
     def of(cls, run: Path) -> RunRecord:

@@ -79,7 +79,8 @@ class Environment(TypedDict, total=False):
         model_left_out: one line for each thing in the model's files that the model does not use.
         data_left_out: for each split, one sentence per reason why examples were left out.
         left_out: one of these two, in runs of earlier versions.
-        texts: how texts were passed to the model, such as "apart"; absent if together.
+        texts: how texts were passed to the model: "apart" if those of different lengths were never in the same pass;
+            absent if together.
         statistics: name of the cache folder of the calibration statistics.
         seconds: duration of the run.
         like: cost key: runs with the same one take about equally long.
@@ -311,7 +312,8 @@ def remember_texts(folder: Path, passed: str) -> None:
     Batches for which they were passed in another way are discarded, and computed again.
 
     Args:
-        passed: in words; empty if together, as for most models.
+        passed: "apart" if texts of different lengths are never in the same pass, for instance; empty if together,
+            as for most models.
     """
     before = texts_of(folder)
     if (passed or TOGETHER) == before:
@@ -417,7 +419,7 @@ def is_held(folder: Path) -> bool:
 def _gone(pid: int, wrote: str) -> bool:
     """True if a process has ended.
 
-    A process that began after the status was written is another one: ids are reused, and soon so in a container.
+    A process that began after the status was written is another one: process ids are reused, in a container even soon.
     """
     import psutil
 
