@@ -145,11 +145,13 @@ def _is_left_over(file: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: object) -> None:
+    """Write json atomically."""
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
@@ -173,6 +175,7 @@ def write_table(path: Path, table: pd.DataFrame) -> str:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes atomically."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 

@@ -100,6 +100,7 @@ class Batch:
         return self.labels.numel()
 
     def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
         return replace(
             self,
             inputs={key: value.to(device) for key, value in self.inputs.items()},

@@ -66,6 +66,7 @@ class ImageEncoder:
         return [self._batch(pictures, range(*ends), split, rest) for ends in pairwise([*starts, len(pictures)])]
 
     def pixels(self, pictures: Sequence[Picture]) -> Float[torch.Tensor, "batch channels height width"]:
+        """Pixels of some images, transformed in threads."""
         return _stacked([threads().submit(self._pixels, picture) for picture in pictures])
 
     def _pixels(self, picture: Picture) -> torch.Tensor:

@@ -94,6 +94,7 @@ class Intake:
 
 
 def content_of_text(text: str) -> bytes:
+    """sha256 of a text, without white space at its ends."""
     return hashlib.sha256(text.strip().encode(errors="surrogatepass")).digest()
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Digits:
+    """Handwritten digits, divided by a hash into training, calibration and evaluation images."""
+
     label: str
     modality: ClassVar[Modality] = "image"
 
@@ -53,5 +55,6 @@ def arrays() -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_of(name: str) -> Split:
+    """Split of an image: 70 % train, 10 % calibration, 20 % evaluation."""
     position = unit_hash(name)
     return "train" if position < 0.7 else "calibration" if position < 0.8 else "evaluation"

@@ -136,6 +136,7 @@ def modules(root: Path) -> Iterator[Path]:
 
 
 def help_topics() -> dict[str, str]:
+    """The texts of `help()`, by topic."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -144,6 +145,7 @@ def help_topics() -> dict[str, str]:
 
 
 def source(path: Path) -> str:
+    """Source code of a Python file."""
     with tokenize.open(path) as file:  # uses the encoding that the file declares
         return file.read().strip()
 
@@ -192,6 +194,7 @@ def split_of(name: str) -> Split:
 
 
 def split_position(name: str) -> float:
+    """Hash in [0, 1) of the module of a document."""
     return unit_hash(name.removeprefix("doc/").removeprefix("code/"))
 
 
@@ -201,6 +204,7 @@ def in_split(documents: Iterable[Document], split: Split) -> Iterator[Document]:
 
 
 def content_hash(documents: Iterable[Document]) -> str:
+    """sha256 of the names and texts of some documents."""
     digest = hashlib.sha256()
     for document in documents:
         for part in (document.name, document.text):

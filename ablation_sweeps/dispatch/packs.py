@@ -54,9 +54,11 @@ class Pack:
 
     @property
     def folders(self) -> list[Path]:
+        """Run folders of the jobs."""
         return [Path(folder) for folder in self.configs]
 
     def __call__(self) -> None:
+        """Run the jobs in this process, one after another."""
         _log_to_stderr()
         time.sleep(random.random() * self.delay)
         if self.stalls == STALLS:  # otherwise it would be requeued for ever

@@ -53,6 +53,7 @@ def seconds_of(job: Job) -> float | None:
 
 
 def duration(seconds: float) -> str:
+    """A number of seconds in words: "40 s", "12 min", "3.5 h"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

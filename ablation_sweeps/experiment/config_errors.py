@@ -121,15 +121,18 @@ def _known_options(conf: Path) -> dict[str, set[str]]:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def no_such_option(part: str, name: str, known: list[str]) -> str:
+    """Message about an option that a part of the config does not have."""
     option, options = f"{part}.{name}", sorted(f"{part}.{field}" for field in known)
     return f"{option}: there is no such option{near(option, options)}; {part} has {', '.join(options)}"
 
 
 def explain(part: str, fields: dict[str, Any], error: Any) -> str:
+    """Message about an error of pydantic, in terms of the option that the user typed."""
     name = str(error["loc"][0]) if error["loc"] else ""
     option = f"{part}.{name}" if name else part
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):

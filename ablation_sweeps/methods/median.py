@@ -29,6 +29,7 @@ class Median:
     numbers: ClassVar[int] = 2  # raise it when the values change; version 1 read the median off one histogram
 
     def fit(self, fitting: Fitting) -> Constant:
+        """Constants `[neurons]` per layer, float32, in the activations' units."""
         return Constant(fitting.statistics(Medians(self.n_bins)).medians)
 
 

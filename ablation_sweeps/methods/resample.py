@@ -46,6 +46,7 @@ class Resample:
     length: Annotated[int, Field(ge=1)] | None
 
     def check(self, modality: Modality) -> None:
+        """Refuse a source that does not suit the model's inputs, or options that have no effect with it."""
         suits = IMAGE_SOURCES if modality == "image" else TEXT_SOURCES
         if self.source not in suits:
             raise UserError(f"method.source={self.source}: is not for {modality}s; choose one of {', '.join(suits)}")
@@ -58,6 +59,7 @@ class Resample:
             )
 
     def fit(self, fitting: Fitting) -> Replacement:
+        """Run the other input, if there is a fixed one, and keep its activations."""
         if self.source == "dataset":
             return AnotherExample()
         length = self.length if self.as_run and self.length else fitting.length

@@ -11,7 +11,10 @@ from ablation_sweeps.methods.method import Constant, Fitting
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Zero:
+    """Zero for every neuron."""
+
     label: str
 
     def fit(self, fitting: Fitting) -> Constant:
+        """Zeros, `[neurons]` per layer, float32."""
         return Constant([torch.zeros(p.width) for p in fitting.projections])

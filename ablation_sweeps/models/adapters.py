@@ -31,6 +31,7 @@ class Adapter:
 
     @property
     def option(self) -> str:
+        """The option that names the adapter, as the user typed it."""
         return f"model.adapter={self.source}"
 
     @property
@@ -41,6 +42,7 @@ class Adapter:
 
     @property
     def commit(self) -> str:
+        """Commit on the hub."""
         return commit(self.source, None, "model")
 
     def check(self) -> None:
@@ -67,6 +69,7 @@ class Adapter:
         return signature([fingerprint_of_file(self.path / name) for name in (CONFIG, WEIGHTS)])
 
     def prefetch(self) -> None:
+        """Download the adapter, if it is on the hub."""
         if self.path is None:
             fetch_model(self.source, self.commit, [CONFIG, WEIGHTS], self.option)
 

@@ -37,6 +37,7 @@ class CausalLM(Pretrained):
         return TextEncoder(load_tokenizer(self), longest, None, self.tokens, self.pack)
 
     def load(self) -> Transformer:
+        """Load the model, check that it is causal, and make scores independent of the other texts in a batch."""
         tokenizer, encoder = load_tokenizer(self), self.encoder()
         # An image-text model that is given only text runs only its language model.
         auto = auto_model(self, "causal_lm", "AutoModelForCausalLM", "AutoModelForImageTextToText")

@@ -28,6 +28,7 @@ class ImageClassifier(Pretrained):
         return dataclasses.replace(self, device="cpu", device_map=None, quantize=None).load().encode
 
     def load(self) -> Transformer:
+        """Load the model with its image processor."""
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         processor = self.guarded(lambda: AutoImageProcessor.from_pretrained(self.source, **self.hub_options))

@@ -49,6 +49,7 @@ class MaskedLM(Pretrained):
         return TextEncoder(load_tokenizer(self), longest, masking, self.tokens, self.pack)
 
     def load(self) -> Transformer:
+        """Load the model, and make scores independent of the other texts in a batch."""
         tokenizer, encoder = load_tokenizer(self), self.encoder()
         module, left_out = self.from_pretrained(auto_model(self, "masked_lm", "AutoModelForMaskedLM"))
         encoder = fit_vocabulary(encoder, module, self.option)

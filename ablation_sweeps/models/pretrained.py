@@ -85,6 +85,7 @@ class Pretrained:
 
     @property
     def source(self) -> str:
+        """Folder or hub name of the model, as transformers takes it."""
         return self.path or self.name or ""
 
     @field_validator("path")
@@ -300,6 +301,7 @@ class Pretrained:
 
 @functools.cache
 def load_tokenizer(model: Pretrained) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, which truncates at the end of a text."""
     from transformers import AutoTokenizer
 
     tokenizer = model.guarded(lambda: AutoTokenizer.from_pretrained(model.source, **model.hub_options))
@@ -382,6 +384,7 @@ def quiet():
 
 @functools.cache
 def load_config(model: Pretrained) -> Any:
+    """The model's configuration, without its weights."""
     from transformers import AutoConfig
 
     return model.guarded(lambda: AutoConfig.from_pretrained(model.source, **model.hub_options))

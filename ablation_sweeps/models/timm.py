@@ -46,6 +46,7 @@ class Timm(Pretrained):
 
     @property
     def repository(self) -> str:
+        """Name of the repository on the hub; timm knows it for its own model names."""
         import timm
 
         name = str(self.name).removeprefix("hf-hub:")
@@ -63,6 +64,7 @@ class Timm(Pretrained):
         return dataclasses.replace(self, device="cpu").load().encode
 
     def load(self) -> Transformer:
+        """Load the model with its image transform."""
         from timm.data.config import resolve_data_config
         from timm.data.transforms_factory import create_transform
 

@@ -58,6 +58,7 @@ class Transformer:
 
     @property
     def device(self) -> torch.device:
+        """Device of the inputs."""
         return input_device(self.module)
 
     @property

@@ -39,6 +39,7 @@ class Moments:
 
     @property
     def mean(self) -> Float[torch.Tensor, " neurons"]:
+        """Mean over positions, float64, within the observed range whatever the rounding."""
         return (self.total / self.n).clamp(self.minimum.double(), self.maximum.double())
 
     @property
@@ -48,6 +49,7 @@ class Moments:
 
     @classmethod
     def of(cls, x: Float[torch.Tensor, "tokens neurons"]) -> Moments:
+        """Moments of the activations of one layer."""
         wide = x.to(torch.float64, copy=True)  # a copy: it is squared in place below
         total = wide.sum(0)
         return cls(len(x), total, wide.square_().sum(0), x.amin(0).float(), x.amax(0).float())

@@ -55,6 +55,7 @@ class Metric:
         return self.label.replace("{unit}", unit)
 
     def heading_in(self, unit: str) -> str:
+        """The heading for a unit: "token" or "image"."""
         return self.heading.replace("{unit}", unit)
 
     def of_ratio(self, ratio: np.ndarray) -> np.ndarray:

@@ -46,6 +46,7 @@ class RunRecord:
 
     @property
     def name(self) -> str:
+        """Name of the run in W&B."""
         return f"{self.model}-{self.site}-{self.method}-s{self.seed}"
 
 

@@ -137,6 +137,7 @@ def thin_calibration(rows: DataFrame) -> tuple[int, int] | None:
 
 
 def of_calibration(thin: tuple[int, int]) -> str:
+    """Words on calibration data that held fewer positions than were asked for."""
     return f"of {thin[0]:,} positions, where {thin[1]:,} were asked for"
 
 
