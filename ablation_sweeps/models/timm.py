@@ -46,7 +46,7 @@ class Timm(Pretrained):
 
     @property
     def repository(self) -> str:
-        """Name of the repository on the hub; timm knows it for its own model names."""
+        """Name of the repository on the hub, which timm looks up if `name` is one of its own model names."""
         import timm
 
         name = str(self.name).removeprefix("hf-hub:")

@@ -72,8 +72,8 @@ def collect(
     Args:
         wanted: statistics that are needed besides the moments.
         note: called with a warning if the device has too little memory for the batches, which are then halved.
-        replay: recorder for the activations of these batches. The second pass is played back from it instead of
-            running the model. None: every pass runs the model.
+        replay: recorder for the activations of these batches. Once it holds a whole pass, later ones are played back
+            from it instead of running the model. None: every pass runs the model.
 
     Raises:
         UserError: an activation is not finite, the calibration data are empty, or one pass cannot resolve the
