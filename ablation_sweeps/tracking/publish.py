@@ -24,7 +24,7 @@ PROJECT = "ablation-sweeps"  # for runs that were not tracked; also the default 
 
 
 class Sent(NamedTuple):
-    """What was sent to W&B: the number of runs, and whether the tables were."""
+    """Summary of what was sent to W&B: the number of runs, and whether the tables were."""
 
     runs: int
     tables: bool
