@@ -111,7 +111,7 @@ def _say_what_other_code_did(jobs: Sequence[Job]) -> None:
     if other:
         named = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
         log.info(
-            "%d of %s finished by another version of this code, which is taken for equal (NUMBERS in job.py): %s; "
+            "%d of %s finished by another version of this code, whose numbers are taken for equal: %s; "
             "results_dir=FOLDER computes anew", len(other), counted(len(jobs), "job"), named,
         )  # fmt: skip
 

@@ -86,7 +86,7 @@ def test_a_result_of_other_code_is_kept_and_said(launch: Launch, on_text, tmp_pa
     run_folder.update_environment(run, code="edited since")
     run_folder.finish(run, *(pd.read_parquet(run / f"{name}.parquet") for name in ("rows", "documents")), seconds=1.0)
     again = launch("-m", *on_text, "method=mean", "seed=0,1").err
-    assert "1 of 2 jobs finished by another version of this code, which is taken for equal" in again
+    assert "1 of 2 jobs finished by another version of this code, whose numbers are taken for equal" in again
     assert f": {run.name}; results_dir=FOLDER computes anew" in again
     shutil.rmtree(run)
     assert "another version" not in launch("-m", *on_text, "method=mean", "seed=0,1").err
