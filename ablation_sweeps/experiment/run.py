@@ -28,22 +28,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Columns of rows.parquet: first the experiment, then what was measured.
-COLUMNS = (
-    *("run_id", "study", "kind", "model", "revision", "dataset", "site", "selection", "granularity", "method"),
-    *(
-        "method_params",
-        "seed",
-        "fraction",
-        "n_ablated",
-        "n_neurons",
-        "metric",
-        "value",
-        "stderr",
-        "n",
-        "clean",
-        "chance",
-    ),
-)
+EXPERIMENT = "run_id study kind model revision dataset site selection granularity method method_params seed"
+MEASURED = "fraction n_ablated n_neurons metric value stderr n clean chance"
+COLUMNS = [*EXPERIMENT.split(), *MEASURED.split()]
 
 
 def run_job(job: Job, session: Session | None = None) -> Path:
@@ -157,4 +144,4 @@ def measure(job: Job, folder: Path, session: Session) -> tuple[pd.DataFrame, pd.
         "n_ablated": rows["fraction"].map({0.0: 0, **n_ablated}),
         "n_neurons": sum(projection.width for projection in projections),
     }
-    return documents, rows.assign(**columns).loc[:, list(COLUMNS)]
+    return documents, rows.assign(**columns).loc[:, COLUMNS]
