@@ -22,7 +22,7 @@ from ablation_sweeps.experiment.identity import RESULTS_VERSION, class_of, conte
 from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.methods.method import Method
 from ablation_sweeps.neurons import collect, sites, streaming_histogram
-from ablation_sweeps.neurons.selection import Random, Schedule
+from ablation_sweeps.neurons.selection import Schedule, Selection
 from ablation_sweeps.results import run_folder
 from ablation_sweeps.results.metrics import MAIN
 from ablation_sweeps.results.record import summary
@@ -78,7 +78,7 @@ class Job:
     method: Method
     fraction: Schedule
     site: sites.Site
-    selection: Random
+    selection: Selection
     statistics: Calibration
     eval: Evaluation
     tracking: Any

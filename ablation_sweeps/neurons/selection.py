@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Int
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.base.lazy import torch
+
+
+@runtime_checkable
+class Selection(Protocol):
+    """A rule that orders the neurons of each layer. `label` names it in tables, figures and folders."""
+
+    label: str
+
+    def orders(self, widths: list[int], seed: int) -> list[Int[torch.Tensor, " _neurons"]]: ...
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
