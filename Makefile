@@ -9,10 +9,11 @@ UV := $(shell command -v uv || echo $(VENV)/bin/uv)
 STAMP := $(VENV)/.installed
 VENV4 := .venv-transformers4
 VENVS := .venv-pythons
+VENV_DOCS := .venv-docs
 # Where it is set, each of many processes compiles torch and transformers again: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-signals test-transformers4 test-pythons test-slurm browser check smollm2 tiny bench bench-against bench-gpu reference lock clean
+.PHONY: help setup demo docs test test-signals test-transformers4 test-pythons test-slurm browser check smollm2 tiny bench bench-against bench-gpu reference lock clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -104,9 +105,22 @@ bench-gpu: setup smollm2 ## both on a GPU, with the shapes of the paper's models
 reference: setup smollm2 ## the runs of results/reference (hours); needs ASSETS, see results/reference/README.md
 	scripts/reference.sh
 
+# An environment of its own: the tools of the site are needed for nothing else. API pages read the sources, and import nothing.
+$(VENV_DOCS)/.installed: requirements-docs.txt
+	@test -x $(VENV_DOCS)/bin/python || $(PYTHON) -m venv $(VENV_DOCS)
+	@test -x "$(UV)" || $(VENV_DOCS)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(if $(wildcard $(UV)),$(UV),$(VENV_DOCS)/bin/uv) pip install --quiet --python $(VENV_DOCS)/bin/python -r requirements-docs.txt
+	@touch $@
+
+docs: $(VENV_DOCS)/.installed ## build the documentation as a site in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --quiet --strict
+	@echo build/site/index.html
+
 lock: ## pin what was tested: hashes, no addresses
 	$(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
 	  --no-header --group test --group check pyproject.toml -o requirements.txt
+	$(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
+	  --no-header --group docs -o requirements-docs.txt
 
 clean: ## remove the environment and caches, not the results
-	rm -rf $(VENV) $(VENV4) $(VENVS) .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
+	rm -rf $(VENV) $(VENV4) $(VENVS) $(VENV_DOCS) .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
