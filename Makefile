@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml requirements.txt
 
 # HF_HUB_OFFLINE: a loader that tries the network hangs where there is none. One thread for each of pytest's processes.
 test: setup ## the whole suite
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 SIGNALS ?= 12
 test-signals: setup ## sweeps that are killed at random, or whose files are damaged, must give the same bits (SIGNALS=200)

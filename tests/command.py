@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
+import multiprocessing
 import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import ablation_sweeps.experiment.config  # noqa: F401  (its resolvers, before H
 from ablation_sweeps.cli.launch import session
 from ablation_sweeps.experiment import identity
 from ablation_sweeps.experiment.session import Session
+from ablation_sweeps.report import page, write
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch.py"
@@ -50,7 +54,15 @@ class Outcome:
 
 
 @pytest.fixture
-def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Launch:
+def pictures() -> None:
+    """Figures and charts are drawn. Tests that do not ask for it have empty ones: to draw takes longer than a small
+    sweep."""
+
+
+@pytest.fixture
+def launch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> Launch:
     """`launch("-m", "seed=0,1")` does in `tmp_path` what `python launch.py -m seed=0,1` would."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.singleton import Singleton
@@ -72,6 +84,10 @@ def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
             patch.setattr(sys, "argv", [str(LAUNCH), *arguments])
             patch.setattr(sys, "path", list(sys.path))
             patch.setattr(sys, "excepthook", sys.excepthook)
+            if "pictures" not in request.fixturenames:
+                patch.setattr(write, "draw", lambda *study: None)
+                patch.setattr(write, "save", lambda figure, path, suffix: path.touch())
+                patch.setattr(page, "figures", lambda study: {})
             try:
                 runpy.run_path(str(LAUNCH), run_name="__main__")
             except SystemExit as left:
@@ -108,6 +124,78 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Session, "model", load)
     yield
     assert not loaded, "a model was loaded before the mistake was found"
+
+
+# Processes of their own are forked off one that has imported these, which takes seconds, and has done nothing else.
+IMPORTED = (
+    "ablation_sweeps.cli.launch", "ablation_sweeps.cli.commands", "ablation_sweeps.experiment.run",
+    "ablation_sweeps.report.write", "ablation_sweeps.tracking.publish", "ablation_sweeps.models.causal_lm",
+    "ablation_sweeps.datasets.text_files", "hydra", "pandas", "torch", "scipy.special", "pyarrow.parquet",
+    "matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf", "matplotlib.backends.backend_svg",
+    "plotly.graph_objects", "plotly.offline", "safetensors.torch", "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama",
+)  # fmt: skip
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(list(IMPORTED))
+
+
+class Command:
+    """`python *arguments` in a forked process; its output lies in files."""
+
+    def __init__(self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None):
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = [Path(self._folder.name) / name for name in ("out", "err")]
+        environment = dict(os.environ if env is None else env)
+        given = (arguments, str(cwd), environment, [str(file) for file in self._files])
+        self._process = _forks.Process(target=_run_python, args=given)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float = 300) -> int:
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"not over after {timeout} seconds"
+        return self._process.exitcode
+
+    @property
+    def output(self) -> list[str]:
+        """What it has written so far: to stdout, and to stderr."""
+        return [file.read_text() for file in self._files]
+
+
+def run_python(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> Outcome:
+    """What `python *arguments` does there, in a process of its own."""
+    command = Command(*arguments, cwd=cwd, env=env)
+    return Outcome(command.wait(), *command.output)
+
+
+def _run_python(arguments: tuple[str, ...], cwd: str, environment: dict[str, str], outputs: list[str]) -> None:
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, file in enumerate(outputs, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if arguments[0] == "-c":
+            sys.argv = ["-c", *arguments[2:]]
+            exec(compile(arguments[1], "<command>", "exec"), {"__name__": "__main__"})
+        elif arguments[0] == "-m":
+            sys.argv = list(arguments[1:])
+            sys.path.insert(0, cwd)
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = list(arguments)
+            sys.path.insert(0, str(Path(arguments[0]).parent))
+            runpy.run_path(arguments[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out
 
 
 def text(number: int, words: int = 30) -> str:

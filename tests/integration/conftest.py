@@ -1,3 +1,3 @@
 """The command line, for the tests of this folder."""
 
-from command import broken, faults, images, launch, no_weights, on_images, on_text, texts  # noqa: F401
+from command import broken, faults, images, launch, no_weights, on_images, on_text, pictures, texts  # noqa: F401

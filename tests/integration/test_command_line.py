@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from command import LAUNCH, ROOT, Launch, states, write_texts
+from command import LAUNCH, ROOT, Launch, run_python, states, write_texts
 
 RUN_FILES = {"config.yaml", "environment.json", "status.json", "rows.parquet", "documents.parquet", "log"}
 COLUMNS = [
@@ -41,7 +41,7 @@ def hashes(sweep: Path) -> dict[str, str]:
     return {str(path.relative_to(sweep)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_the_command_alone_runs_the_embedded_default(launch: Launch, tmp_path):
+def test_the_command_alone_runs_the_embedded_default(launch: Launch, tmp_path, pictures):
     if not (ROOT / "ablation_sweeps" / "assets" / "tiny_causal" / "model.safetensors").is_file():
         pytest.skip("the embedded models are not trained yet: scripts/train_tiny.py")
     outcome = launch("statistics.tokens=1000", "eval.tokens=1000", "fraction=half")
@@ -51,7 +51,7 @@ def test_the_command_alone_runs_the_embedded_default(launch: Launch, tmp_path):
     assert re.fullmatch(rf"tiny_causal-{re.escape(DOCS)}-peak-s0-[0-9a-f]{{8}}", run.name)
 
 
-def test_a_sweep_leaves_the_folders_that_were_promised(launch: Launch, on_text, tmp_path):
+def test_a_sweep_leaves_the_folders_that_were_promised(launch: Launch, on_text, tmp_path, pictures):
     outcome = launch(*on_text, "-m", "method=zero,mean", "seed=0,1", "fraction=[0.5,1.0]")
     assert outcome.code == 0, outcome.err
     sweep = tmp_path / "results" / "default"
@@ -102,7 +102,7 @@ def test_labels_are_not_guessed_where_the_model_has_other_classes(launch: Launch
     assert outcome.code != 0 and "dataset.classes=FILE" in outcome.err
 
 
-def test_images_go_the_same_way(launch: Launch, on_images, five_classes, tmp_path):
+def test_images_go_the_same_way(launch: Launch, on_images, five_classes, tmp_path, pictures):
     outcome = launch(*on_images, five_classes, "method=resample")
     assert outcome.code == 0, outcome.err
     assert "nats/image" in outcome.out and "top-1" in outcome.out
@@ -199,10 +199,10 @@ def check_ctrl_c(tmp_path: Path, *command: str) -> None:
 
 def test_a_file_gets_plain_text_and_no_progress_bars(on_text, tmp_path):
     """A process of its own, whose output is no terminal; the tables go to stdout, all else to stderr."""
-    command = [sys.executable, str(LAUNCH), *on_text, "-m", "method=zero,peak", "statistics.tokens=64"]  # all there are
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=240)
-    out, err = done.stdout.decode(), done.stderr.decode()
-    assert done.returncode == 0, err
+    more = ("-m", "method=zero,peak", "statistics.tokens=64")  # all there are
+    done = run_python(str(LAUNCH), *on_text, *more, cwd=tmp_path)
+    out, err = done.out, done.err
+    assert done.code == 0, err
     assert not PROGRESS.search(out + err)
     assert re.search(r"\d\*", out), "what a terminal shows in bold, a file gets with a star"
     assert [line.split("] ")[0] for line in err.splitlines()] == ["[1/2", "[2/2"], "one line a job, nothing else"

@@ -115,7 +115,7 @@ def test_every_job_of_an_experiment_composes(composed, experiment):
         assert "experiment" not in config and "study" not in config
 
 
-def test_the_small_study_runs_from_the_command_line(launch: Launch, tmp_path):
+def test_the_small_study_runs_from_the_command_line(launch: Launch, tmp_path, pictures):
     """Cut down to what takes seconds; smollm2, which is not always there, is left to results/paper_small."""
     outcome = launch("-m", "experiment=paper_small", "study=small_vit", "method=zero,resample_random", "seed=42",
                      "fraction=0.5", "eval.images=8", "statistics.tokens=40", "tracking=none")  # fmt: skip

@@ -44,7 +44,7 @@ def test_two_sweeps_are_compared_on_one_page(launch: Launch, on_text, tmp_path):
 
 
 @pytest.mark.parametrize("terminal", ["whose reader has gone", "in ASCII"])
-def test_the_report_is_written_whatever_the_terminal_is(launch: Launch, on_text, tmp_path, terminal):
+def test_the_report_is_written_whatever_the_terminal_is(launch: Launch, on_text, tmp_path, pictures, terminal):
     assert launch(*on_text, "-m", "method=zero,mean").code == 0
     sweep = tmp_path / "results" / "default"
     written = {name: (sweep / name).read_bytes() for name in ("comparisons.csv", "report.html", "summary.csv")}

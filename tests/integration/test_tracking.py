@@ -6,8 +6,8 @@ import gzip
 import http.server
 import json
 import os
+import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from command import Launch
+from command import LAUNCH, ROOT, Command, Launch, Outcome, run_python
 
 from ablation_sweeps.base import hashing
 
-ROOT = Path(__file__).resolve().parents[2]
 FRACTIONS = (0.0, 0.5, 1.0)
 CURVES = {"loss": (3.0, 4.0, 9.0), "top1": (0.5, 0.25, 0.0), "kl": (0.0, 1.0, 6.0)}
 CONFIG = {"model": {"path": "a/b", "layers": [1, 2]}, "batch_size": 8, "dtype": None}
@@ -200,11 +199,10 @@ def log_run(
     home.mkdir(exist_ok=True)
     env = {**clean, "HOME": str(home), "PYTHONPATH": str(ROOT), **(extra or {})}
     argument = json.dumps([str(folder), mode, rows() if table is None else table, CONFIG, times])
-    command = [sys.executable, "-c", LOG_ONE_RUN, argument]
-    done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "the job goes on\n"
-    return done.stderr
+    done = run_python("-c", LOG_ONE_RUN, argument, env=env, cwd=home)
+    assert done.code == 0, done.err
+    assert done.out == "the job goes on\n"
+    return done.err
 
 
 def key_for(url: str) -> dict[str, str]:
@@ -217,7 +215,11 @@ def offline_files(folder: Path) -> list[Path]:
 
 def read_back(path: Path, *options: str) -> str:
     """`finish` may return before the file is complete, so wait for its last record."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(path)]
+    from wandb.util import get_core_path
+
+    # As `wandb leet inspect` does it, without importing wandb once more.
+    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", *options]
+    command += ["--run-file", str(path), str(path.parent)]
     for _ in range(50):
         text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
         if "exit_code" in text:
@@ -399,14 +401,12 @@ def test_a_server_that_talks_nonsense_costs_no_curve(tmp_path: Path, server: Ser
 
 
 def in_a_sweep(launch_options: tuple[str, ...], folder: Path, env: dict[str, str]) -> None:
-    command = [sys.executable, str(ROOT / "launch.py"), *launch_options]
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = run_python(str(LAUNCH), *launch_options, env=env, cwd=folder)
+    assert done.code == 0, done.err
 
 
-def publish(folder: Path, env: dict[str, str], *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "ablation_sweeps", "wandb", "results/default", *options]
-    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
+def publish(folder: Path, env: dict[str, str], *options: str, sweep: str = "results/default") -> Outcome:
+    return run_python("-m", "ablation_sweeps", "wandb", sweep, *options, env=env, cwd=folder)
 
 
 @pytest.fixture
@@ -425,17 +425,17 @@ def test_a_sweep_is_sent_from_its_files_once(launch: Launch, on_text, tmp_path: 
     assert len(offline_files(sweep)) == 1
 
     refused = publish(tmp_path, environment)
-    assert refused.returncode == 1 and "no API key found" in refused.stderr and "WANDB_API_KEY" in refused.stderr
+    assert refused.code == 1 and "no API key found" in refused.err and "WANDB_API_KEY" in refused.err
     online = environment | key_for(server.url)
     server.talks_nonsense = True
     broken = publish(tmp_path, online)
-    assert broken.returncode == 1 and "0 of 2 runs were sent, the same command goes on" in broken.stderr
+    assert broken.code == 1 and "0 of 2 runs were sent, the same command goes on" in broken.err
     assert len(offline_files(sweep)) == 1
 
     server.talks_nonsense = False
     server.bodies.clear()
     sent = publish(tmp_path, online, "--project", "elsewhere")
-    assert sent.returncode == 0 and sent.stdout == "2 runs and the tables of the sweep sent\n", sent.stderr
+    assert sent.code == 0 and sent.out == "2 runs and the tables of the sweep sent\n", sent.err
     started = server.variables("upsertBucket")
     ids = {variables["name"] for variables in started}
     first = {variables["name"]: variables["project"] for variables in reversed(started)}
@@ -455,14 +455,14 @@ def test_a_sweep_is_sent_from_its_files_once(launch: Launch, on_text, tmp_path: 
     assert offline_files(sweep) == []  # or `wandb sync` would send it a second time
 
     before, there = len(server.requests), ("--project", "elsewhere")
-    assert publish(tmp_path, online, *there).stdout == "0 runs sent\n" and len(server.requests) == before
+    assert publish(tmp_path, online, *there).out == "0 runs sent\n" and len(server.requests) == before
     (next(sweep.glob("*-zero-*")) / "wandb.json").unlink()  # killed before it was written down
-    assert publish(tmp_path, online, *there).stdout == "1 run sent\n"
-    assert publish(tmp_path, online, *there, "--again").stdout == "2 runs and the tables of the sweep sent\n"
-    assert publish(tmp_path, online).stdout == "2 runs and the tables of the sweep sent\n"  # to another project
+    assert publish(tmp_path, online, *there).out == "1 run sent\n"
+    assert publish(tmp_path, online, *there, "--again").out == "2 runs and the tables of the sweep sent\n"
+    assert publish(tmp_path, online).out == "2 runs and the tables of the sweep sent\n"  # to another project
     assert {variables["name"] for variables in server.variables("upsertBucket")} == ids
     forbidden = publish(tmp_path, online | {"WANDB_MODE": "offline"}, "--again")
-    assert forbidden.returncode == 1 and "WANDB_MODE=offline forbids" in forbidden.stderr
+    assert forbidden.code == 1 and "WANDB_MODE=offline forbids" in forbidden.err
 
 
 def test_what_is_sent_later_goes_where_the_variables_say(
@@ -470,7 +470,7 @@ def test_what_is_sent_later_goes_where_the_variables_say(
 ):
     assert launch(*on_text, "method=zero", "tracking=none").code == 0
     variables = {"WANDB_PROJECT": "theirs", "WANDB_RUN_GROUP": "their-group"}
-    assert publish(tmp_path, environment | variables | key_for(server.url), "--view").returncode == 0
+    assert publish(tmp_path, environment | variables | key_for(server.url), "--view").code == 0
     started = [v for v in server.variables("upsertBucket") if v["groupName"]]
     assert {(v["project"], v["groupName"]) for v in started} == {("theirs", "their-group")} and len(started) == 2
     (view,) = server.views.values()
@@ -495,7 +495,7 @@ def test_tables_and_statistics_of_a_sweep(launch: Launch, on_text, tmp_path: Pat
     options = tuple(option for option in on_text if not option.startswith("tracking"))
     assert launch("-m", *options, "method=zero,mean", "tracking=none").code == 0
     sweep, online = tmp_path / "results" / "default", environment | key_for(server.url)
-    assert publish(tmp_path, online).stdout == "2 runs and the tables of the sweep sent\n"
+    assert publish(tmp_path, online).out == "2 runs and the tables of the sweep sent\n"
     (of_sweep,) = {v["name"] for v in server.variables("upsertBucket") if v["jobType"] == "report"}
 
     def table(name: str) -> pd.DataFrame:
@@ -530,10 +530,9 @@ def test_killed_while_it_sends_the_same_command_goes_on(
     runs = sorted(path.parent for path in (tmp_path / "results" / "default").glob("*/rows.parquet"))
     ids = [hashing.signature([pd.read_parquet(run / "rows.parquet")["run_id"].iloc[0], "default"])[:16] for run in runs]
     server.stalls_at = ids[1] if stop == "run" else "mutation CreateArtifact "
-    command = [sys.executable, "-m", "ablation_sweeps", "wandb", "results/default"]
-    sending = subprocess.Popen(command, env=online, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    sending = Command("-m", "ablation_sweeps", "wandb", "results/default", env=online, cwd=tmp_path)
     assert server.stalled.wait(120)
-    sending.kill()
+    os.kill(sending.pid, signal.SIGKILL)
     sending.wait()
     marked = [(run / "wandb.json").exists() for run in runs]
     assert marked == ([True, False] if stop == "run" else [True, True])
@@ -543,12 +542,12 @@ def test_killed_while_it_sends_the_same_command_goes_on(
     server.bodies.clear()
     again = publish(tmp_path, online)
     sent = "1 run" if stop == "run" else "0 runs"
-    assert again.stdout == f"{sent} and the tables of the sweep sent\n", again.stderr
+    assert again.out == f"{sent} and the tables of the sweep sent\n", again.err
     started = {v["name"]: v["jobType"] for v in server.variables("upsertBucket") if v["jobType"]}
     of_sweep = {name for name, kind in started.items() if kind == "report"}
     assert set(started) == of_sweep | ({ids[1]} if stop == "run" else set()) and len(of_sweep) == 1
     assert stop == "run" or of_sweep == first
-    assert publish(tmp_path, online).stdout == "0 runs sent\n"
+    assert publish(tmp_path, online).out == "0 runs sent\n"
 
 
 def test_a_saved_view_for_each_study(launch: Launch, on_text, tmp_path: Path, environment, server: Server):
@@ -556,8 +555,8 @@ def test_a_saved_view_for_each_study(launch: Launch, on_text, tmp_path: Path, en
     assert launch("-m", *options, "method=zero,mean", "tracking=none", "batch_tokens=64,128").code == 0
     online = environment | key_for(server.url)
     done = publish(tmp_path, online, "--view")
-    assert done.returncode == 0 and len(server.views) == 2, done.stderr
-    addresses = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("view of ")]
+    assert done.code == 0 and len(server.views) == 2, done.err
+    addresses = [line.split()[-1] for line in done.out.splitlines() if line.startswith("view of ")]
     assert all(address.startswith(f"{server.url}/me/ablation-sweeps?nw=") for address in addresses)
     curves = pd.read_parquet(tmp_path / "results" / "default" / "curves.parquet")
     studies = set()
@@ -580,18 +579,17 @@ def test_a_saved_view_for_each_study(launch: Launch, on_text, tmp_path: Path, en
     assert studies == set(curves["study"])
     before = set(server.views)
     again = publish(tmp_path, online, "--view")
-    assert again.stdout.splitlines()[1:] == [f"view of {line.split()[2]} {a}" for line, a in
-                                             zip(done.stdout.splitlines()[1:], addresses, strict=True)]  # fmt: skip
+    assert again.out.splitlines()[1:] == [f"view of {line.split()[2]} {a}" for line, a in
+                                             zip(done.out.splitlines()[1:], addresses, strict=True)]  # fmt: skip
     assert set(server.views) == before  # written again, not once more
     deleted = server.views.pop(min(before))["name"]
-    assert publish(tmp_path, online, "--view").returncode == 0
+    assert publish(tmp_path, online, "--view").code == 0
     assert len(server.views) == 2 and deleted not in server.views
     before = set(server.views)
 
     assert launch("-m", *options, "method=peak", "method.n_bins=50,100", "sweep=bins", "tracking=none").code == 0
-    command = [sys.executable, "-m", "ablation_sweeps", "wandb", "results/bins", "--view"]
-    done = subprocess.run(command, env=online, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = publish(tmp_path, online, "--view", sweep="results/bins")
+    assert done.code == 0, done.err
     (name,) = set(server.views) - before
     section = json.loads(server.views[name]["spec"])["section"]
     assert [key["name"] for key in section["runSets"][0]["grouping"]] == ["method.value", "method.n_bins.value"]
@@ -609,14 +607,14 @@ def test_what_was_sent_by_the_job_is_not_sent_again_and_sync_sends_the_rest(
     assert len({variables["name"] for variables in server.variables("upsertBucket")}) == 3  # two curves, the tables
     history = [line for line in server.streamed("wandb-history.jsonl") if "eval/loss" in line]
     assert len(history) == 4  # two points each, once
-    assert publish(tmp_path, online).stdout == "0 runs sent\n"
+    assert publish(tmp_path, online).out == "0 runs sent\n"
 
 
 def test_what_failed_is_said_though_nothing_can_be_sent(on_text, tmp_path: Path, environment, broken: Path):
     options = tuple(option for option in on_text if not option.startswith(("tracking", "model.path")))
     paths = f"model.path={next(o for o in on_text if o.startswith('model.path')).partition('=')[2]},{broken}"
-    command = [sys.executable, str(ROOT / "launch.py"), "-m", *options, paths, "method=mean", "tracking.sync=true"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    assert "W&B: no API key found" in done.stderr
-    assert "1 of 2 jobs failed, the others are finished and kept" in done.stderr.splitlines()[-1]
+    command = [str(LAUNCH), "-m", *options, paths, "method=mean", "tracking.sync=true"]
+    done = run_python(*command, cwd=tmp_path, env=environment)
+    assert done.code == 1
+    assert "W&B: no API key found" in done.err
+    assert "1 of 2 jobs failed, the others are finished and kept" in done.err.splitlines()[-1]

@@ -1,3 +1,3 @@
 """The command line, for the tests of this folder."""
 
-from command import faults, launch  # noqa: F401
+from command import faults, launch, pictures  # noqa: F401

@@ -29,7 +29,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def report(launch: Launch, faults: Path, sweep: Path) -> Path:
+def report(launch: Launch, faults: Path, sweep: Path, pictures: None) -> Path:
     """Of two sweeps, made once; two jobs fail."""
     page = sweep / "results" / "default" / "report.html"
     if not page.exists():
