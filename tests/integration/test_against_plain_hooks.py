@@ -147,20 +147,20 @@ def test_an_image_classifier(method, repo, job_of, tmp_path):
         "model=tiny_vit",
         "dataset=digits",
         f"method={method}",
-        "eval.images=150",
-        "statistics.tokens=1700",
+        "eval.images=60",
+        "statistics.tokens=850",
     )
     folder = repo / "ablation_sweeps/assets/tiny_vit"
     model = timm.create_model(f"local-dir:{folder}", pretrained=False).eval()
     model.load_state_dict(load_file(folder / "model.safetensors"))
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model), is_training=False)
     modules = [block.attn.proj for block in model.blocks]
-    pictures = list(Digits("digits").examples("evaluation"))[:150]
+    pictures = list(Digits("digits").examples("evaluation"))[:60]
     with torch.inference_mode():
         forward = lambda pixels: model(pixels)  # noqa: E731
         pixels = [transform(p.read())[None] for p in Digits("digits").examples("calibration")]
         n_tokens = activations(modules[:1], forward, pixels[:1])[0].shape[0]
-        values = [replacement(method, x) for x in activations(modules, forward, pixels[: -(-1700 // n_tokens)])]
+        values = [replacement(method, x) for x in activations(modules, forward, pixels[: -(-850 // n_tokens)])]
         orders = job.selection.orders([modules[0].in_features] * len(modules), 3)
 
         def pairs_at(fraction):

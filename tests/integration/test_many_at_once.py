@@ -1,16 +1,14 @@
-"""Thirty-two processes that need the same statistics at once: they are computed by one of them."""
+"""Twelve processes that need the same statistics at once: they are computed by one of them."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from command import ROOT, Launch, same_bits
+from command import Launch, run_python, same_bits
 
-PROCESSES = 32
+PROCESSES = 12
 
 # One import and one load, then forks: what is tested is the lock between processes.
 TOGETHER = """
@@ -53,11 +51,8 @@ def test_statistics_are_computed_by_one_process(launch: Launch, on_text, tmp_pat
     (config,) = (tmp_path / "first").glob("default/*/config.yaml")
     results = tmp_path / "together"
     results.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", TOGETHER, str(config), str(results), str(PROCESSES)], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", TOGETHER, str(config), str(results), str(PROCESSES), cwd=tmp_path)
+    assert done.code == 0, done.err
     passes = [line.split(maxsplit=1) for line in (results / "passes").read_text().splitlines()]
     assert [title for _, title in passes] == ["statistics, pass 1", "statistics, pass 2"]
     assert len(list(results.glob("default/*/rows.parquet"))) == PROCESSES

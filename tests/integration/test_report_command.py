@@ -11,7 +11,7 @@ import sys
 
 import pandas as pd
 import pytest
-from command import Launch
+from command import Launch, run_python
 from rich.console import Console
 
 from ablation_sweeps.base import hashing
@@ -28,11 +28,10 @@ def test_two_sweeps_are_compared_on_one_page(launch: Launch, on_text, tmp_path):
         assert launch(*on_text, f"method={method}", f"sweep={method}", "seed=3").code == 0
         alone = pd.read_csv(tmp_path / "results" / method / "comparisons.csv")
         assert not len(alone) and "nothing to compare" in (tmp_path / "results" / method / "report.html").read_text()
-    command = [sys.executable, "-m", "ablation_sweeps", "report", "results/zero", "results/mean"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "figure: results/zero/figures/" in done.stdout and "page: results/zero/report.html" in done.stdout
-    assert "does least damage" in done.stdout or "cannot be told apart" in done.stdout
+    done = run_python("-m", "ablation_sweeps", "report", "results/zero", "results/mean", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "figure: results/zero/figures/" in done.out and "page: results/zero/report.html" in done.out
+    assert "does least damage" in done.out or "cannot be told apart" in done.out
     found = pd.read_csv(tmp_path / "results" / "zero" / "comparisons.csv")
     assert set(zip(found["method"], found["other"], strict=True)) in ({("zero", "mean")}, {("mean", "zero")})
     (area,) = found.query("metric == 'loss' and fraction != fraction").to_dict("records")
@@ -100,21 +99,19 @@ def test_runs_of_other_code_or_another_torch_are_not_taken_for_equals_in_silence
     sums["environment.json"] = hashing.sha256_of(file)  # it was written there, and is not damaged
     sums["status.json"] = run_folder._own_sum(status)
     file.with_name("status.json").write_text(json.dumps(status))
-    command = [sys.executable, "-m", "ablation_sweeps", "report", "results/default"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = run_python("-m", "ablation_sweeps", "report", "results/default", cwd=tmp_path)
     differ = f"code ({'0' * 16}, {code}), packages.torch (0.1, {torch_})"
-    assert f" Its runs differ in {differ}." in done.stdout
+    assert f" Its runs differ in {differ}." in done.out
     assert f'"runs differ in": "{differ}"' in (tmp_path / "results" / "default" / "report.html").read_text()
 
 
 def test_export_for_other_programs_and_for_a_paper(launch: Launch, on_text, tmp_path):
     assert launch(*on_text, "-m", "method=zero,peak", "seed=0,1", "fraction.values=[0.5,1]").code == 0
-    command = [sys.executable, "-m", "ablation_sweeps", "export", "results/default", "--to", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["out/curves.csv", "out/curves.parquet", "out/areas.tex"]
-    refused = subprocess.run([*command[:-1], "out/areas.tex"], cwd=tmp_path, capture_output=True, text=True)
-    assert refused.returncode == 1 and "set --to=FOLDER to another one" in refused.stderr
+    command = ["-m", "ablation_sweeps", "export", "results/default", "--to"]
+    done = run_python(*command, "out", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.out.split() == ["out/curves.csv", "out/curves.parquet", "out/areas.tex"]
+    assert "set --to=FOLDER to another one" in run_python(*command, "out/areas.tex", cwd=tmp_path).error
     curves = pd.read_parquet(tmp_path / "results" / "default" / "curves.parquet")
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / "curves.parquet"), curves)
     text = pd.read_csv(tmp_path / "out" / "curves.csv", dtype={"run_id": str})
@@ -136,9 +133,7 @@ def test_export_for_other_programs_and_for_a_paper(launch: Launch, on_text, tmp_
 
 
 def test_a_folder_without_results_is_said(tmp_path):
-    command = [sys.executable, "-m", "ablation_sweeps", "report", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0 and "no finished run below" in done.stderr and "Traceback" not in done.stderr
+    assert "no finished run below" in run_python("-m", "ablation_sweeps", "report", str(tmp_path), cwd=tmp_path).error
 
 
 @pytest.mark.parametrize("labels", [("python_docs-3.10", "python_docs-3.13"), ("python_docs", "python_docs")])

@@ -6,14 +6,12 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from command import LAUNCH, Launch, states, write_texts
+from command import LAUNCH, Command, Launch, states, write_texts
 from typer.testing import CliRunner
 
 from ablation_sweeps.cli.commands import app
@@ -24,8 +22,8 @@ WAIT = 180.0  # seconds
 
 @pytest.fixture
 def options(saved, tmp_path) -> list[str]:
-    """About twenty batches of two documents, eleven passes each."""
-    texts = write_texts(tmp_path / "texts", n=50)
+    """About a dozen batches of two documents, eleven passes each."""
+    texts = write_texts(tmp_path / "texts", n=32)
     model = ["model=causal_lm", f"model.path={saved('llama')}", "model.label=tiny"]
     data = ["dataset=text_files", f"dataset.path={texts}", "statistics.tokens=400", "eval.tokens=null"]
     return [*model, *data, "batch_tokens=128", "tracking=none", "method=mean"]
@@ -33,12 +31,11 @@ def options(saved, tmp_path) -> list[str]:
 
 def kill_after_batches(n: int, options: list[str], cwd: Path, how: signal.Signals) -> Path:
     """Starts the command, waits until `n` batches are on disk, and ends it. Returns the run's folder."""
-    with open(cwd / "output", "w") as output:
-        process = subprocess.Popen([sys.executable, str(LAUNCH), *options], cwd=cwd, stdout=output, stderr=output)
+    process = Command(str(LAUNCH), *options, cwd=cwd)
     try:
         until = time.monotonic() + WAIT
         while not (found := list(cwd.glob(f"results/default/*/progress-{n - 1:06d}-*.parquet"))):
-            assert process.poll() is None, (cwd / "output").read_text()
+            assert process.poll() is None, process.output
             assert time.monotonic() < until, "no batch was saved"
             time.sleep(0.005)
     finally:
@@ -69,14 +66,14 @@ def test_a_killed_run_continues_and_gives_the_same_bits(launch: Launch, options,
         pd.testing.assert_frame_equal(interrupted, uninterrupted, check_exact=True)
 
 
-@pytest.mark.parametrize("launcher", [(), ("-m",), ("-m", "hydra/launcher=local", "hydra.launcher.gpus=[]")], ids=str)
-def test_progress_that_a_run_no_longer_needs_is_removed(launch: Launch, options, tmp_path, launcher):
+def test_progress_that_a_run_no_longer_needs_is_removed(launch: Launch, options, tmp_path):
     """It was killed after the run had finished, and before they were removed."""
     assert launch(*options).code == 0
     (run,) = (tmp_path / "results" / "default").glob("*-mean-*")
-    run_folder.save_progress(run, 0, pd.DataFrame({"i": [0]}))
-    assert launch(*launcher, *options).code == 0
-    assert not list(run.glob("progress-*"))
+    for launcher in ((), ("-m",), ("-m", "hydra/launcher=local", "hydra.launcher.gpus=[]")):
+        run_folder.save_progress(run, 0, pd.DataFrame({"i": [0]}))
+        assert launch(*launcher, *options).code == 0
+        assert not list(run.glob("progress-*"))
 
 
 def test_a_damaged_batch_is_computed_again(launch: Launch, options, tmp_path):

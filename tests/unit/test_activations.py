@@ -75,8 +75,9 @@ class CountingBody:
         return self.body(batch)
 
 
-@pytest.mark.parametrize("at_a_time", [7, None])
-@every_case
+@pytest.mark.parametrize(
+    ("family", "name", "at_a_time"), [*((*case, None) for case in CASES), ("llama", "attn_pre_out", 7)]
+)
 def test_moments_and_counts_are_those_of_all_activations_at_once(
     tiny, site, tmp_path, monkeypatch, family, name, at_a_time
 ):

@@ -49,13 +49,13 @@ def test_of_one_seed_the_standard_error_is_that_of_scipy(monkeypatch):
     np.testing.assert_allclose([half.low, half.high], [ends.low, ends.high], atol=0.1 * stderr * 1.96)
 
 
-@pytest.mark.parametrize(("n_seeds", "of_seeds"), [(1, 0.0), (2, 0.05), (3, 0.05), (10, 0.05)])
+@pytest.mark.parametrize(("n_seeds", "of_seeds"), [(1, 0.0), (2, 0.05), (5, 0.05)])
 def test_intervals_cover_the_known_difference_at_their_nominal_rate(monkeypatch, n_seeds, of_seeds):
-    """At half and in the area, 600 times; within three standard deviations of a binomial, a little more above, since
+    """At half and in the area, 400 times; within three standard deviations of a binomial, a little more above, since
     what document and seed share is in both bootstraps."""
     monkeypatch.setattr(comparison, "DRAWS", 200)
     rng = np.random.default_rng(n_seeds)
-    n, covered = 600, np.zeros(2)
+    n, covered = 400, np.zeros(2)
     for _ in range(n):
         a, b = simulated(n_seeds, 40, of_seeds, rng)
         (_, half, _), in_area = differences(a, b, "loss", seed=int(rng.integers(1 << 30)))

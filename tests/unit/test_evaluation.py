@@ -492,19 +492,19 @@ def replacement(request, study):
     return REPLACEMENTS[request.param] or study["replacement"]
 
 
-@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("most", [1, 3])
 def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(study, replacement, most):
     notes: list[str] = []
     small = short_of_memory(study["model"], most)
     found = evaluated(study, model=small, replacement=replacement, note=notes.append)
     expected = evaluated(study, replacement=replacement)
     pd.testing.assert_frame_equal(found, expected, check_exact=False, rtol=1e-6, atol=1e-9)
-    largest_first = {1: ["4", "2"], 2: ["4"], 3: ["4"]}[most]
+    largest_first = {1: ["4", "2"], 3: ["4"]}[most]
     assert [note.split()[7] for note in notes] == largest_first  # once, not for every batch
     assert all("last digit may differ" in note for note in notes)
 
 
-@pytest.mark.parametrize(("positions", "largest"), [(5, 1), (12, 1), (24, 2), (47, 3), (48, 4)])
+@pytest.mark.parametrize(("positions", "largest"), [(12, 1), (47, 3)])
 def test_what_a_cpu_takes_longer_for_at_once_is_passed_in_parts_and_gives_the_same(
     study, replacement, monkeypatch, positions, largest
 ):

@@ -638,10 +638,13 @@ def test_a_scheme_that_few_tokens_hardly_show_is_found_in_any_precision(option, 
     assert not option(*given, "model.max_tokens=150").load().encode.apart
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_rounding_is_not_taken_for_what_other_texts_do(fresh, dtype):
-    for family in ("llama", "gpt2", "opt", "gpt_oss", "gemma2", "bloom", "bert", "modernbert"):
-        assert not fresh(family, dtype=dtype).encode.apart, family
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", "bfloat16"), ("gpt_oss", "bfloat16"), ("modernbert", "bfloat16"), ("gpt2", "float16"),
+     ("opt", "float16"), ("bloom", "float16"), ("bert", "float16")],
+)  # fmt: skip
+def test_rounding_is_not_taken_for_what_other_texts_do(fresh, family, dtype):
+    assert not fresh(family, dtype=dtype).encode.apart
 
 
 def test_a_model_that_gives_other_logits_each_time_is_refused(option, saved, monkeypatch):
