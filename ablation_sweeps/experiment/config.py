@@ -200,7 +200,7 @@ def _find(part: str, path: str) -> Any:
         )
     does = {"model": "load", "dataset": "examples", "method": "fit"}[part]
     if not hasattr(target, does):
-        raise UserError(f"{part}._target_={path}: has no {does}(); see the README, Adding")
+        raise UserError(f"{part}._target_={path}: has no {does}(); see docs/adding.md")
     if "label" not in {*target.__dataclass_fields__, *dir(target)}:
         raise UserError(
             f"{part}._target_={path}: has no name for tables, figures and folders; give its class `label: str`, and "

@@ -73,7 +73,7 @@ class Evaluation:
 class Job:
     """The parts and options of one curve, built and checked; nothing is loaded."""
 
-    model: Any  # a class of ablation_sweeps.models, or one of your own: see the README, "Adding"
+    model: Any  # a class of ablation_sweeps.models, or one of your own: see docs/adding.md
     dataset: Any
     method: Method
     fraction: Schedule

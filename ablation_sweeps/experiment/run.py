@@ -110,7 +110,7 @@ def measure(job: Job, folder: Path, session: Session) -> tuple[pd.DataFrame, pd.
     if not isinstance(replacement, Replacement):
         raise UserError(
             f"method={job.method.label}: its fit gives {type(replacement).__name__}, which is no Replacement; give a "
-            "Constant, or an object with reads_clean that is called with each batch: see the README, Adding"
+            "Constant, or an object with reads_clean that is called with each batch: see docs/adding.md"
         )
 
     # Evaluate: one clean pass over each batch, and one at each fraction.

@@ -186,7 +186,7 @@ def test_a_misspelt_option_of_a_class_that_pydantic_checks_is_not_passed_over(la
             "",
             "my_level.Level: has no name for tables, figures and folders; give its class `label: str`",
         ),
-        ("def fit(", "def fitt(", "my_level.Level: has no fit(); see the README, Adding"),
+        ("def fit(", "def fitt(", "my_level.Level: has no fit(); see docs/adding.md"),
         ("return Constant(", "return (", "its fit gives list, which is no Replacement"),
     ],
 )
