@@ -59,16 +59,19 @@ class Session:
 
     def batches(self, job: Job, split: Split) -> list[Batch]:
         """The batches of a split, encoded for the job's model."""
-        return self._batches(*self._key(job, split))[0]
+        key = self._key(job, split)  # first: it may load another model, and so drop what is kept
+        return self._batches(*key)[0]
 
     def left_out(self, job: Job) -> dict[str, list[str]]:
         """Why data were left out: sentences for each split that is incomplete."""
-        found = {split: self._batches(*self._key(job, split))[1].left_out for split in SPLITS}
+        keys = {split: self._key(job, split) for split in SPLITS}
+        found = {split: self._batches(*key)[1].left_out for split, key in keys.items()}
         return {split: sentences for split, sentences in found.items() if sentences}
 
     def clean_passes(self, job: Job) -> CleanPasses:
         """Cache of the evaluation batches' clean logits, as far as earlier jobs have filled it."""
-        return self._clean_passes(*self._key(job, "evaluation"))
+        key = self._key(job, "evaluation")
+        return self._clean_passes(*key)
 
     def replay(self, job: Job) -> Replay | None:
         """The recorded calibration pass, reused if the previous job had the same calibration data. None on a GPU, where

@@ -330,7 +330,7 @@ def test_a_refused_submission_is_said_and_what_is_queued_goes_on(monkeypatch, tm
                 raise UserError("hydra.launcher: sbatch refuses: QOSMaxSubmitJobPerUserLimit")
             return super().submit(packs)
 
-    full = Full(dies_at(""), tmp_path / "log", most=2)
+    full = Full(dies_at(""), tmp_path / "log", max_packs_per_submission=2)
     mine = supervisor.Supervisor(full, 1, {job.folder: job for job in make(tmp_path, "abcd")})
     mine.start(1)
     mine.watch()
