@@ -19,8 +19,6 @@ Split = Literal["train", "calibration", "evaluation"]
 SPLITS: tuple[Split, ...] = ("calibration", "evaluation")  # splits that every dataset has
 Modality = Literal["text", "image"]
 
-TOO_LARGE = "the device has too little memory for {} examples at once, so they are halved: the last digit may differ"
-
 NOT_SCORED = -100  # label of a position that is not scored; torch's cross entropy ignores the same
 
 

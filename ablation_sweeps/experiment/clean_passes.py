@@ -8,11 +8,10 @@ from jaxtyping import Float, Int
 
 from ablation_sweeps.base.lazy import torch
 from ablation_sweeps.data.batch import Batch
+from ablation_sweeps.data.memory import PartKey
 from ablation_sweeps.models.transformer import Transformer
 
 MAX_CLEAN_BYTES = 1 << 28  # in main memory
-
-PartKey = tuple[int, ...]  # (7,) is batch 7, (7, 0) its first half, (7, 0, 1) the second half of that
 
 
 @dataclass

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.lazy import pd, torch
-from ablation_sweeps.data.batch import NOT_SCORED, TOO_LARGE, Batch, prefetch_batches
+from ablation_sweeps.data.batch import NOT_SCORED, Batch, prefetch_batches
+from ablation_sweeps.data.memory import Part, PassLimit, run_at_once, run_in_halves
 from ablation_sweeps.experiment.chance import _chance
-from ablation_sweeps.experiment.clean_passes import CleanPasses, PartKey
+from ablation_sweeps.experiment.clean_passes import CleanPasses
 from ablation_sweeps.experiment.score import _clean, _sums, _targets
 from ablation_sweeps.methods.method import Replacement, values_of
 from ablation_sweeps.models.transformer import Transformer
@@ -68,16 +69,15 @@ def evaluate(
     masks = {fraction: [mask.to(device) for mask in layers] for fraction, layers in masks.items()}
     target_stderr = target_stderr if masks else None  # it only concerns points with ablated neurons
     clean = clean or CleanPasses(model)
-    passes = Passes(
-        model, projections, masks, replacement, common.to(device), top_k, clean, model.max_positions_per_pass, note
-    )
+    limit = PassLimit(model.max_positions_per_pass, note)
+    passes = Passes(model, projections, masks, replacement, common.to(device), top_k, clean, limit)
     parts = list(done)
     bar = tqdm(batches, desc=f"{model.label}, {len(masks) + 1} passes a batch", delay=2, leave=False, disable=None)
     to_do = prefetch_batches(batches[len(done) :])
     for number, batch in enumerate(bar):
         if number >= len(done):
             with torch.inference_mode():
-                sums = passes.sums(next(to_do).to(device), (number,))
+                sums = passes.sums(Part(next(to_do).to(device), (number,)))
             _check_finite(sums, model)
             parts.append(_frame(sums, batch))
             save(number, parts[-1])
@@ -118,11 +118,7 @@ ScoreSums = dict[float, Float[np.ndarray, "batch sums"]]  # for each fraction
 
 @dataclass
 class Passes:
-    """Runs the forward passes over one batch: the clean one, then one at each fraction. See `evaluate`.
-
-    Attributes:
-        max_positions: positions, or images, in one pass; lowered if the device has too little memory for them.
-    """
+    """Runs the forward passes over one batch: the clean one, then one at each fraction. See `evaluate`."""
 
     model: Transformer
     projections: list[Projection]
@@ -131,36 +127,31 @@ class Passes:
     common: Int[torch.Tensor, " common"]
     top_k: int
     clean: CleanPasses
-    max_positions: int
-    note: Callable[[str], None]
+    limit: PassLimit
 
-    def sums(self, batch: Batch, part: PartKey, values: list[torch.Tensor] | None = None) -> ScoreSums:
-        """Metric sums (`SUMS`) at each fraction. A batch that is too large for one pass is split in two.
-
-        Args:
-            values: replacement values of this part. None for a whole batch, for which they are computed once.
-        """
-        if values is None and not self.replacement.reads_clean:
+    def sums(self, whole: Part) -> ScoreSums:
+        """Metric sums (`SUMS`) of a batch at each fraction. A batch that is too large for one pass is run in parts."""
+        batch = whole.batch
+        if self.replacement.reads_clean:
+            at_once = run_at_once(batch, lambda: self._sums(whole, None), self.limit)
+            if at_once is not None:
+                return at_once
+            values = self._values(batch.to(torch.device("cpu")), self._clean_activations(whole))
+        else:
             values = self._values(batch, [])
-        if batch.fits(self.max_positions):
-            try:
-                return self._of_all_at_once(batch, part, values)
-            except torch.OutOfMemoryError:
-                self._too_large(batch)
-        # Not inside `except`: the exception keeps the memory of the failed pass alive.
-        if values is None:
-            values = self._values(batch.to(torch.device("cpu")), self._clean_activations(batch, part))
-        n, (first, last) = len(batch.names), batch.split_in_two()
-        sums = [
-            self.sums(first, (*part, 0), _rows(values, slice(None, len(first.names)), n, first)),
-            self.sums(last, (*part, 1), _rows(values, slice(len(first.names), None), n, last)),
-        ]
-        return {fraction: np.concatenate([of_half[fraction] for of_half in sums]) for fraction in sums[0]}
+        sums = run_in_halves(whole, lambda part: self._sums(part, _values_of_part(values, batch, part)), self.limit)
+        return {fraction: np.concatenate([of_part[fraction] for of_part in sums]) for fraction in sums[0]}
 
     def _values(self, batch: Batch, clean: list[torch.Tensor]) -> list[torch.Tensor]:
         return values_of(self.replacement, batch, clean, len(self.projections))
 
-    def _of_all_at_once(self, batch: Batch, part: PartKey, values: list[torch.Tensor] | None) -> ScoreSums:
+    def _sums(self, part: Part, values: list[torch.Tensor] | None) -> ScoreSums:
+        """Metric sums from one pass at each fraction.
+
+        Args:
+            values: replacement values. None: they are computed from the activations of the clean pass.
+        """
+        batch = part.batch
         size, targets = len(batch.names), _targets(batch)
         if values is None:
             with reading(self.projections, size) as clean_activations:
@@ -168,7 +159,7 @@ class Passes:
             values = self._values(batch, clean_activations)
             del clean_activations
         else:
-            logits = self.clean.logits(part, batch, targets.rows)
+            logits = self.clean.logits(part.key, batch, targets.rows)
         clean = _clean(logits)
         sums = {0.0: _sums(logits, clean, targets, self.common, self.top_k)}
         for fraction, layers in self.masks.items():
@@ -179,46 +170,39 @@ class Passes:
         # Copy to the CPU only after the last pass: a GPU is idle while its results are waited for.
         return dict(zip(sums, torch.stack(list(sums.values())).cpu().numpy(), strict=True))
 
-    def _clean_activations(self, batch: Batch, part: PartKey) -> list[torch.Tensor]:
+    def _clean_activations(self, whole: Part) -> list[torch.Tensor]:
         """Clean activations of all examples, `[batch, rows, neurons]` per layer, from several passes if necessary.
 
         They are returned in main memory, since they may be what did not fit.
         """
-        if batch.fits(self.max_positions):
-            try:
-                with reading(self.projections, len(batch.names)) as activations:
-                    if part in self.clean.kept:
-                        self.model.body(batch)
-                    else:  # the clean logits are needed next
-                        self.clean.logits(part, batch, _targets(batch).rows)
-                return [x.cpu() for x in activations]
-            except torch.OutOfMemoryError:
-                self._too_large(batch)
-        halves = enumerate(batch.split_in_two())
-        first, last = (self._clean_activations(half, (*part, i)) for i, half in halves)
-        return [_stacked(*both) for both in zip(first, last, strict=True)]
 
-    def _too_large(self, batch: Batch) -> None:
-        n = len(batch.names)
-        self.note(TOO_LARGE.format(n))
-        self.max_positions = (n + 1) // 2 * (batch.size // n)
+        def run(part: Part) -> list[torch.Tensor]:
+            with reading(self.projections, len(part.batch.names)) as activations:
+                if part.key in self.clean.kept:
+                    self.model.body(part.batch)
+                else:  # the clean logits are needed next
+                    self.clean.logits(part.key, part.batch, _targets(part.batch).rows)
+            return [x.cpu() for x in activations]
+
+        parts = run_in_halves(whole, run, self.limit)
+        return [_stacked(of_layer) for of_layer in zip(*parts, strict=True)]
 
 
-def _rows(values: list[torch.Tensor], rows: slice, n: int, part: Batch) -> list[torch.Tensor]:
-    """Select the values of some examples (`rows`) from those of a batch of `n`.
+def _values_of_part(values: list[torch.Tensor], whole: Batch, part: Part) -> list[torch.Tensor]:
+    """Select the values of the examples of one part of a batch from the values for the whole batch.
 
     Values that all examples share are kept whole. Texts that run separately (`apart`) have fewer positions.
     """
+    n, width = len(whole.names), part.batch.labels.shape[-1]
+    rows = slice(part.start, part.start + len(part.batch.names))
     own = [value[rows] if value.ndim == 3 and len(value) == n else value for value in values]
-    width = part.labels.shape[-1]
-    return [value[:, :width] if value.ndim == 3 and part.apart else value for value in own]
+    return [value[:, :width] if value.ndim == 3 and whole.apart else value for value in own]
 
 
-def _stacked(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Join the activations of two halves, `[batch, rows, neurons]`, padded where texts ran separately."""
-    width = max(first.shape[1], last.shape[1])
-    padded = (torch.nn.functional.pad(x, (0, 0, 0, width - x.shape[1])) for x in (first, last))
-    return torch.cat([*padded])
+def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join the activations of parts of a batch, `[batch, rows, neurons]`, padded where texts ran separately."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in parts])
 
 
 def _check_finite(sums: ScoreSums, model: Transformer) -> None:

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from ablation_sweeps.base import files
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.lazy import torch
-from ablation_sweeps.data.batch import TOO_LARGE, Batch, prefetch_batches
+from ablation_sweeps.data.batch import Batch, prefetch_batches
+from ablation_sweeps.data.memory import TOO_LARGE, run_in_memory
 from ablation_sweeps.models.transformer import Transformer
 from ablation_sweeps.neurons import tensor_cache
 from ablation_sweeps.neurons.hooks import Projection, as_rows, hooked, rows_at_a_time
@@ -84,23 +85,16 @@ def collect(
     batches = [part for batch in batches for part in batch.split_to(model.max_positions_per_pass)]
     histograms = [one for one in wanted if isinstance(one, Histogram)]
     medians = [one for one in wanted if isinstance(one, Medians)]
-    too_large = None
-    while True:
+
+    def run(batches: Sequence[Batch], too_large: int | None) -> Statistics:
         data = CalibrationData(model, projections, batches, None if passes == 1 else replay, too_large)
-        try:
-            with files.locked(cache):
-                found = (_in_one_pass if passes == 1 else _in_two_passes)(data, cache, histograms)
-                for one in medians:
-                    _add_medians(found, data, cache, one)
-            break
-        except torch.OutOfMemoryError:
-            too_large = max(len(batch.names) for batch in batches)
-        # Retry here, not inside `except`: the exception keeps the memory of the failed pass alive. A single example
-        # cannot be split: `split_in_two` raises if even that was too large.
-        batches = [
-            part for batch in batches
-            for part in (batch.split_in_two() if len(batch.names) > 1 or too_large == 1 else (batch,))
-        ]  # fmt: skip
+        with files.locked(cache):
+            found = (_in_one_pass if passes == 1 else _in_two_passes)(data, cache, histograms)
+            for one in medians:
+                _add_medians(found, data, cache, one)
+        return found
+
+    found = _run_with_smaller_batches(batches, run)
     found.too_large = found.too_large or _too_large_before(cache)
     if found.too_large:
         note(
@@ -108,6 +102,30 @@ def collect(
             "peak's, another bin may be taken"
         )
     return found
+
+
+def _run_with_smaller_batches(
+    batches: Sequence[Batch], run: Callable[[Sequence[Batch], int | None], Statistics]
+) -> Statistics:
+    """Call `run` until no batch is too large for the device's memory, each time with all batches halved.
+
+    A pass starts anew, rather than going on in halves (`run_in_halves`): when memory runs out, some layers have
+    already counted the batch.
+
+    Args:
+        run: computes statistics from the batches, given the number of examples that did not fit before (None at first).
+    """
+    too_large = None
+    while True:
+        found = run_in_memory(functools.partial(run, batches, too_large))
+        if found is not None:
+            return found
+        too_large = max(len(batch.names) for batch in batches)
+        # A single example cannot be split: `split_in_two` raises if even that was too large.
+        batches = [
+            part for batch in batches
+            for part in (batch.split_in_two() if len(batch.names) > 1 or too_large == 1 else (batch,))
+        ]  # fmt: skip
 
 
 def _too_large_before(cache: Path) -> int | None:

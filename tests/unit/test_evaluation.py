@@ -544,14 +544,18 @@ def test_values_that_are_not_finite_are_the_methods(study):
         evaluated(study, replacement=Constant([torch.full((D,), math.nan)]))
 
 
-def test_only_values_with_a_row_for_each_example_are_taken_apart():
-    """Here a batch has as many examples as positions, and as neurons."""
-    shapes = [(4,), (4, 4), (1, 4, 4), (4, 1, 4), (4, 4, 4)]
-    values = [torch.randn(shape) for shape in shapes]
-    same, rows = values[:3], [value[1:3] for value in values[3:]]
-    part = Batch({}, torch.zeros(2, 4), None, ("b", "c"), (1, 2))
-    for found, expected in zip(evaluate._rows(values, slice(1, 3), 4, part), [*same, *rows], strict=True):
-        assert torch.equal(found, expected)
+@pytest.mark.parametrize("shape", [(D,), (1, 12, D), (12, 1, D), (12, 12, D)])
+def test_only_values_with_a_row_for_each_example_are_taken_apart(study, shape):
+    """Here a batch has as many examples as positions."""
+    x = torch.cat([batch.inputs["x"] for batch in study["batches"]] * 2)[:12]
+    labels = torch.cat([batch.labels for batch in study["batches"]] * 2)[:12]
+    batch = Batch({"x": x}, labels, None, tuple("abcdefghijkl"), tuple(range(12)))
+    values = Writing([torch.randn(shape, generator=torch.Generator().manual_seed(2))])
+    found, expected = (
+        evaluated(study, model=model, batches=[batch], replacement=values, note=lambda text: None)
+        for model in (short_of_memory(study["model"], 4), study["model"])
+    )
+    pd.testing.assert_frame_equal(found, expected, check_exact=False, rtol=1e-6, atol=1e-9)
 
 
 def test_one_example_that_does_not_fit_is_the_users_to_mend(study):
