@@ -21,10 +21,12 @@ log = logging.getLogger(__name__)
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Save tensors with a checksum of content and path, so that a reader knows the file is intact and in its place."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    # `save_file` would write to a temporary file of its own, which stays where a process is killed meanwhile.
+    content = save(tensors, metadata={"sha256": sha256_at(path, _checksum(tensors))})
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"sha256": sha256_at(path, _checksum(tensors))})
+        temporary.write_bytes(content)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor] | None:
