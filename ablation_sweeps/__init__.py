@@ -39,6 +39,7 @@ Names:
     summarise: turns these into one row per study, method and metric, with the area under the curve.
     find_projections: finds the modules whose inputs are the neurons.
     reading, ablated: context managers that record, or replace, the neurons' activations in forward passes.
+    Scored: base of a selection rule of your own that gives each unit a score.
     Method, Fitting, Replacement, Constant: the interface of a method of your own, its inputs and its results.
     UserError: an error that its one-line message explains.
     __version__: version of this package.
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from ablation_sweeps.neurons.hooks import ablated, reading
     from ablation_sweeps.neurons.sites import find as find_projections
     from ablation_sweeps.results.curves import read_curves, summarise
+    from ablation_sweeps.selections.scored import Scored
 
     __version__: str
 
@@ -67,6 +69,7 @@ __all__ = [
     "Job",
     "Method",
     "Replacement",
+    "Scored",
     "UserError",
     "__version__",
     "ablated",
@@ -84,6 +87,7 @@ _PLACES = {
     "Job": "ablation_sweeps.experiment.job:Job",
     "Method": "ablation_sweeps.methods.method:Method",
     "Replacement": "ablation_sweeps.methods.method:Replacement",
+    "Scored": "ablation_sweeps.selections.scored:Scored",
     "UserError": "ablation_sweeps.base.errors:UserError",
     "ablated": "ablation_sweeps.neurons.hooks:ablated",
     "compose_job": "ablation_sweeps.experiment.compose:compose_job",

@@ -41,8 +41,10 @@ from ablation_sweeps.neurons import collect as collect_module
 from ablation_sweeps.neurons import sites
 from ablation_sweeps.neurons.collect import NPasses
 from ablation_sweeps.neurons.replay import Replay
-from ablation_sweeps.neurons.selection import masks
+from ablation_sweeps.neurons.schedule import Fractions, Point
 from ablation_sweeps.neurons.statistics import Histogram, Statistics
+from ablation_sweeps.neurons.units import Unit
+from ablation_sweeps.selections.selection import grouped
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
@@ -170,9 +172,12 @@ def recording(case: Case, folder: Path) -> Replay | None:
     return Replay(folder) if case.model.on_cpu else None
 
 
-def masks_of(case: Case, fractions: Sequence[float]) -> dict[float, list[torch.Tensor]]:
-    orders = case.job.selection.orders([projection.width for projection in case.projections], 0)
-    return {fraction: masks(orders, fraction) for fraction in fractions}
+def masks_of(case: Case, fractions: Sequence[float]) -> dict[float, list[Tensor]]:
+    """The same share of each layer's neurons at each fraction."""
+    units, generator = Unit(name="neuron").partition(case.projections), torch.Generator().manual_seed(0)
+    orders = [group[torch.randperm(len(group), generator=generator)] for group in grouped(units, "layer")]
+    points = Fractions(values=tuple(fractions)).points(orders, len(units))
+    return {point.fraction: units.masks(numbers) for point, numbers in points.items()}
 
 
 def evaluate(
@@ -180,8 +185,9 @@ def evaluate(
 ) -> pd.DataFrame:
     """The clean pass and one for each fraction, with all metrics."""
     constant = Constant(values or [torch.zeros(projection.width) for projection in case.projections])
+    masks = {Point(fraction): layers for fraction, layers in masks_of(case, fractions).items()}
     return evaluate_module.evaluate(
-        case.model, case.projections, case.batches, masks_of(case, fractions), constant, torch.arange(50), 10, [],
+        case.model, case.projections, case.batches, masks, constant, torch.arange(50), 10, [],
         lambda *_: None, clean=kept,
     )  # fmt: skip
 

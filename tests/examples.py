@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from ablation_sweeps.data.batch import Batch, Document
 from ablation_sweeps.data.encoder import Budget
+from ablation_sweeps.experiment.evaluate import Masks
 from ablation_sweeps.models.transformer import Transformer
+from ablation_sweeps.neurons.hooks import Projection
+from ablation_sweeps.neurons.schedule import Fractions
+from ablation_sweeps.neurons.units import Unit, Units
+from ablation_sweeps.selections.random import Random
+from ablation_sweeps.selections.selection import Selecting
 
 
 def two_examples(model: Transformer) -> Batch:
@@ -24,6 +34,19 @@ def two_examples(model: Transformer) -> Batch:
 def logits(model: Transformer, batch: Batch) -> Tensor:
     with torch.inference_mode():
         return model.logits(batch)
+
+
+def selecting_of(projections: Sequence[Projection], units: Units, seed: int = 0) -> Selecting:
+    """The inputs of a rule that looks at neither the model nor the data."""
+    return cast(Selecting, SimpleNamespace(units=units, projections=projections, seed=seed))
+
+
+def random_masks(projections: Sequence[Projection], fractions: Sequence[float], seed: int = 0) -> Masks:
+    """The masks of random neurons, as a job with the default options has them."""
+    units = Unit(name="neuron").partition(projections)
+    orders = Random(label="random").orders(selecting_of(projections, units, seed))
+    points = Fractions(values=tuple(fractions)).points(orders, len(units))
+    return {point: units.masks(numbers) for point, numbers in points.items()}
 
 
 def n_hooks(module: nn.Module) -> int:

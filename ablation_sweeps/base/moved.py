@@ -8,11 +8,13 @@ MOVED = {
     "ablation_sweeps.job.Calibration": "ablation_sweeps.experiment.job.Calibration",
     "ablation_sweeps.job.Evaluation": "ablation_sweeps.experiment.job.Evaluation",
     "ablation_sweeps.local.Local": "ablation_sweeps.dispatch.local.Local",
-    "ablation_sweeps.selection.Random": "ablation_sweeps.neurons.selection.Random",
-    "ablation_sweeps.selection.Schedule": "ablation_sweeps.neurons.selection.Schedule",
+    "ablation_sweeps.selection.Random": "ablation_sweeps.selections.random.Random",
+    "ablation_sweeps.neurons.selection.Random": "ablation_sweeps.selections.random.Random",
+    "ablation_sweeps.selection.Schedule": "ablation_sweeps.neurons.schedule.Fractions",
+    "ablation_sweeps.neurons.selection.Schedule": "ablation_sweeps.neurons.schedule.Fractions",
     "ablation_sweeps.sites.Site": "ablation_sweeps.neurons.sites.Site",
     "ablation_sweeps.slurm.Slurm": "ablation_sweeps.dispatch.slurm.Slurm",
     "ablation_sweeps.tracking.NoTracking": "ablation_sweeps.tracking.wandb.NoTracking",
     "ablation_sweeps.tracking.Wandb": "ablation_sweeps.tracking.wandb.Wandb",
 }
-FORMER = {present: former for former, present in MOVED.items()}
+FORMER = {present: former for former, present in reversed(MOVED.items())}  # of several former paths, the first

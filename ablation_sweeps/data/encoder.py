@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from ablation_sweeps.data.batch import Batch, Document, Picture, Split
+from ablation_sweeps.data.scope import Positions
 
 log = logging.getLogger(__name__)
 
@@ -21,11 +22,13 @@ class Budget:
         examples: maximum number of documents or images.
         window: texts are batched by length only among this many consecutive ones, so that after each window the
             finished texts are the first ones of the data, not the longest ones. None: among all texts.
+        scope: calibration positions that enter the statistics; only these use up `tokens`.
     """
 
     tokens: int | None
     examples: int | None
     window: int | None = None
+    scope: Positions = "all"
 
     def say_if_short(self, split: Split, positions: int, more: str = "") -> None:
         """Log if there are fewer calibration data than asked for: unlike scores, statistics do not show their size.

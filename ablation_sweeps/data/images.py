@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.lazy import torch
 from ablation_sweeps.data.batch import NOT_SCORED, Batch, Document, LazyPixels, Picture, Split
 from ablation_sweeps.data.encoder import Budget
 from ablation_sweeps.data.intake import threads, upright
+from ablation_sweeps.data.scope import Positions
 
 MAX_PIXEL_BYTES = 1 << 30  # pixels of one split that stay in memory
 
@@ -30,7 +31,8 @@ class ImageEncoder:
         mode: PIL's name of the colours that the model takes: "RGB" or "L".
         n_classes: number of classes; labels are below it.
         tokens: positions per image inside the model.
-        left_out: number of positions at the beginning (CLS, registers) that do not enter the statistics.
+        n_special: number of positions before the patches (CLS, registers); None if unknown.
+        counts_special: False if these do not enter the statistics.
     """
 
     transform: Callable[..., torch.Tensor]
@@ -38,13 +40,14 @@ class ImageEncoder:
     mode: str
     n_classes: int
     tokens: int
-    left_out: int = 0
+    n_special: int | None = None
+    counts_special: bool = True
 
     def __call__(
         self, examples: Iterable[Document | Picture], split: Split, budget: Budget, batch_tokens: int, seed: int
     ) -> list[Batch]:
         """Batches of at most `batch_tokens` positions, or two images. A budget in tokens is rounded up to an image."""
-        counted = self.tokens - (self.left_out if split == "calibration" else 0)  # positions per image that count
+        counted = self.tokens - (self._left_out(budget.scope) if split == "calibration" else 0)  # positions per image
         limits = [budget.examples, None if budget.tokens is None else -(-budget.tokens // counted)]
         limit = min((n for n in limits if n is not None), default=None)
         pictures: list[Picture] = []
@@ -63,7 +66,32 @@ class ImageEncoder:
         starts = range(0, max(1, len(pictures) - 1), size)  # never a single one: resampling needs another example
         rest = deque(made[:n_kept])
         del made
-        return [self._batch(pictures, range(*ends), split, rest) for ends in pairwise([*starts, len(pictures)])]
+        left_out = self._left_out(budget.scope) if split == "calibration" else 0
+        return [self._batch(pictures, range(*ends), left_out, rest) for ends in pairwise([*starts, len(pictures)])]
+
+    def _left_out(self, scope: Positions) -> int:
+        """Number of positions at the beginning that do not enter the statistics."""
+        return max(0 if self.counts_special else self.n_special or 0, self._first(scope))
+
+    def in_scope(self, batch: Batch, scope: Positions) -> Bool[torch.Tensor, "batch pos"] | None:
+        """Positions in scope; None if all are.
+
+        Raises:
+            UserError: images have no such scope.
+        """
+        first = self._first(scope)
+        at = torch.arange(self.tokens, device=batch.labels.device)
+        return (at >= first).expand(len(batch.labels), -1) if first else None
+
+    def _first(self, scope: Positions) -> int:
+        """Number of the first position in scope."""
+        first = {"all": 0, "not_first": 1, "no_special": self.n_special}.get(scope)
+        if first is None:
+            raise UserError(
+                f"scope={scope}: the positions of an image in this model have no such part; use scope=all or "
+                "scope=not_first"
+            )
+        return first
 
     def pixels(self, pictures: Sequence[Picture]) -> Float[torch.Tensor, "batch channels height width"]:
         """Pixels of some images, transformed in threads."""
@@ -93,10 +121,11 @@ class ImageEncoder:
             )
         return example
 
-    def _batch(self, pictures: list[Picture], places: range, split: Split, made: deque[Future[torch.Tensor]]) -> Batch:
+    def _batch(self, pictures: list[Picture], places: range, left_out: int, made: deque[Future[torch.Tensor]]) -> Batch:
         """Batch of the images at `places`.
 
         Args:
+            left_out: number of positions at the beginning that do not enter the statistics.
             made: pixels of the images from here on, as far as they fit into memory; others are made when needed. Those
                 of this batch are removed.
         """
@@ -106,8 +135,8 @@ class ImageEncoder:
         pixels = _stacked([made.popleft() for _ in some]) if made else None
         inputs = LazyPixels(self.key, self.pixels, some) if pixels is None else {self.key: pixels}
         keep = None
-        if self.left_out and split == "calibration":
-            keep = (torch.arange(self.tokens) >= self.left_out).expand(len(some), -1)
+        if left_out:
+            keep = (torch.arange(self.tokens) >= left_out).expand(len(some), -1)
         labels = torch.tensor([picture.label for picture in some])
         return Batch(inputs, labels, keep, tuple(picture.name for picture in some), tuple(places))
 

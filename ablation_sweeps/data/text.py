@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -18,6 +19,7 @@ from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.lazy import torch
 from ablation_sweeps.data.batch import NOT_SCORED, Batch, Document, Picture, Split
 from ablation_sweeps.data.encoder import Budget
+from ablation_sweeps.data.scope import Positions, positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,13 +98,14 @@ class TextEncoder:
         if self.masking and self.tokenizer.mask_token_id is None:
             raise UserError("model: this tokenizer has no mask token; use a causal_lm model, or another tokenizer")
         doubled: list[str] = []
-        left_out = self._special_ids() if self.tokens == "no_special" and split == "calibration" else set()
-        limit = budget.tokens if left_out else None
+        is_counted = functools.partial(self._is_counted, scope=budget.scope if split == "calibration" else "all")
+        every_position_counts = split != "calibration" or (self.tokens == "all" and budget.scope == "all")
+        limit = None if every_position_counts else budget.tokens
         whole = budget if limit is None else dataclasses.replace(budget, tokens=None)
         take = self._concatenated if self.pack == "concatenate" else self._documents
         pieces = take(_texts(examples), whole, doubled)
         if limit is not None:
-            pieces = self._until(pieces, limit, left_out)
+            pieces = self._until(pieces, limit, is_counted)
         sequences = [self._label(name, document, np.array(ids), split, seed) for name, document, ids in pieces]
         if not sequences:
             raise UserError(
@@ -116,20 +119,42 @@ class TextEncoder:
                 "model is shown both; remove it from the texts", len(doubled), split, doubled[0],
             )  # fmt: skip
         more = "; model.pack=concatenate takes what lies behind the cut, too" if self.pack == "documents" else ""
-        positions = sum(token not in left_out for sequence in sequences for token in sequence.ids.tolist())
-        budget.say_if_short(split, positions, more)
-        return self._batches(sequences, budget.window, batch_tokens, self.tokens if split == "calibration" else "all")
+        counted = sum(int(is_counted(s.ids).sum()) if limit is not None else len(s.ids) for s in sequences)
+        budget.say_if_short(split, counted, more)
+        batches = self._batches(sequences, budget.window, batch_tokens)
+        return batches if every_position_counts else [self._keeping(batch, budget.scope) for batch in batches]
+
+    def _is_counted(self, ids: list[int] | np.ndarray, scope: Positions) -> np.ndarray:
+        """True for each position of a text that enters the statistics, `[pos]`."""
+        row = torch.as_tensor(ids)[None]
+        labels = torch.full_like(row, NOT_SCORED)
+        labels[:, :-1] = 0  # a causal model is scored at all positions but the last
+        batch = Batch({"input_ids": row, "attention_mask": torch.ones_like(row)}, labels, None, ("",), (0,))
+        return self._keeping(batch, scope).keep[0].numpy()  # type: ignore[index]
+
+    def _keeping(self, batch: Batch, scope: Positions) -> Batch:
+        """The batch with `keep`, the positions that enter the statistics, by `tokens` and by the scope."""
+        scopes: list[Positions] = ["no_special", scope] if self.tokens == "no_special" else [scope]
+        keep = batch.inputs["attention_mask"].bool()
+        for one in scopes:
+            in_scope = self.in_scope(batch, one)
+            keep = keep if in_scope is None else keep & in_scope
+        return dataclasses.replace(batch, keep=keep)
+
+    def in_scope(self, batch: Batch, scope: Positions) -> torch.Tensor | None:
+        """See `scope.positions`."""
+        return positions(batch, scope, self.special_ids())
 
     def _until(
-        self, pieces: Iterable[tuple[str, int, list[int]]], limit: int, left_out: set[int]
+        self, pieces: Iterable[tuple[str, int, list[int]]], limit: int, is_counted: Callable[[list[int]], np.ndarray]
     ) -> Iterator[tuple[str, int, list[int]]]:
-        """Pieces until `limit` of their tokens enter the statistics; tokens in `left_out` do not use up the budget.
+        """Pieces until `limit` of their tokens enter the statistics; the other tokens do not use up the budget.
 
         The last piece is cut to meet the limit; for an encoder, the special tokens that end a text are kept.
         """
         left = limit
         for name, document, ids in pieces:
-            places = [place for place, token in enumerate(ids) if token not in left_out]
+            places = np.flatnonzero(is_counted(ids)).tolist()
             is_cut = len(places) > left
             if is_cut:
                 end = len(ids) if self.masking is None or not places else places[-1] + 1
@@ -247,7 +272,7 @@ class TextEncoder:
         ids = np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
         return ids if self.n_tokens is None else ids[ids < self.n_tokens]
 
-    def _special_ids(self) -> set[int]:
+    def special_ids(self) -> set[int]:
         """Ids of BOS, CLS, SEP and the like, but not of the token for unknown words, which stands for text."""
         t = self.tokenizer
         others = (t.bos_token_id, t.eos_token_id, t.cls_token_id, t.sep_token_id, t.pad_token_id, t.mask_token_id)
@@ -277,7 +302,7 @@ class TextEncoder:
         shown[chosen[random]] = rng.choice(self.ordinary_ids(), int(random.sum()))
         return shown, labels
 
-    def _batches(self, sequences: list[Sequence], window: int | None, batch_tokens: int, tokens: Tokens) -> list[Batch]:
+    def _batches(self, sequences: list[Sequence], window: int | None, batch_tokens: int) -> list[Batch]:
         batches: list[Batch] = []
         for some in _windows(list(enumerate(sequences)), window):
             by_length = sorted(some, key=lambda pair: (-len(pair[1].ids), pair[0]))
@@ -286,10 +311,10 @@ class TextEncoder:
                 if len(by_length) == size + 1:
                     size += 1  # never a single one: resampling needs another example
                 rows, by_length = by_length[:size], by_length[size:]
-                batches.append(self._pad([sequence for _, sequence in rows], tuple(index for index, _ in rows), tokens))
+                batches.append(self._pad([sequence for _, sequence in rows], tuple(index for index, _ in rows)))
         return batches
 
-    def _pad(self, sequences: list[Sequence], index: tuple[int, ...], tokens: Tokens) -> Batch:
+    def _pad(self, sequences: list[Sequence], index: tuple[int, ...]) -> Batch:
         shape = len(sequences), max(len(s.ids) for s in sequences)
         pad = int(self.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
         known = self.n_tokens is None or pad < self.n_tokens
@@ -302,8 +327,6 @@ class TextEncoder:
             labels[row, :n] = torch.from_numpy(sequence.labels)
             keep[row, :n] = True
         inputs = {"input_ids": ids, "attention_mask": keep.long()}
-        if tokens == "no_special":
-            keep = keep & ~torch.isin(ids, torch.tensor(sorted(self._special_ids())))
         documents = tuple(s.document for s in sequences)
         return Batch(inputs, labels, keep, tuple(s.name for s in sequences), index, documents, self.apart)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ablation_sweeps.base import hashing
+from ablation_sweeps.base import files, hashing
+from ablation_sweeps.base.lazy import torch
 from ablation_sweeps.data.batch import Batch
 from ablation_sweeps.models.transformer import Transformer
-from ablation_sweeps.neurons.collect import Medians, collect
+from ablation_sweeps.neurons import tensor_cache
+from ablation_sweeps.neurons.collect import MeanAbsolute, Medians, collect
 from ablation_sweeps.neurons.hooks import Projection
 from ablation_sweeps.neurons.replay import Replay
+from ablation_sweeps.neurons.sites import in_layers
 from ablation_sweeps.neurons.statistics import Histogram, Statistics
 from ablation_sweeps.results import run_folder
 
@@ -24,6 +28,7 @@ class CalibrationStatistics:
     """Callable that returns the statistics a method asks for: computed, or from the cache of an earlier job.
 
     Attributes:
+        projections: those of all layers, so that jobs for different layers share the statistics.
         folder: run folder, whose environment.json records the cache folder and the calibration data.
         replay: recorder for the activations of the calibration pass; None: every pass runs the model.
         copies_left_out: True if duplicates were removed from the calibration split. Earlier versions counted them, so
@@ -56,8 +61,8 @@ class CalibrationStatistics:
             model_left_out=list(self.model.left_out),
         )
 
-    def __call__(self, *wanted: Histogram | Medians) -> Statistics:
-        """The moments of each neuron, plus the requested histograms and medians."""
+    def __call__(self, *wanted: Histogram | Medians | MeanAbsolute) -> Statistics:
+        """The moments of each neuron in the layers of the job, plus the requested histograms and medians."""
         statistics = collect(
             self.model,
             self.projections,
@@ -74,7 +79,19 @@ class CalibrationStatistics:
         )
         is_continuous = getattr(self.job.method, "is_continuous", not wanted)
         self.halved |= statistics.too_large is not None and not is_continuous
-        return statistics
+        layers = [projection.order for projection in in_layers(self.projections, self.job.site)]
+        return statistics if len(layers) == len(self.projections) else statistics.of_layers(layers)
+
+    def cached_scores(self, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The scores of the job's selection rule, computed unless an earlier job has."""
+        file = self._cache / f"scores-{hashing.signature(self.job.scores_key)[:16]}.safetensors"
+        found = tensor_cache.load_tensors(file)
+        if found is None:
+            # Computed without the folder's lock, which the statistics that a rule may ask for need.
+            found = compute()
+            with files.locked(self._cache):
+                tensor_cache.save_tensors(file, found)
+        return found
 
     def _positions_asked(self, positions: int) -> int:
         """Number of calibration positions that the options ask for. If `statistics.documents` was reached first, the

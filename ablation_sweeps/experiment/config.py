@@ -28,10 +28,18 @@ if TYPE_CHECKING:
     from ablation_sweeps.experiment.job import Job
 
 
-PARTS = ("model", "dataset", "method", "fraction", "site", "selection", "statistics", "eval", "tracking")
+PARTS = (
+    *("model", "dataset", "method", "fraction", "site", "unit", "selection", "scope"),
+    *("statistics", "eval", "tracking"),
+)
 SCALARS = ("batch_tokens", "seed", "prefetch", "dry_run", "sweep", "results_dir", "objective")
 OPTIONS = (*PARTS, *SCALARS)
 MAY_BE_NULL = ("objective",)
+# Parts that configs of earlier versions do not have, with what those versions did.
+ADDED = {
+    "unit": {"_target_": "ablation_sweeps.neurons.units.Unit", "name": "neuron"},
+    "scope": {"_target_": "ablation_sweeps.data.scope.Scope", "write": "all", "statistics": "all"},
+}
 MOST = 2**63 - 1  # limit of every number: tables and random generators take 64 bits
 CHOICES = (*(part for part in PARTS if part not in ("statistics", "eval")), "study", "experiment")  # folders of conf/
 
@@ -58,9 +66,9 @@ def from_dict(config: dict[str, Any]) -> Job:
     for option in config.keys() - set(OPTIONS):
         raise UserError(f"{option}: there is no such option{near(option, list(OPTIONS))}; see {typed_command()} --help")
     for option in OPTIONS:
-        if config.get(option) is None and option not in MAY_BE_NULL:
+        if config.get(option) is None and option not in MAY_BE_NULL and (option in config or option not in ADDED):
             raise UserError(f"{option}: must be given; leave it out of the command to get its default")
-    config = {**config, "objective": config.get("objective")}
+    config = {**ADDED, **config, "objective": config.get("objective")}
     parts = {part: build(part, config[part]) for part in PARTS}
     config |= {part: _with_numbers(config[part], built) for part, built in parts.items()}
     for option, least in (("batch_tokens", 1), ("seed", 0)):
@@ -97,9 +105,10 @@ def option_places(results_dir: object, sweep: object) -> tuple[str, str]:
 
 
 def _with_numbers(options: dict[str, Any], built: object) -> dict[str, Any]:
-    """The options, where numbers and booleans given as text (by `${oc.env:N}`) are replaced by their parsed values."""
+    """The options, where text is replaced by what it was read as: a number (of `${oc.env:N}`), or a list in a file."""
     fields = {key: getattr(built, key, value) for key, value in options.items() if isinstance(value, str)}
-    return options | {key: value for key, value in fields.items() if isinstance(value, int | float)}
+    fields = {key: [*map(list, value)] if isinstance(value, list) else value for key, value in fields.items()}
+    return options | {key: value for key, value in fields.items() if isinstance(value, int | float | list)}
 
 
 def _whole_number(option: str, value: object, least: int) -> int:
@@ -142,6 +151,7 @@ def build(part: str, options: Any) -> Any:
     if not options.get("_target_"):
         raise UserError(f"{part}: its yaml has no _target_, the class that implements it")
     fields = {key: value for key, value in options.items() if key != "_target_"}
+    fields |= {key: build(f"{part}.{key}", value) for key, value in fields.items() if _has_target(value)}
     for key, value in fields.items():
         if isinstance(value, str) and os.sep in value:
             FOLDERS[absolute(value)] = f"{part}.{key}"
@@ -170,6 +180,10 @@ def build(part: str, options: Any) -> Any:
                 "pydantic.dataclasses.dataclass, which makes it one"
             ) from error
     return built
+
+
+def _has_target(value: object) -> bool:
+    return isinstance(value, dict) and "_target_" in value
 
 
 def _check_size(part: str, key: str, given: object, value: object) -> None:

@@ -15,12 +15,14 @@ from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.lazy import pd, torch
 from ablation_sweeps.data.batch import NOT_SCORED, Batch, prefetch_batches
 from ablation_sweeps.data.memory import Part, PassLimit, run_at_once, run_in_halves
+from ablation_sweeps.data.scope import Positions
 from ablation_sweeps.experiment.chance import _chance
 from ablation_sweeps.experiment.clean_passes import CleanPasses
 from ablation_sweeps.experiment.score import _clean, _sums, _targets
 from ablation_sweeps.methods.method import Replacement, values_of
 from ablation_sweeps.models.transformer import Transformer
 from ablation_sweeps.neurons.hooks import Projection, ablated, reading
+from ablation_sweeps.neurons.schedule import CLEAN, Point
 from ablation_sweeps.results.metrics import SUMS, curve, ratio
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+Masks = dict[Point, list[Bool[torch.Tensor, " _neurons"]]]  # for each point, one mask per projection
+
 LEAST = 32  # documents or images needed before a standard error may end the evaluation of a point
 
 
@@ -36,7 +40,7 @@ def evaluate(
     model: Transformer,
     projections: list[Projection],
     batches: Sequence[Batch],
-    masks: dict[float, list[Bool[torch.Tensor, " _neurons"]]],
+    masks: Masks,
     replacement: Replacement,
     common: Int[torch.Tensor, " common"],
     top_k: int,
@@ -45,32 +49,35 @@ def evaluate(
     note: Callable[[str], None] = log.warning,
     target_stderr: float | None = None,
     clean: CleanPasses | None = None,
+    write: Positions = "all",
 ) -> pd.DataFrame:
-    """Run one clean pass over each batch, then one ablated pass at each fraction that is not precise enough yet.
+    """Run one clean pass over each batch, then one ablated pass at each point that is not precise enough yet.
 
     Args:
-        masks: for each fraction, one mask per layer; fraction 0 is the clean pass and needs none.
+        masks: for each point, one mask per layer; the clean pass needs none.
         common: ids of the most common tokens, which the skip metrics leave out.
         done: the metric sums of each batch that was finished before an interruption; these batches are not run again.
         save: called with the number of each batch and its metric sums, as soon as they are known.
         note: called with a warning if the device has too little memory for a batch, which is then halved.
-        target_stderr: standard error of the mean loss, in nats, at which a fraction needs no more batches. None: every
-            fraction is evaluated on all batches.
+        target_stderr: standard error of the mean loss, in nats, at which a point needs no more batches. None: every
+            point is evaluated on all batches.
         clean: cache of clean logits, which earlier jobs with the same batches may have filled.
+        write: positions at which values are written.
 
     Returns:
-        One row per document and fraction with the columns `SUMS`: sums over the document's scored positions. With a
-        `target_stderr`, a fraction may cover only the first documents, so two curves share those of the shorter one.
+        One row per document and point with the columns `SUMS`: sums over the document's scored positions. The column
+        `unit` says which unit is ablated alone, where one is; -1 in the clean pass. With a `target_stderr`, a point may
+        cover only the first documents, so two curves share those of the shorter one.
 
     Raises:
         UserError: the model gives logits that are not finite, or no position is scored.
     """
     device = model.device
-    masks = {fraction: [mask.to(device) for mask in layers] for fraction, layers in masks.items()}
+    masks = {point: [mask.to(device) for mask in layers] for point, layers in masks.items()}
     target_stderr = target_stderr if masks else None  # it only concerns points with ablated neurons
     clean = clean or CleanPasses(model)
     limit = PassLimit(model.max_positions_per_pass, note)
-    passes = Passes(model, projections, masks, replacement, common.to(device), top_k, clean, limit)
+    passes = Passes(model, projections, masks, replacement, common.to(device), top_k, clean, limit, write)
     parts = list(done)
     bar = tqdm(batches, desc=f"{model.label}, {len(masks) + 1} passes a batch", delay=2, leave=False, disable=None)
     to_do = prefetch_batches(batches[len(done) :])
@@ -85,12 +92,14 @@ def evaluate(
             passes.masks = _imprecise(passes.masks, parts[: number + 1], target_stderr)
             if not passes.masks:
                 break
-    pieces = pd.concat(parts, ignore_index=True).groupby(["fraction", "document"], as_index=False)
+    pieces = pd.concat(parts, ignore_index=True)
+    keys = [key for key in ("fraction", "unit", "document") if key in pieces]
+    pieces = pieces.groupby(keys, as_index=False)
     documents = pieces.agg({"name": "first", **dict.fromkeys(SUMS, "sum")})
     if target_stderr is not None:
         scored = sum(int((batch.labels != NOT_SCORED).sum()) for batch in batches)
         share = documents.loc[documents["fraction"] > 0, "n"].sum() / scored / len(masks)
-        missed = ", ".join(f"{fraction:.0%}" for fraction in _imprecise(masks, parts, target_stderr))
+        missed = ", ".join(f"{point.fraction:.0%}" for point in _imprecise(masks, parts, target_stderr))
         result = f"taken, and not enough at {missed}" if missed else "enough"
         log.info("eval.target_stderr=%g: %.0f %% of the data was %s", target_stderr, 100 * share, result)
     if not documents["n"].sum():
@@ -104,33 +113,32 @@ def _are_first(batches: Sequence[Batch]) -> bool:
     return len(places) >= LEAST and max(places) + 1 == len(places)
 
 
-def _imprecise(
-    masks: dict[float, list[Bool[torch.Tensor, " _neurons"]]], parts: list[pd.DataFrame], target_stderr: float
-) -> dict[float, list[Bool[torch.Tensor, " _neurons"]]]:
-    """The fractions whose standard error is not yet at most the target."""
+def _imprecise(masks: Masks, parts: list[pd.DataFrame], target_stderr: float) -> Masks:
+    """The points of a curve whose standard error is not yet at most the target."""
     loss = pd.concat(parts).groupby("fraction")
     stderr = {fraction: ratio(group["loss"].to_numpy(), group["n"].to_numpy())[1] for fraction, group in loss}
-    return {fraction: layers for fraction, layers in masks.items() if not stderr[fraction] <= target_stderr}
+    return {point: layers for point, layers in masks.items() if not stderr[point.fraction] <= target_stderr}
 
 
-ScoreSums = dict[float, Float[np.ndarray, "batch sums"]]  # for each fraction
+ScoreSums = dict[Point, Float[np.ndarray, "batch sums"]]
 
 
 @dataclass
 class Passes:
-    """Runs the forward passes over one batch: the clean one, then one at each fraction. See `evaluate`."""
+    """Runs the forward passes over one batch: the clean one, then one at each point. See `evaluate`."""
 
     model: Transformer
     projections: list[Projection]
-    masks: dict[float, list[Bool[torch.Tensor, " _neurons"]]]
+    masks: Masks
     replacement: Replacement
     common: Int[torch.Tensor, " common"]
     top_k: int
     clean: CleanPasses
     limit: PassLimit
+    write: Positions
 
     def sums(self, whole: Part) -> ScoreSums:
-        """Metric sums (`SUMS`) of a batch at each fraction. A batch that is too large for one pass is run in parts."""
+        """Metric sums (`SUMS`) of a batch at each point. A batch that is too large for one pass is run in parts."""
         batch = whole.batch
         if self.replacement.reads_clean:
             at_once = run_at_once(batch, lambda: self._sums(whole, None), self.limit)
@@ -140,13 +148,13 @@ class Passes:
         else:
             values = self._values(batch, [])
         sums = run_in_halves(whole, lambda part: self._sums(part, _values_of_part(values, batch, part)), self.limit)
-        return {fraction: np.concatenate([of_part[fraction] for of_part in sums]) for fraction in sums[0]}
+        return {point: np.concatenate([of_part[point] for of_part in sums]) for point in sums[0]}
 
     def _values(self, batch: Batch, clean: list[torch.Tensor]) -> list[torch.Tensor]:
         return values_of(self.replacement, batch, clean, len(self.projections))
 
     def _sums(self, part: Part, values: list[torch.Tensor] | None) -> ScoreSums:
-        """Metric sums from one pass at each fraction.
+        """Metric sums from one pass at each point.
 
         Args:
             values: replacement values. None: they are computed from the activations of the clean pass.
@@ -161,12 +169,13 @@ class Passes:
         else:
             logits = self.clean.logits(part.key, batch, targets.rows)
         clean = _clean(logits)
-        sums = {0.0: _sums(logits, clean, targets, self.common, self.top_k)}
-        for fraction, layers in self.masks.items():
+        sums = {CLEAN: _sums(logits, clean, targets, self.common, self.top_k)}
+        positions = self.model.in_scope(batch, self.write)
+        for point, layers in self.masks.items():
             del logits  # there may not be room for two of them
-            with ablated(self.projections, layers, values, size):
+            with ablated(self.projections, layers, values, size, positions):
                 logits = self.model.logits_at(batch, targets.rows)
-            sums[fraction] = _sums(logits, clean, targets, self.common, self.top_k)
+            sums[point] = _sums(logits, clean, targets, self.common, self.top_k)
         # Copy to the CPU only after the last pass: a GPU is idle while its results are waited for.
         return dict(zip(sums, torch.stack(list(sums.values())).cpu().numpy(), strict=True))
 
@@ -206,11 +215,11 @@ def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _check_finite(sums: ScoreSums, model: Transformer) -> None:
-    for fraction, values in sums.items():
+    for point, values in sums.items():
         if not np.isfinite(values).all():
-            if fraction:
+            if point != CLEAN:
                 raise UserError(
-                    f"method: gives NaN or infinite logits with {fraction:.0%} of the neurons ablated; check the "
+                    f"method: gives NaN or infinite logits with {point.fraction:.0%} of the units ablated; check the "
                     "values that it writes, and try model.dtype=float32"
                 )
             raise UserError(
@@ -220,13 +229,15 @@ def _check_finite(sums: ScoreSums, model: Transformer) -> None:
 
 
 def _frame(sums: ScoreSums, batch: Batch) -> pd.DataFrame:
+    documents = batch.documents or batch.index
     frames = [
-        pd.DataFrame({"fraction": fraction, "document": batch.documents or batch.index, "name": batch.names}).join(
+        pd.DataFrame({"fraction": point.fraction, "unit": point.unit, "document": documents, "name": batch.names}).join(
             pd.DataFrame(values, columns=list(SUMS))
         )
-        for fraction, values in sums.items()
+        for point, values in sums.items()
     ]
-    return pd.concat(frames, ignore_index=True)
+    table = pd.concat(frames, ignore_index=True)
+    return table if (table["unit"] >= 0).any() else table.drop(columns="unit")
 
 
 def metrics(

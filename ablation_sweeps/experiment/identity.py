@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,22 +14,27 @@ from ablation_sweeps.base.environment import is_ours
 from ablation_sweeps.base.moved import FORMER
 
 if TYPE_CHECKING:
-    from ablation_sweeps.experiment.job import Calibration, Evaluation, Job
+    from ablation_sweeps.experiment.job import Job
     from ablation_sweeps.models.transformer import Transformer
 
 
 RESULTS_VERSION = 2  # raise it when the code changes numbers beyond rounding: earlier results are then not reused
 
 
-def numbers_of(part: Calibration | Evaluation) -> dict[str, Any]:
-    """Options that enter the signature. Those added later are left out at their default: earlier results stay valid."""
-    later = {"target_stderr": None, "passes": 2}
-    return {key: value for key, value in asdict(part).items() if (key, value) not in later.items()}
+def numbers_of(part: Any) -> dict[str, Any]:
+    """Options that enter the signature, without the label.
+
+    Options of our own classes that were added later have a default, at which they are left out: earlier results stay
+    valid.
+    """
+    later = {field.name: field.default for field in fields(part)} if is_ours(type(part).__module__) else {}
+    options = {key: value for key, value in asdict(part).items() if key != "label"}
+    return {key: value for key, value in options.items() if key not in later or value != later[key]}
 
 
 def options_of(part: Any) -> dict[str, Any]:
-    """Options of a part without its label. A class whose values have changed raises its attribute `numbers`."""
-    options = {key: value for key, value in asdict(part).items() if key != "label"}
+    """Class and options of a part. A class whose values have changed raises its attribute `numbers`."""
+    options = numbers_of(part)
     numbers = getattr(part, "numbers", None)
     return {"class": class_of(part), **options, **({"numbers": numbers} if isinstance(numbers, int) else {})}
 
@@ -82,7 +87,9 @@ def columns(job: Job, model: Transformer, *, halved: bool, some_left_out: bool) 
         "revision": model.revision,
         "dataset": job.dataset.label,
         "site": job.site.name,
+        "unit": job.unit.name,
         "selection": job.selection.label,
+        "depends_on_seed": job.selection.depends_on_seed,
         "method": job.method.label,
         "method_params": json.dumps(parameters, sort_keys=True),
         "seed": job.seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,18 +14,21 @@ from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.base import hashing
 from ablation_sweeps.base.errors import UserError
-from ablation_sweeps.data.batch import Split
+from ablation_sweeps.data.batch import SPLITS, Split
 from ablation_sweeps.data.encoder import Budget
-from ablation_sweeps.data.intake import splits_of
+from ablation_sweeps.data.intake import Intake
+from ablation_sweeps.data.scope import Scope
 from ablation_sweeps.experiment import evaluate
 from ablation_sweeps.experiment.identity import RESULTS_VERSION, class_of, content, numbers_of, options_of
 from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.methods.method import Method
 from ablation_sweeps.neurons import collect, sites, streaming_histogram
-from ablation_sweeps.neurons.selection import Schedule, Selection
+from ablation_sweeps.neurons.schedule import Fractions, Schedule
+from ablation_sweeps.neurons.units import Unit
 from ablation_sweeps.results import run_folder
 from ablation_sweeps.results.metrics import MAIN
 from ablation_sweeps.results.record import summary
+from ablation_sweeps.selections.selection import Selection
 
 NO_SPECIAL = 2  # like RESULTS_VERSION, for results with model.tokens=no_special
 
@@ -76,8 +80,10 @@ class Job:
     dataset: Any
     method: Method
     fraction: Schedule
-    site: sites.Site
+    site: sites.Site | sites.Both
+    unit: Unit
     selection: Selection
+    scope: Scope
     statistics: Calibration
     eval: Evaluation
     tracking: Any
@@ -119,13 +125,13 @@ class Job:
                 "ones are no fair sample; leave it null, or take model.pack=documents"
             )
         if self.objective:
-            _check_objective(self.objective, self.fraction.values)
+            _check_objective(self.objective, self.fraction)
         _check_examples(self.dataset)
 
     def budget(self, split: Split) -> Budget:
         """Limits on the amount of data in a split."""
         if split == "calibration":
-            return Budget(self.statistics.tokens, self.statistics.documents)
+            return Budget(self.statistics.tokens, self.statistics.documents, scope=self.scope.statistics)
         if self.model.modality == "image":
             return Budget(None, self.eval.images)
         return Budget(self.eval.tokens, self.eval.documents, evaluate.LEAST if self.eval.target_stderr else None)
@@ -135,8 +141,11 @@ class Job:
         if hasattr(self.model, "prefetch"):
             self.model.prefetch()
         encode = self.model.encoder() if hasattr(self.model, "encoder") else Session().model(self).encode
-        for intake in splits_of(self.dataset):
-            encode(iter(intake), intake.split, self.budget(intake.split), self.batch_tokens, 0)
+        calibrated: Collection[bytes] = frozenset()
+        for split in SPLITS:
+            intake = Intake(self.dataset.label, split, self.dataset.examples(split), calibrated)
+            encode(iter(intake), split, self.budget(split), self.batch_tokens, 0)
+            calibrated = intake.contents
 
     @functools.cached_property
     def statistics_key(self) -> dict[str, Any]:
@@ -145,28 +154,46 @@ class Job:
             "numbers": RESULTS_VERSION,
             "model": {"class": class_of(self.model), **content(self.model)},
             "dataset": {"class": class_of(self.dataset), **content(self.dataset)},
-            "site": asdict(self.site),
+            "site": _without_layers(asdict(self.site)),
             "statistics": numbers_of(self.statistics)
             | ({"growing": streaming_histogram.COUNTS_VERSION} if self.statistics.passes == 1 else {})
             | ({"no_special": NO_SPECIAL} if getattr(self.model, "tokens", "all") == "no_special" else {}),
             "batch_tokens": self.batch_tokens,
+            **({"scope": self.scope.statistics} if self.scope.statistics != "all" else {}),
         }
+
+    @functools.cached_property
+    def scores_key(self) -> dict[str, Any]:
+        """Everything that the scores of a selection rule depend on, besides the calibration statistics."""
+        rule = options_of(self.selection)
+        return {
+            "selection": {key: value for key, value in rule.items() if key not in ("order", "within")},
+            **self._which_units,
+        }
+
+    @property
+    def _which_units(self) -> dict[str, Any]:
+        """What is ablated, and where. Without what was added later, at its default: earlier results stay valid."""
+        added = {"unit": self.unit.name, "layers": self.site.layers, "write": self.scope.write}
+        default = {"unit": "neuron", "layers": "all", "write": "all"}
+        return {key: value for key, value in added.items() if value != default[key]}
 
     @functools.cached_property
     def study_key(self) -> dict[str, Any]:
         """Everything that jobs must have in common to be comparable."""
-        return {**self.statistics_key, "selection": options_of(self.selection), "eval": numbers_of(self.eval)}
+        own = {"selection": options_of(self.selection), "eval": numbers_of(self.eval)}
+        return {**self.statistics_key, **own, **self._which_units}
 
     @functools.cached_property
     def signature(self) -> str:
         """Hash of everything that can change the numbers."""
-        own = {"method": options_of(self.method), "fractions": self.fraction.values, "seed": self.seed}
+        own = {"method": options_of(self.method), "fractions": self.fraction.content, "seed": self.seed}
         return hashing.signature({**self.study_key, **own})
 
     @functools.cached_property
     def cost_key(self) -> str:
         """Key of jobs that take about equally long: all but method and seed are the same."""
-        return hashing.signature([self.study_key, self.fraction.values])[:16]
+        return hashing.signature([self.study_key, self.fraction.content])[:16]
 
     @functools.cached_property
     def folder(self) -> Path:
@@ -175,7 +202,17 @@ class Job:
         return self.results_dir / self.sweep / name.replace("/", "--")
 
 
-def _check_objective(name: str, fractions: tuple[float, ...]) -> None:
+def _without_layers(site: dict[str, Any]) -> dict[str, Any]:
+    """The options of a site without its layers: statistics are collected in all of them."""
+    return {
+        key: _without_layers(value) if isinstance(value, dict) else value
+        for key, value in site.items()
+        if key != "layers"
+    }
+
+
+def _check_objective(name: str, schedule: Schedule) -> None:
+    fractions = schedule.values if isinstance(schedule, Fractions) else ()
     kind, _, metric = name.partition("/")
     if kind not in ("auc", "at_50") or metric not in MAIN:
         raise UserError(
@@ -205,9 +242,12 @@ def objective(job: Job) -> float | None:
 @functools.lru_cache(maxsize=64)
 def _check_examples(dataset: Any) -> None:
     """Check that there is something to calibrate on and to evaluate, as far as possible without a tokenizer."""
-    for intake in splits_of(dataset, threaded=False):  # of each, only the first example is read
+    calibrated: Collection[bytes] = frozenset()
+    for split in SPLITS:
+        intake = Intake(dataset.label, split, dataset.examples(split), calibrated, threaded=False)
         if not any(len(getattr(example, "text", "of a picture")) > 1 for example in intake):
             raise UserError(
-                f"dataset={dataset.label}: nothing to score in its {intake.split} split: no example, or all documents "
-                "are shorter than two tokens; give longer or more documents"
+                f"dataset={dataset.label}: nothing to score in its {split} split: no example, or all documents are "
+                "shorter than two tokens; give longer or more documents"
             )
+        calibrated = intake.contents  # the first example is used for calibration, whatever the budget

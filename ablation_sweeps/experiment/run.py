@@ -18,9 +18,11 @@ from ablation_sweeps.experiment.evaluate import evaluate, metrics
 from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.methods.method import Fitting, Replacement
 from ablation_sweeps.neurons import sites
-from ablation_sweeps.neurons.selection import granularity, masks
+from ablation_sweeps.neurons.schedule import CLEAN
+from ablation_sweeps.neurons.units import Units
 from ablation_sweeps.results import run_folder
 from ablation_sweeps.results.record import RunRecord
+from ablation_sweeps.selections.selection import Selecting
 
 if TYPE_CHECKING:
     from ablation_sweeps.experiment.job import Job
@@ -28,9 +30,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Columns of rows.parquet: first the experiment, then what was measured.
-EXPERIMENT = "run_id study kind model revision dataset site selection granularity method method_params seed"
-MEASURED = "fraction n_ablated n_neurons metric value stderr n clean chance"
-COLUMNS = [*EXPERIMENT.split(), *MEASURED.split()]
+EXPERIMENT = "run_id study kind model revision dataset site unit selection depends_on_seed method method_params seed"
+MEASURED = "fraction n_ablated n_units n_neurons metric value stderr n clean chance"
+OF_UNIT = "layer index"  # with fraction=each
+COLUMNS = [*EXPERIMENT.split(), *OF_UNIT.split(), *MEASURED.split()]
 
 
 def run_job(job: Job, session: Session | None = None) -> Path:
@@ -71,7 +74,9 @@ def measure(job: Job, folder: Path, session: Session) -> tuple[pd.DataFrame, pd.
     # Load the model and both splits of the data, and find the neurons.
     model = session.model(job)
     run_folder.remember_texts(folder, ", ".join(model.texts))
-    projections = sites.find(model, job.site, job.model.site_paths)
+    all_projections = sites.find(model, job.site, job.model.site_paths)
+    projections = sites.in_layers(all_projections, job.site)
+    units = job.unit.partition(projections)
     calibration = session.batches(job, "calibration")
     batches = session.batches(job, "evaluation")
     session.check_unchanged(job)
@@ -81,20 +86,32 @@ def measure(job: Job, folder: Path, session: Session) -> tuple[pd.DataFrame, pd.
     if left_out:
         run_folder.update_environment(folder, data_left_out=left_out)
 
-    # Collect statistics of each neuron on the calibration data, once the method asks for them.
+    # Collect statistics of each neuron on the calibration data, once the selection or the method asks for them.
     statistics = CalibrationStatistics(
         job=job,
         folder=folder,
         model=model,
-        projections=projections,
+        projections=all_projections,
         batches=calibration,
         replay=session.replay(job),
         copies_left_out="calibration" in left_out,
     )
 
-    # Select the neurons to ablate at each fraction: the same for every method.
-    orders = job.selection.orders([projection.width for projection in projections], job.seed)
-    ablated = {fraction: masks(orders, fraction) for fraction in job.fraction.values}
+    # Select the units to ablate at each point: the same for every method.
+    orders = job.selection.orders(
+        Selecting(
+            model=model,
+            projections=projections,
+            units=units,
+            statistics=statistics,
+            batches=session.scored_calibration(job),
+            write=job.scope.write,
+            seed=job.seed,
+            cached=statistics.cached_scores,
+            note=lambda text: run_folder.add_warning(folder, text, logging.INFO),
+        )
+    )
+    selected = job.fraction.points(orders, len(units))
 
     # Fit the method: compute the values that replace the neurons.
     replacement = job.method.fit(
@@ -113,7 +130,7 @@ def measure(job: Job, folder: Path, session: Session) -> tuple[pd.DataFrame, pd.
             "Constant, or an object with reads_clean that is called with each batch: see docs/adding.md"
         )
 
-    # Evaluate: one clean pass over each batch, and one at each fraction.
+    # Evaluate: one clean pass over each batch, and one at each point.
     chance = chance_model(job, model, batches, calibration)
     top_k = job.eval.top_k_images if model.modality == "image" else job.eval.top_k
     done = run_folder.progress(folder, [batch.names for batch in batches])
@@ -122,7 +139,7 @@ def measure(job: Job, folder: Path, session: Session) -> tuple[pd.DataFrame, pd.
         model=model,
         projections=projections,
         batches=batches,
-        masks=ablated,
+        masks={point: units.masks(numbers) for point, numbers in selected.items()},
         replacement=replacement,
         common=chance.common,
         top_k=top_k,
@@ -131,17 +148,32 @@ def measure(job: Job, folder: Path, session: Session) -> tuple[pd.DataFrame, pd.
         note=lambda text: run_folder.add_warning(folder, text),
         target_stderr=job.eval.target_stderr,
         clean=session.clean_passes(job),
+        write=job.scope.write,
     )
     session.check_unchanged(job)  # pixels of a large set of images are read only when needed
 
-    # Record the curve: the metrics at each fraction, in rows that identify their experiment.
+    # Record the result: the metrics at each point, in rows that identify their experiment.
     labels = torch.cat([batch.labels[batch.labels != NOT_SCORED] for batch in batches])
     rows = metrics(documents, chance, labels, top_k)
-    n_ablated = {fraction: sum(int(mask.sum()) for mask in layers) for fraction, layers in ablated.items()}
+    n_ablated = {CLEAN.fraction: 0, **{point.fraction: len(numbers) for point, numbers in selected.items()}}
     columns = {
         **identity.columns(job, model, halved=statistics.halved, some_left_out=bool(left_out)),
-        "granularity": granularity(orders, job.fraction.values, model.n_heads if job.site.by_head else None),
-        "n_ablated": rows["fraction"].map({0.0: 0, **n_ablated}),
+        **places(rows, units),
+        "n_ablated": rows["fraction"].map(n_ablated),
+        "n_units": len(units),
         "n_neurons": sum(projection.width for projection in projections),
     }
-    return documents, rows.assign(**columns).loc[:, COLUMNS]
+    rows = rows.assign(**columns)
+    return documents, rows.loc[:, [column for column in COLUMNS if column in rows]]
+
+
+def places(rows: pd.DataFrame, units: Units) -> dict[str, pd.Series]:
+    """Columns `layer` and `index`: the place of the unit that is ablated alone; missing in the clean pass.
+
+    Without such units, there are no such columns.
+    """
+    if "number" not in rows:
+        return {}
+    number = rows["number"].where(rows["number"] >= 0).astype("Int64")
+    by_number = {"layer": dict(enumerate(units.layer.tolist())), "index": dict(enumerate(units.index.tolist()))}
+    return {column: number.map(place).astype("Int64") for column, place in by_number.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.lazy import torch
 from ablation_sweeps.data.batch import SPLITS, Batch, Split
 from ablation_sweeps.data.encoder import Budget
-from ablation_sweeps.data.intake import Contents, Intake
+from ablation_sweeps.data.intake import Intake
 from ablation_sweeps.experiment import identity
 from ablation_sweeps.experiment.clean_passes import CleanPasses
 from ablation_sweeps.models.transformer import Transformer
@@ -61,6 +62,13 @@ class Session:
         key = self._key(job, split)  # first: it may load another model, and so drop what is kept
         return self._batches(*key)[0]
 
+    def scored_calibration(self, job: Job) -> list[Batch]:
+        """The calibration data, with labels to score. A masked language model sees them masked, as in an evaluation."""
+        if self.model(job).kind != "masked_lm":
+            return self.batches(job, "calibration")
+        dataset, split, budget, batch_tokens, seed, calibration = self._key(job, "calibration")
+        return self._batches(dataset, split, budget, batch_tokens, seed, calibration, True)[0]
+
     def left_out(self, job: Job) -> dict[str, list[str]]:
         """Why data were left out: sentences for each split that is incomplete."""
         keys = {split: self._key(job, split) for split in SPLITS}
@@ -100,14 +108,21 @@ class Session:
         return job.dataset, split, job.budget(split), job.batch_tokens, seed, job.budget("calibration")
 
     def _encode(
-        self, dataset: Any, split: Split, budget: Budget, batch_tokens: int, seed: int, calibration: Budget
+        self,
+        dataset: Any,
+        split: Split,
+        budget: Budget,
+        batch_tokens: int,
+        seed: int,
+        calibration: Budget,
+        is_masked: bool = False,
     ) -> tuple[list[Batch], Intake]:
         assert self._model is not None
-        calibrated: Contents = {}
+        calibrated: Collection[bytes] = frozenset()
         if split == "evaluation":
             calibrated = self._batches(dataset, "calibration", calibration, batch_tokens, 0, calibration)[1].contents
         intake = Intake(dataset.label, split, dataset.examples(split), calibrated)
-        batches = self._model.encode(iter(intake), split, budget, batch_tokens, seed)
+        batches = self._model.encode(iter(intake), "evaluation" if is_masked else split, budget, batch_tokens, seed)
         intake.examples = ()  # a dataset may keep files open
         for sentence in intake.left_out:
             log.warning("dataset=%s: of its %s split, %s", dataset.label, split, sentence)

@@ -64,6 +64,7 @@ class CausalLM(Pretrained):
             other_input=other_input,
             n_heads=query_heads(module),
             special_ids=frozenset(tokenizer.all_special_ids),
+            in_scope=encoder.in_scope,
             left_out=left_out,
         )
         if not _is_causal(model, encoder):

@@ -49,8 +49,17 @@ class ImageClassifier(Pretrained):
         probe = encoder.other_input("probe", 1, 0).to(input_device(module))
         with torch.inference_mode():
             tokens = body(probe).last_hidden_state.shape[1:-1].numel()
-        left_out = max(0, tokens - _patches(probe, sizes)) if self.tokens == "no_special" else 0
-        encoder = ImageEncoder(transform, "pixel_values", mode, config.num_labels, tokens, left_out)  # type: ignore[union-attr,arg-type]
+        patches = _patches(probe, sizes)
+        if patches is None and self.tokens == "no_special":
+            raise UserError(
+                "model.tokens=no_special: this model does not say how large its patches are; use model.tokens=all"
+            )
+        encoder = dataclasses.replace(
+            encoder,
+            tokens=tokens,
+            n_special=None if patches is None else max(0, tokens - patches),
+            counts_special=self.tokens == "all",
+        )
         return Transformer(
             label=self.label,
             revision=self.commit or "",
@@ -62,14 +71,15 @@ class ImageClassifier(Pretrained):
             other_input=encoder.other_input,
             n_heads=heads if isinstance(heads, int) else None,  # Swin has a list, one number per stage
             special_ids=frozenset(),
+            in_scope=encoder.in_scope,
             class_names=tuple(config.id2label.get(i, "") for i in range(config.num_labels)),  # type: ignore[union-attr,index,arg-type]
             left_out=unused,
         )
 
 
-def _patches(probe: Batch, sizes: Any) -> int:
-    """Number of positions that are patches, not CLS or register tokens."""
+def _patches(probe: Batch, sizes: Any) -> int | None:
+    """Number of positions that are patches, not CLS or register tokens; None if the model does not say."""
     if not isinstance(getattr(sizes, "patch_size", None), int):
-        raise UserError("model.tokens=no_special: this model does not say how large its patches are; use tokens=all")
+        return None
     height, width = probe.inputs["pixel_values"].shape[-2:]
     return (height // sizes.patch_size) * (width // sizes.patch_size)

@@ -72,6 +72,7 @@ class MaskedLM(Pretrained):
             other_input=other_input,
             n_heads=query_heads(module),
             special_ids=frozenset(tokenizer.all_special_ids),
+            in_scope=encoder.in_scope,
             left_out=left_out,
         )
         return isolate(with_head(model, module.get_output_embeddings()), encoder, self.option)  # type: ignore[operator]

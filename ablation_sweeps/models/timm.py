@@ -89,8 +89,8 @@ class Timm(Pretrained):
             )
         tokens = features.shape[1:-1].numel()
         heads = {m.num_heads for m in module.modules() if hasattr(m, "num_heads")}
-        left_out = getattr(module, "num_prefix_tokens", 0) if self.tokens == "no_special" else 0
-        encoder = ImageEncoder(transform, "x", mode, module.num_classes, tokens, left_out)
+        n_special = getattr(module, "num_prefix_tokens", 0)
+        encoder = dataclasses.replace(encoder, tokens=tokens, n_special=n_special, counts_special=self.tokens == "all")
         return Transformer(
             label=self.label,
             revision=self.commit or "",
@@ -102,6 +102,7 @@ class Timm(Pretrained):
             other_input=encoder.other_input,
             n_heads=heads.pop() if len(heads) == 1 else None,
             special_ids=frozenset(),
+            in_scope=encoder.in_scope,
         )
 
     def _create(self) -> Any:

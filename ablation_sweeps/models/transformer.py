@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from ablation_sweeps.base.lazy import torch
 from ablation_sweeps.data.batch import Batch, Modality, pad_and_stack
 from ablation_sweeps.data.encoder import Encoder, OtherInput
+from ablation_sweeps.data.scope import InScope, positions
 
 Kind = Literal["causal_lm", "masked_lm", "image_classifier"]
 
@@ -29,6 +30,7 @@ class Transformer:
         other_input: makes an input that is not from the data; see `OtherInput`.
         n_heads: query heads per layer; None if layers differ.
         special_ids: token ids that carry no text (BOS, CLS, PAD, ...); empty for images.
+        in_scope: gives the positions of a batch at which values are written; see `data.scope`.
         head: output embedding of a language model, if it can be applied to some positions alone; set by `with_head`.
             None otherwise.
         class_names: class names of an image classifier in the order of its logits; empty if unknown.
@@ -47,6 +49,7 @@ class Transformer:
     other_input: OtherInput
     n_heads: int | None
     special_ids: frozenset[int]
+    in_scope: InScope = positions
     head: torch.nn.Module | None = None
     class_names: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()

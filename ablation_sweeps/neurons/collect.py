@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 
 MOMENTS_FILE, BOTH = "moments.safetensors", "moments-and-fine-counts.safetensors"
+MEAN_ABS_FILE = "mean-abs.safetensors"
 MEDIANS = "medians-"  # start of a file name; the number of bins follows
 TOO_LARGE_KEY = "too_large"  # key in a cache file whose statistics come from halved batches
 
@@ -52,12 +53,16 @@ class Medians(NamedTuple):
     n_bins: int
 
 
+class MeanAbsolute(NamedTuple):
+    """Request for the mean of each neuron's absolute value. It needs one more pass."""
+
+
 def collect(
     model: Transformer,
     projections: list[Projection],
     batches: Sequence[Batch],
     cache: Path,
-    *wanted: Histogram | Medians,
+    *wanted: Histogram | Medians | MeanAbsolute,
     passes: NPasses = 2,
     note: Callable[[str], None] = log.warning,
     replay: Replay | None = None,
@@ -92,6 +97,8 @@ def collect(
             found = (_in_one_pass if passes == 1 else _in_two_passes)(data, cache, histograms)
             for one in medians:
                 _add_medians(found, data, cache, one)
+            if any(isinstance(one, MeanAbsolute) for one in wanted):
+                _add_mean_abs(found, data, cache)
         return found
 
     found = _run_with_smaller_batches(batches, run)
@@ -260,6 +267,25 @@ def _add_medians(statistics: Statistics, data: CalibrationData, cache: Path, wan
     tensors = _cached(file, data, lambda: _numbered(medians_of(data, moments, wanted.n_bins)))
     statistics.medians = _in_order(tensors)
     statistics.too_large = statistics.too_large or _too_large(tensors)
+
+
+def _add_mean_abs(statistics: Statistics, data: CalibrationData, cache: Path) -> None:
+    tensors = _cached(cache / MEAN_ABS_FILE, data, lambda: _numbered(mean_abs_of(data)))
+    statistics.mean_abs = _in_order(tensors)
+    statistics.too_large = statistics.too_large or _too_large(tensors)
+
+
+def mean_abs_of(data: CalibrationData) -> list[Float[torch.Tensor, " _neurons"]]:
+    """Mean of each neuron's absolute value over one pass, `[neurons]` per layer, float64."""
+    totals = [torch.zeros(projection.width, dtype=torch.float64) for projection in data.projections]
+    counts = [0] * len(totals)
+
+    def see(layer: int, x: Float[torch.Tensor, "tokens neurons"]) -> None:
+        totals[layer] = totals[layer].to(x.device) + x.abs().double().sum(0)
+        counts[layer] += len(x)
+
+    data.run(see, "mean absolute values")
+    return [total / count for total, count in zip(totals, counts, strict=True)]
 
 
 def _cached(

@@ -15,7 +15,11 @@ from ablation_sweeps.base.lazy import torch
 
 @contextmanager
 def ablated(
-    projections: list[Projection], masks: list[Bool[torch.Tensor, " _neurons"]], values: list[torch.Tensor], batch: int
+    projections: list[Projection],
+    masks: list[Bool[torch.Tensor, " _neurons"]],
+    values: list[torch.Tensor],
+    batch: int,
+    positions: Bool[torch.Tensor, "batch rows"] | None = None,
 ) -> Iterator[None]:
     """Context manager: in each forward pass, replace the masked neurons with `values`.
 
@@ -26,9 +30,11 @@ def ablated(
         values: replacement values, one tensor per layer: `[neurons]`, or `[batch, rows, neurons]`, whose first two
             sizes may be 1.
         batch: number of examples in the batch.
+        positions: True where values are written; elsewhere the activation stays as the pass computes it. None: at all
+            positions.
 
     Raises:
-        UserError: the shape of the values does not fit.
+        UserError: the shape of the values, or of the positions, does not fit.
     """
 
     def at(layer: int, x: torch.Tensor) -> torch.Tensor:
@@ -36,7 +42,11 @@ def ablated(
         rows = as_rows(x, batch)
         _check_shape(values[layer], rows)
         value = values[layer].to(rows, non_blocking=True)
-        return torch.where(masks[layer].to(x.device, non_blocking=True), value, rows).reshape(x.shape)
+        mask = masks[layer].to(x.device, non_blocking=True)
+        if positions is not None:
+            _check_positions(positions, rows, projections[layer])
+            mask = mask & positions.to(x.device, non_blocking=True)[..., None]
+        return torch.where(mask, value, rows).reshape(x.shape)
 
     with hooked(projections, at):
         yield
@@ -52,6 +62,18 @@ def _check_shape(value: torch.Tensor, rows: Float[torch.Tensor, "batch rows neur
         raise UserError(
             f"method: gives values of shape {list(value.shape)} where activations are {list(rows.shape)}, examples, "
             "positions and neurons; give these three, of which the first two may be 1, or the neurons alone"
+        )
+
+
+def _check_positions(
+    positions: Bool[torch.Tensor, "batch positions"],
+    rows: Float[torch.Tensor, "batch rows neurons"],
+    projection: Projection,
+) -> None:
+    if positions.shape != rows.shape[:2]:
+        raise UserError(
+            f"scope: {projection.path} has {rows.shape[1]} rows where the input has {positions.shape[1]} positions, so "
+            "that it is not known which row is which position; use scope=all"
         )
 
 
@@ -76,11 +98,21 @@ class Projection:
     Attributes:
         path: module path inside the model.
         width: number of neurons.
+        site: name of the site that the projection belongs to.
+        layer: number of the layer, as in the path; the order of calls where paths do not tell layers apart.
+        order: index among the projections of all layers, of which `site.layers` may take only some.
+        n_heads: query heads whose outputs the neurons are, one head after another; None if they belong to no heads.
+        n_kv_heads: key/value heads that the query heads share; None if unknown.
     """
 
     path: str
     module: torch.nn.Module
     width: int
+    site: str = ""
+    layer: int = 0
+    order: int = 0
+    n_heads: int | None = None
+    n_kv_heads: int | None = None
 
 
 @contextmanager

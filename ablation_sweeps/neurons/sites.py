@@ -6,8 +6,10 @@ import fnmatch
 import logging
 import re
 from collections import defaultdict
+from dataclasses import replace
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.base.errors import UserError
@@ -15,9 +17,12 @@ from ablation_sweeps.base.lazy import torch
 from ablation_sweeps.data.batch import Batch, pad_and_stack
 from ablation_sweeps.models.transformer import Transformer
 from ablation_sweeps.neurons import proposals
+from ablation_sweeps.neurons.heads import Heads, watching_heads
 from ablation_sweeps.neurons.hooks import Projection, as_rows
 
 log = logging.getLogger(__name__)
+
+Layers = Literal["all"] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -28,15 +33,82 @@ class Site:
         name: `attn_pre_out` or `mlp_pre_out`, or any name for a pattern of your own.
         projection: regular expression that matches the projection's path inside its layer.
         by_head: True if the neurons belong to attention heads, so that the width must be a multiple of their number.
+        layers: numbers of the layers to ablate, from 0, or "all".
     """
 
     name: str
     projection: str
     by_head: bool
+    layers: Layers = "all"
+
+    @property
+    def parts(self) -> list[Site]:
+        """The sites that are searched one by one: this one."""
+        return [self]
 
 
-def find(model: Transformer, site: Site, paths: tuple[str, ...] | None) -> list[Projection]:
-    """Find the site's projections, one per layer, in the order in which a forward pass calls them.
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Both:
+    """Two sites that are ablated together: the inputs of the attention's and of the MLP's output projection.
+
+    Attributes:
+        layers: numbers of the layers to ablate, from 0, or "all".
+    """
+
+    name: str
+    attention: Site
+    mlp: Site
+    layers: Layers = "all"
+
+    @property
+    def parts(self) -> list[Site]:
+        """The sites that are searched one by one."""
+        return [self.attention, self.mlp]
+
+
+def find(model: Transformer, site: Site | Both, paths: tuple[str, ...] | None) -> list[Projection]:
+    """Find the projections of a site in all layers, in the order in which a forward pass calls them.
+
+    With two sites, the projections of the attention come before those of the MLP in each layer. See `in_layers` for
+    those of some layers.
+
+    Args:
+        paths: module paths or patterns such as `model.layers.*.self_attn.o_proj`, used instead of the search.
+
+    Raises:
+        UserError: see `_find_one`; or paths are given for two sites.
+    """
+    if paths and len(site.parts) > 1:
+        raise UserError(
+            f"site={site.name}: model.site_paths={list(paths)} does not say which paths are the attention's and which "
+            "the MLP's; use site=attn_pre_out or site=mlp_pre_out"
+        )
+    found = [projection for part in site.parts for projection in _find_one(model, part, paths)]
+    if len(site.parts) > 1:
+        found.sort(key=lambda projection: projection.layer)  # stable: of one layer, the attention is first
+    return [replace(projection, order=order) for order, projection in enumerate(found)]
+
+
+def in_layers(projections: list[Projection], site: Site | Both) -> list[Projection]:
+    """The projections of the layers that `site.layers` names.
+
+    Raises:
+        UserError: there is no such layer.
+    """
+    if site.layers == "all":
+        return projections
+    known = sorted({projection.layer for projection in projections})
+    missing = [layer for layer in site.layers if layer not in known]
+    if missing:
+        raise UserError(
+            f"site.layers={list(site.layers)}: there is no layer {missing[0]} with {site.name}, but "
+            f"{', '.join(map(str, known))}"
+        )
+    return [projection for projection in projections if projection.layer in site.layers]
+
+
+def _find_one(model: Transformer, site: Site, paths: tuple[str, ...] | None) -> list[Projection]:
+    """Find one site's projections, one per layer, in the order in which a forward pass calls them.
 
     They are found by structure and checked with forward passes over a probe: all hooks fire equally often, the width
     fits the heads, and each example has its own rows. A projection that fails a check is an error, never skipped.
@@ -57,14 +129,47 @@ def find(model: Transformer, site: Site, paths: tuple[str, ...] | None) -> list[
     if alone:
         patterns = ", ".join(dict.fromkeys(map(proposals.pattern_of, found)))
         log.warning("%s: layers without %s are left alone: %s", site.name, patterns, ", ".join(alone))
-    return [Projection(path, found[path], x.shape[-1]) for path, x in calls]
+    numbers = _layer_numbers([call.path for call in calls])
+    return [
+        Projection(
+            call.path,
+            found[call.path],
+            call.x.shape[-1],
+            site=site.name,
+            layer=layer,
+            order=order,
+            n_heads=call.heads.n_heads if site.by_head and call.heads else None,
+            n_kv_heads=call.heads.n_kv_heads if site.by_head and call.heads else None,
+        )
+        for order, (call, layer) in enumerate(zip(calls, numbers, strict=True))
+    ]
 
 
-def _checked_calls(model: Transformer, site: Site, found: dict[str, torch.nn.Module]) -> list[tuple[str, torch.Tensor]]:
+def _layer_numbers(paths: list[str]) -> list[int]:
+    """Number of each projection's layer: the number in its path that is different in all of them.
+
+    Where there is none (layers in stages, or one module for all layers), projections are numbered in order.
+    """
+    numbers = [[int(part) for part in path.split(".") if part.isdigit()] for path in paths]
+    for column in zip(*numbers, strict=False):
+        if len({*column}) == len(paths):
+            return list(column)
+    return list(range(len(paths)))
+
+
+class Call(NamedTuple):
+    """A call of a projection in a forward pass: its path, its input, and the attention that was computed before it."""
+
+    path: str
+    x: torch.Tensor
+    heads: Heads | None
+
+
+def _checked_calls(model: Transformer, site: Site, found: dict[str, torch.nn.Module]) -> list[Call]:
     one, other = _probes(model)
     calls = _calls(model, site, found, pad_and_stack(one, other))
     swapped = _calls(model, site, found, pad_and_stack(other, one))
-    _check(found, [(path, x.shape) for path, x in calls], site, model.n_heads)
+    _check(found, calls, site, model.n_heads)
     _check_examples(calls, swapped, site)
     return calls
 
@@ -73,11 +178,10 @@ def _probes(model: Transformer) -> list[Batch]:
     return [model.other_input("probe", 8, seed) for seed in (0, 1)]
 
 
-def _calls(
-    model: Transformer, site: Site, found: dict[str, torch.nn.Module], batch: Batch
-) -> list[tuple[str, torch.Tensor]]:
-    """Path and input of each call of a projection in one forward pass, in order."""
-    calls: list[tuple[str, torch.Tensor]] = []
+def _calls(model: Transformer, site: Site, found: dict[str, torch.nn.Module], batch: Batch) -> list[Call]:
+    """The calls of the projections in one forward pass, in order."""
+    calls: list[Call] = []
+    heads: list[Heads] = []
     paths_of = {module: path for path, module in found.items()}
 
     def note(module: torch.nn.Module, args: tuple) -> None:
@@ -86,11 +190,12 @@ def _calls(
                 f"site={site.name}: {paths_of[module]} is not called with a tensor as its first argument, so it is no "
                 "projection; set model.site_paths to the linear layers themselves"
             )
-        calls.append((paths_of[module], args[0].clone()))
+        calls.append(Call(paths_of[module], args[0].clone(), heads[-1] if heads else None))
+        heads.clear()
 
     handles = [module.register_forward_pre_hook(note) for module in found.values()]
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), watching_heads() as heads:
             model.body(batch.to(model.device))
     finally:
         for handle in handles:
@@ -149,7 +254,7 @@ def _called(
 ) -> dict[str, dict[str, torch.nn.Module]]:
     """Towers that a forward pass calls: a text-and-image model may call only one. If none is called, all towers."""
     every = {path: part for tower in towers.values() for path, part in tower.items()}
-    calls = {path for path, _ in _calls(model, site, every, pad_and_stack(*_probes(model)))}
+    calls = {call.path for call in _calls(model, site, every, pad_and_stack(*_probes(model)))}
     called = {name: tower for name, tower in towers.items() if calls & set(tower)}
     return called or towers
 
@@ -193,10 +298,8 @@ def _layers_without(module: torch.nn.Module, found: dict[str, torch.nn.Module]) 
     return proposals.natural_order(alone)
 
 
-def _check(
-    found: dict[str, torch.nn.Module], calls: list[tuple[str, torch.Size]], site: Site, n_heads: int | None
-) -> None:
-    fired = [path for path, _ in calls]
+def _check(found: dict[str, torch.nn.Module], calls: list[Call], site: Site, n_heads: int | None) -> None:
+    fired = [call.path for call in calls]
     never = [path for path in found if path not in fired]
     if never:
         raise UserError(
@@ -206,14 +309,14 @@ def _check(
     times = {fired.count(path) for path in found}
     if len(times) > 1:
         raise UserError(f"site={site.name}: some projections are called more often than others; set model.site_paths")
-    wrong = [path for path, shape in calls if site.by_head and n_heads and shape[-1] % n_heads]
+    wrong = [call.path for call in calls if site.by_head and n_heads and call.x.shape[-1] % n_heads]
     if wrong:
         raise UserError(f"site={site.name}: the width of {wrong[0]} is no multiple of the {n_heads} heads")
 
 
-def _check_examples(calls: list[tuple[str, torch.Tensor]], swapped: list[tuple[str, torch.Tensor]], site: Site) -> None:
+def _check_examples(calls: list[Call], swapped: list[Call], site: Site) -> None:
     """Check that swapping two examples swaps their rows: `as_rows` assumes that examples are the outermost axis."""
-    for (path, x), (_, y) in zip(calls, swapped, strict=False):
+    for (path, x, _), (_, y, _) in zip(calls, swapped, strict=False):
         rows_fit = x.shape == y.shape and x.numel() % (2 * x.shape[-1]) == 0
         if rows_fit:
             there, back = as_rows(x.float(), 2), as_rows(y.float(), 2).flip(0)

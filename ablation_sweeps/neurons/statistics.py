@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -72,6 +73,9 @@ class Statistics:
         counts: `[neurons, bins]` per layer for each requested histogram: int32, or float64 after a single pass.
         medians: if requested, `[neurons]` per layer, float32; the mean of the middle two for an even number of values.
             Mostly exact; the error is at most 1e-3 of the neuron's interquartile range.
+        mean_abs: if requested, the mean of the absolute value, `[neurons]` per layer, float64.
+        shared_range: smallest and largest activation of all neurons at the site, for histograms with `one_range`. None:
+            those of the moments here.
         too_large: number of examples that did not fit into memory at once, if some statistics come from halved
             batches. These round differently, so counts of adjacent bins may differ by a few.
     """
@@ -79,15 +83,34 @@ class Statistics:
     moments: list[Moments]
     counts: dict[Histogram, list[Num[torch.Tensor, "_neurons bins"]]] = field(default_factory=dict)
     medians: list[Float[torch.Tensor, " _neurons"]] = field(default_factory=list)
+    mean_abs: list[Float[torch.Tensor, " _neurons"]] = field(default_factory=list)
     too_large: int | None = None
+    shared_range: tuple[float, float] | None = None
+
+    def of_layers(self, orders: Sequence[int]) -> Statistics:
+        """The statistics of some layers, by their place among all of them."""
+        return Statistics(
+            moments=[self.moments[order] for order in orders],
+            counts={histogram: [layers[order] for order in orders] for histogram, layers in self.counts.items()},
+            medians=[self.medians[order] for order in orders] if self.medians else [],
+            mean_abs=[self.mean_abs[order] for order in orders] if self.mean_abs else [],
+            too_large=self.too_large,
+            shared_range=self._shared_range(),
+        )
 
     def bin_range(self, histogram: Histogram, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Lower and upper end of the histogram's range, `[neurons]` each, float32."""
         low, high = self.moments[layer].minimum, self.moments[layer].maximum
         if histogram.one_range:
-            low = torch.stack([m.minimum.min() for m in self.moments]).min().expand_as(low)
-            high = torch.stack([m.maximum.max() for m in self.moments]).max().expand_as(high)
+            lowest, highest = self._shared_range()
+            low, high = torch.full_like(low, lowest), torch.full_like(high, highest)
         return low, high
+
+    def _shared_range(self) -> tuple[float, float]:
+        if self.shared_range is not None:
+            return self.shared_range
+        lowest = min(moments.minimum.min().item() for moments in self.moments)
+        return lowest, max(moments.maximum.max().item() for moments in self.moments)
 
 
 def bin_index(

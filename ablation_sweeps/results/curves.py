@@ -69,7 +69,7 @@ def read_curves(*sweeps: str | Path) -> DataFrame:
         by_study.setdefault(rows["study"].iloc[0], []).append(folder)
     for folders in by_study.values():
         whole |= _on_the_same_documents({folder: whole[folder] for folder in folders})
-    rows = _distinguish(pd.concat(whole.values(), ignore_index=True))
+    rows = _one_seed_where_none_matters(_distinguish(pd.concat(whole.values(), ignore_index=True)))
     rows["options"] = rows["study"].map(_differing(by_study, rows))
     return rows.drop_duplicates(POINT).sort_values(POINT).reset_index(drop=True)
 
@@ -92,6 +92,8 @@ def _filled(rows: DataFrame, environment: Mapping[str, Any]) -> DataFrame:
     recorded), and the clean value on the documents of each point, for which the one on all documents is used.
     """
     rows = rows.assign(**{key: float(environment.get(key) or math.nan) for key in CALIBRATION})
+    if "unit" not in rows:
+        rows = rows.rename(columns={"granularity": "unit"}).assign(depends_on_seed=True, n_units=rows["n_neurons"])
     if "clean" in rows:
         return rows
     return rows.assign(clean=rows["metric"].map(rows[rows["fraction"] == 0].set_index("metric")["value"]))
@@ -110,6 +112,14 @@ def _on_the_same_documents(runs: dict[Path, DataFrame]) -> dict[Path, DataFrame]
         measured = [point(*at[f], metric) for f, metric in zip(rows["fraction"], rows["metric"], strict=True)]
         found[folder] = rows.assign(**{key: [m[key] for m in measured] for key in ("value", "stderr", "n", "clean")})
     return found
+
+
+def _one_seed_where_none_matters(rows: DataFrame) -> DataFrame:
+    """Keep only the first seed where units do not depend on the seed: others are no further sample of units."""
+    if rows["depends_on_seed"].all():
+        return rows
+    first = rows.groupby(["study", "method"])["seed"].transform("min")
+    return rows.loc[rows["depends_on_seed"] | (rows["seed"] == first)]
 
 
 def _distinguish(rows: DataFrame) -> DataFrame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -105,7 +105,7 @@ def display_rank(name: str) -> tuple[bool, int, str]:
 
 
 def curve(documents: DataFrame, top_k: int, skip: int, chance: Mapping[str, float]) -> DataFrame:
-    """The metrics at every fraction, each with its standard error and its chance level.
+    """The metrics at every point, each with its standard error and its chance level.
 
     loss: cross entropy in nats per token (image); higher is worse. perplexity: exp of the mean loss.
     top1, top<k>: fraction of tokens (images) whose label ranks first, or among the first k; lower is worse.
@@ -116,7 +116,8 @@ def curve(documents: DataFrame, top_k: int, skip: int, chance: Mapping[str, floa
     It is NaN for a single document.
 
     Args:
-        documents: one row per fraction and document, with the columns `SUMS`.
+        documents: one row per point and document, with the columns `SUMS`. A column `unit` holds the number of the unit
+            that is ablated alone, and becomes the column `number`.
         skip: the n of `_skip<n>`; 0 for none.
         chance: chance level of each metric but perplexity, where it is known.
     """
@@ -124,11 +125,23 @@ def curve(documents: DataFrame, top_k: int, skip: int, chance: Mapping[str, floa
     names += [f"{name}_skip{skip}" for name in ("loss", "top1", f"top{top_k}") if skip]
     levels = {**chance, "perplexity": math.exp(chance.get("loss", math.nan))}
     rows = [
-        {"fraction": fraction, "metric": name, **point(*tables, name), "chance": levels.get(name, math.nan)}
-        for fraction, tables in with_clean(documents).items()
+        {**at, "metric": name, **point(table, clean, name), "chance": levels.get(name, math.nan)}
+        for at, table, clean in _points(documents)
         for name in dict.fromkeys(names)  # top_k may be 1
     ]
     return pd.DataFrame(rows)
+
+
+def _points(documents: DataFrame) -> Iterator[tuple[dict[str, float], DataFrame, DataFrame]]:
+    """For each point its columns, the table of its documents, and the table of the same documents in the clean pass."""
+    if "unit" not in documents:
+        for fraction, (table, clean) in with_clean(documents).items():
+            yield {"fraction": fraction}, table, clean
+        return
+    clean = documents.loc[documents["unit"] < 0]
+    for number, table in documents.groupby("unit"):
+        at = {"fraction": float(table["fraction"].iloc[0]), "number": int(number)}  # type: ignore[arg-type]
+        yield at, table, clean.loc[clean["document"].isin(table["document"])]
 
 
 def with_clean(documents: DataFrame) -> dict[float, tuple[DataFrame, DataFrame]]:

@@ -43,7 +43,7 @@ def test_a_command_runs(launch: Launch, own_files: Path, on_text: tuple[str, ...
     for column in {"method", "selection", "dataset", "model"} & chosen.keys():
         assert set(rows[column]) == set(chosen[column].split(","))
     if "selection" in chosen:
-        assert set(rows["granularity"]) == {"head"}
+        assert set(rows["unit"]) == {"head"}
     if "tracking" in chosen:
         (line,) = (own_files / "curves.jsonl").read_text().splitlines()
         assert json.loads(line)["method"] == "mean" and set(json.loads(line)["loss"]) == {"0.0", "0.5"}

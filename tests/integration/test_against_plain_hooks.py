@@ -7,12 +7,14 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from examples import random_masks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ablation_sweeps.datasets.digits import Digits
 from ablation_sweeps.experiment.run import run_job
-from ablation_sweeps.neurons.selection import masks
+from ablation_sweeps.neurons.hooks import Projection
+from ablation_sweeps.neurons.schedule import Point
 
 FRACTIONS = (0.25, 0.5, 1.0)
 METHODS = ("zero", "mean", "peak")
@@ -35,6 +37,10 @@ def replacement(name, x):
     bins = np.minimum(((x - low) * np.float32(100) / (high - low)).astype(np.int64), 99)
     fullest = np.array([np.bincount(column, minlength=100).argmax() for column in bins.T])
     return (low + (fullest + 0.5) * (high.astype(np.float64) - low) / 100).astype(np.float32)
+
+
+def projections_of(modules):
+    return [Projection(str(order), module, module.in_features, order=order) for order, module in enumerate(modules)]
 
 
 def activations(modules, forward, inputs):
@@ -129,11 +135,11 @@ def test_a_causal_model(method, job_of, assets, tmp_path):
         counts = np.bincount(torch.cat(calibration, 1)[0].numpy(), minlength=512).astype(float)
         counts[tokenizer.all_special_ids] = -1
         skipped = sorted(range(512), key=lambda t: (-counts[t], t))[:50]
-        orders = job.selection.orders([64] * 5, 3)
+        masks = random_masks(projections_of(modules), FRACTIONS, seed=3)
 
         def pairs_at(fraction):
             for row in evaluation:
-                logits = logits_with(modules, masks(orders, fraction), values, forward, row)
+                logits = logits_with(modules, masks[Point(fraction)], values, forward, row)
                 yield forward(row).double().numpy()[:-1], logits[:-1], row[0, 1:].tolist()
 
         compare(rows, pairs_at, skipped, k=10)
@@ -141,7 +147,7 @@ def test_a_causal_model(method, job_of, assets, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_image_classifier(method, repo, job_of, tmp_path):
-    job, rows = rows_of(
+    _, rows = rows_of(
         job_of,
         tmp_path,
         "model=tiny_vit",
@@ -161,12 +167,12 @@ def test_an_image_classifier(method, repo, job_of, tmp_path):
         pixels = [transform(p.read())[None] for p in Digits("digits").examples("calibration")]
         n_tokens = activations(modules[:1], forward, pixels[:1])[0].shape[0]
         values = [replacement(method, x) for x in activations(modules, forward, pixels[: -(-850 // n_tokens)])]
-        orders = job.selection.orders([modules[0].in_features] * len(modules), 3)
+        masks = random_masks(projections_of(modules), FRACTIONS, seed=3)
 
         def pairs_at(fraction):
             for p in pictures:
                 one = transform(p.read())[None]
-                logits = logits_with(modules, masks(orders, fraction), values, forward, one)
+                logits = logits_with(modules, masks[Point(fraction)], values, forward, one)
                 yield forward(one).double().numpy(), logits, [p.label]
 
         compare(rows, pairs_at, [], k=5, only=("loss", "top1", "top5", "kl", "perplexity"))

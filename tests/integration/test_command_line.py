@@ -19,8 +19,8 @@ from command import LAUNCH, ROOT, Launch, run_python, states, write_texts
 
 RUN_FILES = {"config.yaml", "environment.json", "status.json", "rows.parquet", "documents.parquet", "log"}
 COLUMNS = [
-    *("run_id", "study", "kind", "model", "revision", "dataset", "site", "selection", "granularity"),
-    *("method", "method_params", "seed", "fraction", "n_ablated", "n_neurons"),
+    *("run_id", "study", "kind", "model", "revision", "dataset", "site", "unit", "selection"),
+    *("depends_on_seed", "method", "method_params", "seed", "fraction", "n_ablated", "n_units", "n_neurons"),
     *("metric", "value", "stderr", "n", "clean", "chance"),
 ]
 DOCS = f"python_docs-{sys.version_info.major}.{sys.version_info.minor}"  # the text is another one in other versions
@@ -79,7 +79,8 @@ def test_rows_have_the_columns_and_the_points_of_the_curve(launch: Launch, on_te
     rows = pd.read_parquet(run / "rows.parquet")
     assert list(rows.columns) == COLUMNS
     expected = {"kind": "causal_lm", "model": "tiny", "dataset": "texts", "site": "attn_pre_out", "method": "mean",
-                "selection": "random", "granularity": "neuron", "seed": 0, "revision": "", "n_neurons": 96}  # fmt: skip
+                "selection": "random", "unit": "neuron", "depends_on_seed": True, "seed": 0,
+                "revision": "", "n_units": 96, "n_neurons": 96}  # fmt: skip
     assert {key: set(rows[key]) for key in expected} == {key: {value} for key, value in expected.items()}
     assert set(zip(rows["fraction"], rows["n_ablated"], strict=True)) == {(0.0, 0), (0.25, 24), (1.0, 96)}
     metrics = {"loss", "perplexity", "top1", "top10", "kl", "loss_skip5", "top1_skip5", "top10_skip5"}

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from examples import random_masks
 from torch import nn
 
 from ablation_sweeps.base.errors import UserError
@@ -22,7 +23,7 @@ from ablation_sweeps.methods.method import Constant
 from ablation_sweeps.methods.resample import AnotherExample, OneForEachText
 from ablation_sweeps.models.transformer import Transformer
 from ablation_sweeps.neurons import sites
-from ablation_sweeps.neurons.selection import Random, masks
+from ablation_sweeps.neurons.schedule import Point
 
 D, VOCABULARY, TOP_K = 16, 30, 3
 FRACTIONS = (0.25, 0.5, 1.0)
@@ -66,12 +67,12 @@ def study(site):
         index += n_documents
     model = Transformer("linear", "", "causal_lm", module, call, call, lambda *_: [], lambda *_: batches[0], None,
                         frozenset())  # fmt: skip
-    orders = Random(label="random").orders([D], 0)
+    projections = sites.find(model, site("attn_pre_out"), None)
     return {
         "model": model,
-        "projections": sites.find(model, site("attn_pre_out"), None),
+        "projections": projections,
         "batches": batches,
-        "masks": {fraction: masks(orders, fraction) for fraction in FRACTIONS},
+        "masks": random_masks(projections, FRACTIONS),
         "replacement": Constant([torch.randn(D, generator=generator)]),
     }
 
@@ -103,7 +104,7 @@ def naive_tokens(study) -> list[dict]:
                 x = batch.inputs["x"][row, position].double().numpy()
                 p = naive_log_softmax(weight @ x + bias)
                 for fraction in (0.0, *FRACTIONS):
-                    mask = study["masks"][fraction][0].numpy() if fraction else np.zeros(D, dtype=bool)
+                    mask = study["masks"][Point(fraction)][0].numpy() if fraction else np.zeros(D, dtype=bool)
                     q = naive_log_softmax(weight @ np.where(mask, replacement.double().numpy(), x) + bias)
                     ranked = sorted(range(VOCABULARY), key=lambda token, q=q: -q[token])
                     tokens.append({"fraction": fraction, "document": document, "label": label, "loss": -q[label],
@@ -217,7 +218,7 @@ def test_logits_that_are_not_finite_are_an_error(study, value):
     broken = lambda batch: model.logits(batch).index_fill(-1, torch.tensor([4]), value)  # noqa: E731
     with pytest.raises(UserError, match=r"linear.*before anything is ablated.*model.dtype"):
         evaluated(study, model=dataclasses.replace(model, logits=broken))
-    with pytest.raises(UserError, match=r"with 25% of the neurons ablated"):
+    with pytest.raises(UserError, match=r"with 25% of the units ablated"):
         evaluated(study, replacement=Constant([torch.full((D,), value)]))
 
 
@@ -243,12 +244,11 @@ def of(model: Transformer, site, batch_tokens: int, batches: list[Batch] | None 
     texts = ["The quick brown fox jumps over the lazy dog", "of liquor!", "Pack my box", "a", "five dozen jugs"]
     documents = [Document(f"doc{i}", text) for i, text in enumerate(texts)]
     projections = sites.find(model, site("attn_pre_out"), None)
-    orders = Random(label="random").orders([p.width for p in projections], 0)
     return {
         "model": model,
         "projections": projections,
         "batches": batches or model.encode(documents, "evaluation", Budget(None, None), batch_tokens, 0),
-        "masks": {0.5: masks(orders, 0.5)},
+        "masks": random_masks(projections, (0.5,)),
         "replacement": Constant([torch.full((p.width,), 0.3) for p in projections]),
     }
 

@@ -19,6 +19,7 @@ from ablation_sweeps.data.batch import Batch
 from ablation_sweeps.models.transformer import Transformer
 from ablation_sweeps.neurons import sites
 from ablation_sweeps.neurons.hooks import Projection, ablated, hooked, reading
+from ablation_sweeps.neurons.units import Unit
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 SITES = {"attn_pre_out": "attention", "mlp_pre_out": "mlp"}
@@ -30,14 +31,6 @@ REARRANGED = ("albert", "opt", "swin", "timm_swin", "modernbert", "mpt", "gpt2")
 hooked_family = pytest.mark.parametrize(
     ("family", "name"), [(family, name) for family, name in BOTH if name == "attn_pre_out" or family in REARRANGED]
 )
-
-
-def one_head(projections: list[Projection], layer: int, n_heads: int, head: int, of: int = 1) -> list[Tensor]:
-    """The mask of `of` heads, from `head` on, in one layer."""
-    masks = [torch.zeros(p.width, dtype=torch.bool) for p in projections]
-    d_head = projections[layer].width // n_heads
-    masks[layer][head * d_head : (head + of) * d_head] = True
-    return masks
 
 
 def with_zeros(model: Transformer, projections: list[Projection], masks: list[Tensor], batch: Batch) -> Tensor:
@@ -197,18 +190,32 @@ def implementations(family: str) -> list[str | None]:
     ("family", "implementation"),
     [(family, which) for family in FAMILIES if FAMILIES[family].heads_apart for which in implementations(family)],
 )
-def test_ablating_the_slice_of_a_head_is_zeroing_that_head(tiny, fresh, site, family, implementation):
+def test_ablating_a_head_is_zeroing_its_output_inside_the_attention(tiny, fresh, site, family, implementation):
     model = fresh(family, attn_implementation=implementation) if implementation else tiny(family)
     batch, projections = two_examples(model), sites.find(model, site("attn_pre_out"), None)
-    clean, layer = logits(model, batch), len(projections) // 2
-    n_heads = FAMILIES[family].heads[layer]
-    for head in range(n_heads):
+    units, clean = Unit(name="head").partition(projections), logits(model, batch)
+    assert [projection.n_heads for projection in projections] == list(FAMILIES[family].heads)
+    layer = len(projections) // 2
+    for head in range(FAMILIES[family].heads[layer]):
         with SilencedHead(layer, head) as silenced:
             expected = logits(model, batch)
         assert [shape[1] for shape in silenced.shapes] == list(FAMILIES[family].heads)
-        found = with_zeros(model, projections, one_head(projections, layer, n_heads, head), batch)
+        unit = units.number(projections[layer].layer, head)
+        found = with_zeros(model, projections, units.masks(torch.tensor([unit])), batch)
         assert torch.equal(found, expected)
         assert not torch.allclose(found, clean, atol=1e-4)
+
+
+KV_HEADS = {"gpt_bigcode": 1, "falcon": 1, "falcon_grouped": 2, "llava": 2, "phi3": 2}  # of four query heads
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if FAMILIES[family].kind != "backbone"])
+def test_key_value_heads_are_counted(tiny, site, family):
+    mine = FAMILIES[family]
+    found = {projection.n_kv_heads for projection in sites.find(tiny(family), site("attn_pre_out"), None)}
+    options = mine.options.get("text_config", mine.options)
+    expected = KV_HEADS.get(family, options.get("num_key_value_heads"))
+    assert found == ({expected} if expected else {*mine.heads})
 
 
 # Phi-3 has no value projection of its own: it is one with those of queries and keys.
@@ -216,13 +223,15 @@ grouped = [name for name, mine in FAMILIES.items() if "num_key_value_heads" in m
 
 
 @pytest.mark.parametrize("family", grouped)
-def test_a_value_head_serves_its_group_of_query_heads(fresh, site, family):
+def test_a_group_is_the_query_heads_of_one_value_head(fresh, site, family):
     model = fresh(family)
     batch, projections = two_examples(model), sites.find(model, site("attn_pre_out"), None)
     values = model.module.get_submodule(projections[0].path.rpartition(".")[0]).v_proj
     d_head = projections[0].width // 4
     assert values.out_features == 2 * d_head
-    found = with_zeros(model, projections, one_head(projections, 0, 4, head=2, of=2), batch)
+    units = Unit(name="kv_group").partition(projections)
+    second = units.number(projections[0].layer, 1)
+    found = with_zeros(model, projections, units.masks(torch.tensor([second])), batch)
     for parameter in values.parameters():
         parameter.data[d_head:] = 0
     torch.testing.assert_close(found, logits(model, batch), atol=1e-5, rtol=1e-5)

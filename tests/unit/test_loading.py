@@ -32,6 +32,7 @@ from ablation_sweeps.models.transformer import Transformer
 from ablation_sweeps.neurons import sites
 from ablation_sweeps.neurons.collect import collect
 from ablation_sweeps.neurons.hooks import ablated, reading
+from ablation_sweeps.neurons.schedule import Point
 from ablation_sweeps.neurons.statistics import Histogram
 
 TEXTS = [Document("a", "The quick brown fox"), Document("b", "jumps over"), Document("c", "the lazy dog")]
@@ -538,7 +539,7 @@ def test_a_text_scores_what_it_scores_alone(option, with_rope, site, tmp_path, m
     (batch,) = model.encode(texts, "evaluation", Budget(None, None), 10_000, 0)
     plain = AutoModelForCausalLM.from_pretrained(model.module.name_or_path).eval()  # type: ignore
     projections = sites.find(model, site("attn_pre_out"), None)
-    everything = {1.0: [torch.ones(p.width, dtype=torch.bool) for p in projections]}
+    everything = {Point(1.0): [torch.ones(p.width, dtype=torch.bool) for p in projections]}
     for method in (Constant([torch.zeros(p.width) for p in projections]), AnotherExample()):
         for _ in range(2):  # a second time, after the longest
             found = evaluate(model, projections, [batch], everything, method, torch.empty(0, dtype=torch.long), 5, [],

@@ -98,7 +98,7 @@ def test_no_pass_is_made_for_a_point_that_is_done(long_study, caplog):
 def test_a_precision_that_is_not_reached_is_said(long_study, caplog):
     with caplog.at_level(logging.INFO):
         evaluated(long_study, target_stderr=1e-9)
-    points = ", ".join(f"{fraction:.0%}" for fraction in long_study["masks"])
+    points = ", ".join(f"{point.fraction:.0%}" for point in long_study["masks"])
     assert f"100 % of the data was taken, and not enough at {points}" in caplog.text
 
 
