@@ -7,14 +7,14 @@ import hashlib
 import struct
 import zlib
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.lazy import torch
-from ablation_sweeps.data.batch import Document, Picture, Split
+from ablation_sweeps.data.batch import SPLITS, Document, Picture, Split
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,30 +27,35 @@ N_NAMED = 5  # broken images named in a message
 DAMAGE = (SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, struct.error, zlib.error)
 
 
+Contents = dict[bytes, tuple[str, int] | None]
+
+
 @dataclass
 class Intake:
     """Iterates over the examples of one split in order, and counts those that it leaves out.
 
     Two examples are equal if their content is, whatever their names and labels: a text without white space at its ends,
-    or the upright pixels of an image. The first of equal examples is kept. Only hashes are stored.
+    or the upright pixels of an image. The first of equal examples is kept. The contents themselves are not stored.
 
     Attributes:
         examples: examples from the dataset, read only as they are needed, except for images that threads decode ahead.
-        calibrated: content hashes of the calibration data, which are not evaluated.
+        calibrated: `contents` of the calibration data, which are not evaluated.
         threaded: True if threads decode images ahead.
-        contents: content hashes of the examples given so far.
+        contents: examples given so far: content hash, and for images name and label.
         copies, calibrated_copies: numbers of examples left out as copies within this split, or of calibration data.
+        relabelled: names of each copy with another label than the first of its kind, and of that.
         broken: errors of the images that were left out.
     """
 
     dataset: str
     split: Split
     examples: Iterable[Document | Picture]
-    calibrated: Collection[bytes] = frozenset()
+    calibrated: Contents = field(default_factory=dict)
     threaded: bool = True
-    contents: set[bytes] = field(default_factory=set)
+    contents: Contents = field(default_factory=dict)
     copies: int = 0
     calibrated_copies: int = 0
+    relabelled: list[tuple[str, str]] = field(default_factory=list)
     broken: list[BrokenPicture] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Document | Picture]:
@@ -65,11 +70,13 @@ class Intake:
                 self.broken.append(content)
             elif content in self.calibrated:
                 self.calibrated_copies += 1
+                self._compare_labels(example, self.calibrated[content])
             elif content in self.contents:
                 self.copies += 1
+                self._compare_labels(example, self.contents[content])
             else:
                 if content is not None:
-                    self.contents.add(content)
+                    self.contents[content] = (example.name, example.label) if isinstance(example, Picture) else None
                 given += 1
                 yield example
         if not given and self.left_out:
@@ -82,15 +89,47 @@ class Intake:
     def left_out(self) -> list[str]:
         """Sentences on what was left out, one for each reason."""
         sentences = []
+        copies = [
+            _counted(
+                self.calibrated_copies,
+                "example that is also in the calibration data",
+                "examples that are also in the calibration data",
+            ),
+            _counted(self.copies, "copy of an earlier example", "copies of earlier examples"),
+        ]
         if self.calibrated_copies or self.copies:
-            counts = {"the calibration data": self.calibrated_copies, "each other": self.copies}
-            copies = " and ".join(f"{n:,} copies of {what}" for what, n in counts.items() if n)
-            sentences.append(f"{copies} are left out (the same content counts once, whatever its name)")
+            are = "is" if self.calibrated_copies + self.copies == 1 else "are"
+            sentences.append(
+                f"{' and '.join(filter(None, copies))} {are} left out (the same content counts once, whatever its name)"
+            )
+        if self.relabelled:
+            pairs = _counted(len(self.relabelled), "pair of equal pictures has", "pairs of equal pictures have")
+            named = " and ".join(self.relabelled[0])
+            sentences.append(f"{pairs} different labels, such as {named}; only the first of a pair is used")
         if self.broken:
             more = f" and {len(self.broken) - N_NAMED} more" if len(self.broken) > N_NAMED else ""
             named = ", ".join("{} ({})".format(*error.args) for error in self.broken[:N_NAMED])
-            sentences.append(f"{len(self.broken)} pictures that cannot be used are left out: {named}{more}")
+            pictures = _counted(len(self.broken), "unusable picture is", "unusable pictures are")
+            sentences.append(f"{pictures} left out: {named}{more}")
         return sentences
+
+    def _compare_labels(self, copy: Document | Picture, first: tuple[str, int] | None) -> None:
+        if first is not None and isinstance(copy, Picture) and copy.label != first[1]:
+            self.relabelled.append((first[0], copy.name))
+
+
+def splits_of(dataset: Any, threaded: bool = True) -> Iterator[Intake]:
+    """The calibration split, then the evaluation split without what was taken from the first."""
+    calibrated: Contents = {}
+    for split in SPLITS:
+        intake = Intake(dataset.label, split, dataset.examples(split), calibrated, threaded)
+        yield intake
+        calibrated = intake.contents
+
+
+def _counted(n: int, one: str, several: str) -> str:
+    """The number with its noun; empty for zero."""
+    return "" if n == 0 else f"{n:,} {one if n == 1 else several}"
 
 
 def content_of_text(text: str) -> bytes:

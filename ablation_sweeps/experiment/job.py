@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +13,9 @@ from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.base import hashing
 from ablation_sweeps.base.errors import UserError
-from ablation_sweeps.data.batch import SPLITS, Split
+from ablation_sweeps.data.batch import Split
 from ablation_sweeps.data.encoder import Budget
-from ablation_sweeps.data.intake import Intake
+from ablation_sweeps.data.intake import splits_of
 from ablation_sweeps.data.scope import Scope
 from ablation_sweeps.experiment import evaluate
 from ablation_sweeps.experiment.identity import RESULTS_VERSION, class_of, content, numbers_of, options_of
@@ -141,11 +140,8 @@ class Job:
         if hasattr(self.model, "prefetch"):
             self.model.prefetch()
         encode = self.model.encoder() if hasattr(self.model, "encoder") else Session().model(self).encode
-        calibrated: Collection[bytes] = frozenset()
-        for split in SPLITS:
-            intake = Intake(self.dataset.label, split, self.dataset.examples(split), calibrated)
-            encode(iter(intake), split, self.budget(split), self.batch_tokens, 0)
-            calibrated = intake.contents
+        for intake in splits_of(self.dataset):
+            encode(iter(intake), intake.split, self.budget(intake.split), self.batch_tokens, 0)
 
     @functools.cached_property
     def statistics_key(self) -> dict[str, Any]:
@@ -242,12 +238,9 @@ def objective(job: Job) -> float | None:
 @functools.lru_cache(maxsize=64)
 def _check_examples(dataset: Any) -> None:
     """Check that there is something to calibrate on and to evaluate, as far as possible without a tokenizer."""
-    calibrated: Collection[bytes] = frozenset()
-    for split in SPLITS:
-        intake = Intake(dataset.label, split, dataset.examples(split), calibrated, threaded=False)
+    for intake in splits_of(dataset, threaded=False):  # of each, only the first example is read
         if not any(len(getattr(example, "text", "of a picture")) > 1 for example in intake):
             raise UserError(
-                f"dataset={dataset.label}: nothing to score in its {split} split: no example, or all documents are "
-                "shorter than two tokens; give longer or more documents"
+                f"dataset={dataset.label}: nothing to score in its {intake.split} split: no example, or all documents "
+                "are shorter than two tokens; give longer or more documents"
             )
-        calibrated = intake.contents  # the first example is used for calibration, whatever the budget

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import logging
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.lazy import torch
 from ablation_sweeps.data.batch import SPLITS, Batch, Split
 from ablation_sweeps.data.encoder import Budget
-from ablation_sweeps.data.intake import Intake
+from ablation_sweeps.data.intake import Contents, Intake
 from ablation_sweeps.experiment import identity
 from ablation_sweeps.experiment.clean_passes import CleanPasses
 from ablation_sweeps.models.transformer import Transformer
@@ -118,7 +117,7 @@ class Session:
         is_masked: bool = False,
     ) -> tuple[list[Batch], Intake]:
         assert self._model is not None
-        calibrated: Collection[bytes] = frozenset()
+        calibrated: Contents = {}
         if split == "evaluation":
             calibrated = self._batches(dataset, "calibration", calibration, batch_tokens, 0, calibration)[1].contents
         intake = Intake(dataset.label, split, dataset.examples(split), calibrated)

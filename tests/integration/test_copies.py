@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from PIL import Image
 
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.hashing import fingerprint_of_file, signature, unit_hash
-from ablation_sweeps.data.batch import Document, Picture
+from ablation_sweeps.data.batch import SPLITS, Document, Picture
 from ablation_sweeps.datasets.text_files import TextFiles
 from ablation_sweeps.experiment import job
 from ablation_sweeps.experiment.session import Session
@@ -121,19 +122,19 @@ def names(session: Session, made: job.Job, split: str) -> list[str]:
 
 
 def check_each_once(made: job.Job, caplog) -> None:
-    examples = {split: list(made.dataset.examples(split)) for split in job.SPLITS}
+    examples = {split: list(made.dataset.examples(split)) for split in SPLITS}
     expected, seen = {}, set()
-    for split in job.SPLITS:
+    for split in SPLITS:
         first = {content(e): e.name for e in reversed(examples[split])}
         expected[split] = [e.name for e in examples[split] if first[content(e)] == e.name and content(e) not in seen]
         seen |= set(first)
-    dropped = {split: len(examples[split]) - len(expected[split]) for split in job.SPLITS}
+    dropped = {split: len(examples[split]) - len(expected[split]) for split in SPLITS}
     assert dropped["evaluation"] and all(expected.values()), "the data of this test hold no copies"
     with caplog.at_level(logging.WARNING):
         session = Session()
-        found = {split: names(session, made, split) for split in reversed(job.SPLITS)}
+        found = {split: names(session, made, split) for split in reversed(SPLITS)}
     assert found == expected
-    said = [record.message for record in caplog.records if "copies of" in record.message]
+    said = [record.message for record in caplog.records if "counts once" in record.message]
     assert len(said) == sum(map(bool, dropped.values()))
     for split, number in dropped.items():
         words = " ".join(line for line in said if f"its {split} split" in line)
@@ -154,7 +155,7 @@ def test_also_for_a_dataset_of_ones_own(given, modality, caplog):
 def test_only_what_is_calibrated_on_is_not_evaluated(given):
     """One document gives all the statistics; copies of further ones are evaluated."""
     made = given(separate_calibration, "statistics.documents=1")
-    calibrated, evaluated = (names(Session(), made, split) for split in job.SPLITS)
+    calibrated, evaluated = (names(Session(), made, split) for split in SPLITS)
     assert len(calibrated) == 1 and len(evaluated) == 13
 
 
@@ -216,7 +217,38 @@ def test_nothing_but_copies_is_refused(launch: Launch, on_text, on_images, no_we
             shutil.copy(folder / "cat" / "0.png", file) if file.name + file.parent.name != "0.pngcat" else None
         options = (f"dataset.path={folder}",)
     error = launch(*(on_text if on == "text" else on_images), *options).error
-    assert "nothing is left of its evaluation split" in error and "copies of the calibration data" in error
+    assert "nothing is left of its evaluation split" in error and "also in the calibration data" in error
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_equal_pictures_in_two_class_folders(given, n, caplog):
+    """One line names a pair of files, and is recorded with the run."""
+
+    def relabelled(folder: Path) -> list[str]:
+        write_images(folder, n=12)
+        for place in range(n):
+            shutil.copy(folder / "cat" / f"{place}.png", folder / "dog" / f"cat {place}.png")
+        return ["dataset=image_folder", f"dataset.path={folder}"]
+
+    made, session = given(relabelled), Session()
+    with caplog.at_level(logging.WARNING):
+        left_out = session.left_out(made)
+    (sentence,) = [line for lines in left_out.values() for line in lines if "labels" in line][:1]
+    match = re.search(r"different labels, such as (.*) and (.*); only the first of a pair is used$", sentence)
+    assert match and {match[1], match[2]} in ({f"cat/{place}.png", f"dog/cat {place}.png"} for place in range(n))
+    assert sentence in caplog.text
+    assert sum(int(line[0]) for lines in left_out.values() for line in lines if "labels" in line) == n
+
+
+def test_equal_pictures_of_one_class_are_no_conflict(given):
+    def repeated(folder: Path) -> list[str]:
+        write_images(folder)
+        shutil.copy(folder / "cat" / "0.png", folder / "cat" / "again.png")
+        return ["dataset=image_folder", f"dataset.path={folder}"]
+
+    said = [line for lines in Session().left_out(given(repeated)).values() for line in lines]
+    assert len(said) == 1 and re.match("1 (copy of an earlier example|example that is also in the calibration data) is "
+                                       "left out", said[0])  # fmt: skip
 
 
 def test_copies_of_all_that_is_calibrated_on_are_refused_before_a_pass(given):
@@ -224,5 +256,5 @@ def test_copies_of_all_that_is_calibrated_on_are_refused_before_a_pass(given):
     made = given(lambda folder: [*separate_calibration(folder)])
     for number in range(5, 14):
         (Path(made.dataset.path) / f"{number}.txt").unlink()
-    with pytest.raises(UserError, match=r"nothing is left of its evaluation split: 5 copies of the calibration data"):
+    with pytest.raises(UserError, match="nothing is left of its evaluation split: 5 examples that are also in"):
         names(Session(), made, "evaluation")
