@@ -20,8 +20,7 @@ study() {  # NAME RANDOM_SOURCE OVERRIDES...
 }
 
 : "${ASSETS:?set ASSETS to the folder with the weights and data, see results/reference/README.md}"
-text=(statistics.tokens=8192 eval.tokens=2048 model.max_tokens=256 batch_tokens=2048)
-smollm2=(model=smollm2_135m "${text[@]}")
+smollm2=(model=smollm2_135m batch_tokens=2048)
 deit=(model=deit_tiny "model.path=$ASSETS/deit_tiny_imagenet1k" dataset=image_folder "dataset.path=$ASSETS/imagenet_sample_256px"
   dataset.labels=prefix "dataset.classes=$ASSETS/deit_tiny_imagenet1k/imagenet_synset_words.txt")
 
@@ -36,6 +35,7 @@ study tiny_causal random_characters model=tiny_causal dataset=python_docs eval.t
 study tiny_masked random_characters model=tiny_masked dataset=python_docs eval.tokens=5000
 study tiny_vit random_pixels model=tiny_vit dataset=digits eval.images=null
 study smollm2_wikitext2 random_characters "${smollm2[@]}" dataset=wikitext2_files \
+  statistics.tokens=8192 eval.tokens=2048 model.max_tokens=256 \
   "dataset.path=$ASSETS/text/wikitext2/test.txt" "dataset.calibration_path=$ASSETS/text/wikitext2/valid.txt"
 study smollm2_python_code random_characters "${smollm2[@]}" dataset=python_code model.dtype=bfloat16 \
   statistics.tokens=4096 eval.tokens=1024 model.max_tokens=128

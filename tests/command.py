@@ -33,6 +33,13 @@ SENTENCE = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "dog", 
 Launch = Callable[..., "Outcome"]
 
 
+def last_of_each(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """The arguments without options that a later one replaces, which the command itself refuses: a test may then add
+    what it changes to the options of a fixture."""
+    keys = [argument.partition("=")[0] if "=" in argument else f"{place}" for place, argument in enumerate(arguments)]
+    return tuple(x for place, x in enumerate(arguments) if keys[place] not in keys[place + 1 :])
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a command left on the terminal."""
@@ -81,7 +88,7 @@ def launch(
         code: object = 0
         answers_ctrl_c = signal.getsignal(signal.SIGINT)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [str(LAUNCH), *arguments])
+            patch.setattr(sys, "argv", [str(LAUNCH), *last_of_each(arguments)])
             patch.setattr(sys, "path", list(sys.path))
             patch.setattr(sys, "excepthook", sys.excepthook)
             if "pictures" not in request.fixturenames:
@@ -146,7 +153,7 @@ class Command:
         self._folder = tempfile.TemporaryDirectory()
         self._files = [Path(self._folder.name) / name for name in ("out", "err")]
         environment = dict(os.environ if env is None else env)
-        given = (arguments, str(cwd), environment, [str(file) for file in self._files])
+        given = (last_of_each(arguments), str(cwd), environment, [str(file) for file in self._files])
         self._process = _forks.Process(target=_run_python, args=given)
         self._process.start()
         assert self._process.pid is not None

@@ -23,10 +23,15 @@ BARE_FLAGS = (
     *("-m", "--multirun", "-r", "--run", "-sc", "--shell-completion", "--resolve"),
     *("-h", "--help", "--hydra-help", "--version"),
 )
-FLAGS = (  # each takes a value
-    *("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name", "-c", "--cfg", "-p", "--package"),
-    *("-i", "--info", "--experimental-rerun"),
-)
+SHORT = {
+    "-cd": "--config-dir",
+    "-cp": "--config-path",
+    "-cn": "--config-name",
+    "-c": "--cfg",
+    "-p": "--package",
+    "-i": "--info",
+}
+FLAGS = (*SHORT, *SHORT.values(), "--experimental-rerun")  # each takes a value
 FOLDERS = ("-cd", "--config-dir", "-cp", "--config-path")
 
 
@@ -37,11 +42,18 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
     becomes `seed=3`. Options are rewritten by `options_for_hydra`.
 
     Raises:
-        UserError: a flag that Hydra does not have.
+        UserError: a flag that Hydra does not have, or a flag or option that is given twice.
     """
     flags, options, before = [], [], ""
+    values: dict[str, str] = {}
     for argument in arguments:
         name, equals, value = argument.partition("=")
+        if before not in FLAGS and name in FLAGS:
+            long = SHORT.get(name, name)
+            if long in values:
+                raise UserError(f"{values[long]} {argument}: the flag is given twice, and only the last would count; "
+                                "give it once")  # fmt: skip
+            values[long] = argument
         if before in FLAGS:
             flags.append(_folder(argument) if before in FOLDERS else argument)
         elif equals and name in FOLDERS:
@@ -84,12 +96,21 @@ def options_for_hydra(options: Sequence[str]) -> list[str]:
     - `method=[zero,mean]`: a sweep over both, as `method=zero,mean`; Hydra would take only the last one;
     - `fraction=0.1,0.5`, `fraction=choice(0.1,0.5)` and the like: numbers, where Hydra expects names of yaml files;
     - `model.path=~/gpt2`: `~` is expanded to the user's home folder.
+
+    Raises:
+        UserError: an option is given twice, of which Hydra would take the last one.
     """
-    at_home = [_at_home(option) for option in options]
-    # If `fraction` is given twice, the last one counts. Rewritten, they might be different keys; Hydra would keep both.
-    fractions = [place for place, option in enumerate(at_home) if option.startswith("fraction=")]
-    at_home = [option for place, option in enumerate(at_home) if place not in fractions[:-1]]
-    return [_rewritten(option) for option in number_fractions(at_home)]
+    first: dict[str, str] = {}
+    for option in options:
+        key = option.partition("=")[0].strip().lstrip("+")
+        key = "fraction" if key == "fraction.values" else key  # numbers are written either way
+        if key in first:
+            raise UserError(
+                f"{first[key]} {option}: {key} is given twice, and only the last would count; give it once "
+                f"(a sweep over several values is -m {key}=A,B)"
+            )
+        first[key] = option
+    return [_rewritten(option) for option in number_fractions([_at_home(option) for option in options])]
 
 
 def _at_home(option: str) -> str:

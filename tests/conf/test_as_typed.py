@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command import ROOT, Launch
+from command import LAUNCH, ROOT, Launch, run_python
 
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.experiment.arguments import for_hydra
@@ -146,9 +146,27 @@ def test_an_option_with_two_dashes_is_never_taken_for_a_flag(name):
         for_hydra([f"--{name}", "0.5"])
 
 
-def test_the_last_of_two_fractions_counts():
-    assert for_hydra(["fraction=[0.5,1.0]", "seed=1", "fraction=half"]) == ["seed=1", "fraction=half"]
-    assert for_hydra(["fraction=half", "fraction=0.5"]) == ["fraction.values=[0.5]"]
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [*((f"{group}={two_of(group)[0]}", f"{group}={two_of(group)[1]}") for group in GROUPS),
+     *((f"{option}=1", f"{option}=2") for option in SCALARS), ("seed=0", "seed=0"), ("seed=0", "--seed=1"),
+     ("seed=0", "++seed=1"), ("method.n_bins=5", "method.n_bins=6"), ("hydra.sweep.dir=a", "hydra.sweep.dir=b"),
+     ("fraction=half", "fraction=0.1"), ("fraction=[0.1]", "fraction.values=[0.2]"),
+     ("hydra/launcher=local", "hydra/launcher=slurm"), ("-cd=a", "--config-dir=b")],
+)  # fmt: skip
+def test_an_option_that_is_given_twice(first, second):
+    """Hydra takes the last one in silence."""
+    for multirun in ([], ["-m"]):
+        with pytest.raises(UserError, match="is given twice, and only the last would count") as refused:
+            for_hydra([*multirun, first, "eval.skip=1", second])
+        assert str(refused.value).startswith(f"{first} {second.removeprefix('--') if 'seed' in second else second}: ")
+
+
+def test_a_command_with_an_option_twice(tmp_path):
+    for multirun in ([], ["-m"]):
+        error = run_python(str(LAUNCH), *multirun, "method=zero", "+method=mean", "dry_run=true", cwd=tmp_path).error
+        assert "method=zero +method=mean: method is given twice" in error and "-m method=A,B" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_options_with_two_hyphens(launch: Launch):

@@ -25,10 +25,15 @@ import harness
 from harness import OPTIONS, PACKS, SMALL, Expected
 
 WAYS = ("truncated", "emptied", "flipped", "replaced", "deleted", "another type")
-OTHER = ("seed=1", "statistics.tokens=500")  # another sweep, of the same shapes
 ON_MEDIANS = ("-m", "method=median", *OPTIONS[2:])
 ON_DOCS = ("-m", "method=zero", "dataset=python_docs", *SMALL)
 ROWS = ("dataset=hub_text", "dataset.column=text", "dataset.streaming=true", "dataset.evaluation_split=train")
+
+
+def other(options: tuple[str, ...]) -> tuple[str, ...]:
+    """Options of another sweep, of the same shapes."""
+    shared = (option for option in options if not option.startswith("statistics.tokens="))
+    return (*shared, "seed=1", "statistics.tokens=500")
 
 
 @dataclass(frozen=True)
@@ -143,16 +148,16 @@ class Workshop:
         assert command.code == 0, command.said
 
     def _other(self) -> None:
-        self._run(self.base / "other", (*OPTIONS, *OTHER))
+        self._run(self.base / "other", other(OPTIONS))
 
     def _other_pass(self) -> None:
-        self._run(self.base / "other_pass", (*OPTIONS, "statistics.passes=1", *OTHER))
+        self._run(self.base / "other_pass", other((*OPTIONS, "statistics.passes=1")))
 
     def _other_medians(self) -> None:
-        self._run(self.base / "other_medians", (*ON_MEDIANS, *OTHER))
+        self._run(self.base / "other_medians", other(ON_MEDIANS))
 
     def _other_packs(self) -> None:
-        self._run(self.base / "other_packs", (*OPTIONS, *PACKS, "hydra.launcher.max_parallel=2", *OTHER))
+        self._run(self.base / "other_packs", other((*OPTIONS, *PACKS, "hydra.launcher.max_parallel=2")))
 
     def _halved(self) -> None:
         shutil.copytree(self.sweep("plain"), self.base / "halved")
@@ -163,7 +168,7 @@ class Workshop:
         self._killed(self.base / "half", OPTIONS)
 
     def _other_half(self) -> None:
-        self._killed(self.base / "other_half", (*OPTIONS, *OTHER))
+        self._killed(self.base / "other_half", other(OPTIONS))
 
     def _killed(self, folder: Path, options: tuple[str, ...]) -> None:
         """In the middle of its last curve."""
