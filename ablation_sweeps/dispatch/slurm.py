@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 from typing_extensions import NotRequired, TypedDict
 
@@ -56,6 +56,9 @@ SET_BY |= {key: SET_BY["mem"] for key in ("mem_per_cpu", "mem_per_gpu")}
 SET_BY |= {key: SET_BY["gres"] for key in ("gpus", "gpus_per_node", "gpus_per_socket", "gpus_per_task")}
 Count = Annotated[int, Field(ge=1)]
 PLAIN = ("partition", "account", "qos", "gres", "cpus_per_task", "mem", "time", "constraint", "exclude")
+# Options of sbatch that the launcher sets, or that would change how it follows packs.
+FIXED = ("array", "error", "input", "job_name", "no_requeue", "nodes", "ntasks", "ntasks_per_node", "open_mode",
+         "output", "parsable", "quiet", "requeue", "signal", "test_only", "wait", "wrap")  # fmt: skip
 
 
 class Array(TypedDict):
@@ -90,6 +93,17 @@ def minutes(time: object) -> object:
     return -(-seconds // 60)
 
 
+def further_options(sbatch: dict[str, Any]) -> dict[str, Any]:
+    """Check options of sbatch, which would silently replace those that the launcher passes itself."""
+    for key in sbatch:
+        name = key.replace("-", "_")
+        if name in PLAIN:
+            raise ValueError(f"write hydra.launcher.{name} instead of hydra.launcher.sbatch.{key}")
+        if name in FIXED:
+            raise ValueError(f"{key} is set by the launcher; leave hydra.launcher.sbatch.{key} out")
+    return sbatch
+
+
 @validated(frozen=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
 class Slurm:
     """Options of conf/hydra/launcher/slurm.yaml, which explains each one."""
@@ -108,7 +122,7 @@ class Slurm:
     constraint: str | None
     exclude: str | None
     setup: list[str]
-    sbatch: dict[str, Any]
+    sbatch: Annotated[dict[str, Any], AfterValidator(further_options)]
     folder: str
 
     @property

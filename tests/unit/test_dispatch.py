@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,9 +15,10 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from command import ROOT
+from command import ROOT, run_python
 from omegaconf import OmegaConf
 from pydantic import ValidationError
+from submitit.helpers import DelayedSubmission
 
 from ablation_sweeps.base import files
 from ablation_sweeps.base.errors import UserError
@@ -26,6 +28,7 @@ from ablation_sweeps.dispatch.local import Local
 from ablation_sweeps.dispatch.packs import Pack, packed
 from ablation_sweeps.dispatch.scheduler import PackState
 from ablation_sweeps.dispatch.slurm import Slurm, private
+from ablation_sweeps.experiment.config import build
 from ablation_sweeps.results import run_folder
 
 OVER = PackState("FAILED", "node1", True, "")
@@ -156,9 +159,41 @@ def test_a_time_in_a_yaml_is_no_number_to_the_base_of_60(tmp_path):
     assert slurm_with(time=given.time).time == 600 and (given.mem, given.parallel) == (8, 1000)
 
 
-def slurm_with(**given) -> Slurm:
+def slurm_options() -> dict:
     options = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / "slurm.yaml").read_text())
-    return Slurm(**{key: value for key, value in (options | given).items() if key not in ("_target_", "to")})
+    return {key: value for key, value in options.items() if key not in ("_target_", "to")}
+
+
+def slurm_with(**given) -> Slurm:
+    return Slurm(**slurm_options() | given)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["job_name", "job-name", "array", "output", "error", "open_mode", "signal", "requeue", "no-requeue", "nodes",
+     "ntasks", "wait", "wrap", "time", "partition", "cpus-per-task"],
+)  # fmt: skip
+def test_options_of_sbatch_that_the_launcher_sets(option):
+    """They would replace its own in silence, and it would follow packs by another name."""
+    with pytest.raises(UserError) as refused:
+        build("hydra.launcher", {**slurm_options(), "_target_": "ablation_sweeps.dispatch.slurm.Slurm",
+                                 "sbatch": {"reservation": "r", option: "x"}})  # fmt: skip
+    said = str(refused.value)
+    assert said.startswith("hydra.launcher.sbatch=") and f"hydra.launcher.sbatch.{option}" in said
+    assert ("write hydra.launcher." if option in ("time", "partition", "cpus-per-task") else "leave") in said
+
+
+def test_a_pack_of_an_earlier_version_is_refused_in_one_line(tmp_path):
+    """Its class has moved since it was submitted."""
+    submission = DelayedSubmission(Pack({"/a": {}}))
+    submission.set_timeout(10, 3)
+    pickled = pickle.dumps(submission, protocol=0)
+    now, then = b"cablation_sweeps.dispatch.packs\nPack\n", b"cablation_sweeps.packs\nPack\n"
+    assert now in pickled
+    (tmp_path / "7_submitted.pkl").write_bytes(pickled.replace(now, then))
+    job = {"SLURM_JOB_ID": "7", "SUBMITIT_EXECUTOR": "slurm", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    ran = run_python("-m", "submitit.core._submit", str(tmp_path), cwd=tmp_path, env=os.environ | job)
+    assert "submitted by an earlier version" in ran.error and "type the command of the sweep again" in ran.error
 
 
 def test_packs_share_model_and_dataset(tmp_path):
@@ -257,10 +292,7 @@ def test_nothing_is_unpickled_where_others_can_write(tmp_path):
 
 
 def test_numbers_are_taken_where_slurm_takes_them():
-
-    options = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / "slurm.yaml").read_text())
-    options = {key: value for key, value in options.items() if key not in ("_target_", "to")}
-    given = Slurm(**{**options, "mem": 3000, "account": 17})
+    given = slurm_with(mem=3000, account=17)
     assert (given.mem, given.account) == ("3000", "17")
 
 
@@ -358,11 +390,9 @@ def asked(monkeypatch, tmp_path):
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setattr(slurm, "POLL_SECONDS", 0)
-    options = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / "slurm.yaml").read_text())
-    options = {key: value for key, value in options.items() if key not in ("_target_", "to")}
 
     def make_queue(**own) -> slurm.SlurmScheduler:
-        return Slurm(**{**options, "folder": str(tmp_path / "private"), **own}).queue(tmp_path / "sweep")
+        return slurm_with(**{"folder": str(tmp_path / "private"), **own}).queue(tmp_path / "sweep")
 
     name = make_queue().name
     files.write_json(tmp_path / "sweep" / ".dispatch" / f"{name}-1.json", {"packs": [["/a"], ["/b"]], "job": "17"})
