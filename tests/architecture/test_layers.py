@@ -65,16 +65,3 @@ def test_a_name_would_be_found():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_name_of_every_family_of_the_table_would_be_found(family):
     assert names_in_code(f"isinstance(model, {FAMILIES[family].name})") == [FAMILIES[family].name]
-
-
-@pytest.mark.parametrize(
-    "options", [(), ("-m", "method=zero,mean,median,resample,peak", "model=tiny_causal,tiny_masked")]
-)
-def test_a_sweep_is_planned_without_the_heavy_imports(tmp_path: Path, options: tuple[str, ...]):
-    """They take seconds each."""
-    command = [sys.executable, "-X", "importtime", str(ROOT / "launch.py"), "dry_run=true", *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "ablation_sweeps.experiment.job" in imported
-    assert not imported & {"torch", "pandas", "transformers", "timm", "datasets", "wandb", "matplotlib", "scipy"}

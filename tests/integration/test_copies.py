@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import pandas as pd
 import pytest
 from command import Launch, text, write_images, write_texts
 from PIL import Image
 
 from ablation_sweeps.base.errors import UserError
-from ablation_sweeps.base.hashing import fingerprint_of_file, signature, unit_hash
+from ablation_sweeps.base.hashing import fingerprint_of_file, signature
 from ablation_sweeps.data.batch import SPLITS, Document, Picture
 from ablation_sweeps.datasets.text_files import TextFiles
 from ablation_sweeps.experiment import job
@@ -172,23 +171,6 @@ def test_a_stream_is_read_no_further_than_before(given, monkeypatch):
     monkeypatch.setattr(type(made.dataset), "in_order", in_order)
     names(Session(), made, "calibration")
     assert 2 <= len(read) < N / 2
-
-
-def test_a_run_says_what_was_left_out(launch: Launch, on_text, tmp_path):
-    text_files_of = [option for option in on_text if not option.startswith("dataset.path")]
-    (tmp_path / "copies").mkdir()
-    text_files(tmp_path / "copies")
-    done = launch(*text_files_of, f"dataset.path={tmp_path / 'copies'}", "method=mean", "statistics.tokens=5000")
-    assert done.code == 0, done.err
-    (run,) = (tmp_path / "results" / "default").glob("*/rows.parquet")
-    record = json.loads((run.parent / "environment.json").read_text())["data_left_out"]
-    (said,) = record["evaluation"]
-    assert f"of its evaluation split, {said}" in done.err and said in (run.parent / "log").read_text()
-    evaluated = pd.read_parquet(run.parent / "documents.parquet")["name"].unique()
-    contents = [(tmp_path / "copies" / name).read_text().strip() for name in evaluated]
-    calibrated = [f"{i}.txt" for i in range(N) if unit_hash(f"split/{i}.txt") < 0.3]
-    assert len(set(contents)) == len(contents)
-    assert not set(contents) & {(tmp_path / "copies" / name).read_text().strip() for name in calibrated}
 
 
 def test_results_from_before_are_those_of_data_without_copies(tmp_path):

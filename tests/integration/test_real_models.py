@@ -36,29 +36,10 @@ def test_deit_is_the_same_in_timm_and_transformers_and_as_good_as_it_is_known_to
     assert by_timm["top1", 0.5] < by_timm["top1", 0.0] - 0.2
 
 
-def test_stories260k_knows_a_story(rows_of, assets):
-    text = assets / "text"
-    rows = rows_of(
-        "model=causal_lm", f"model.path={assets / 'stories260K_llama'}", "dataset=text_files", "fraction=half",
-        f"dataset.path={text / 'tinystories_sample.txt'}", f"dataset.calibration_path={text / 'inaugural'}",
-        "statistics.tokens=600", "dataset.document_start='Once upon a time.*'", "eval.tokens=null",
-    )  # fmt: skip
-    assert 1.2 < rows["loss", 0.0] < 1.8 and rows["top1", 0.0] > 0.55  # 1.266 and 65.1 %, cut in another way
-    assert rows["loss", 0.5] > rows["loss", 0.0] + 0.5
-
-
 def wikitext(assets):
     folder = assets / "text" / "wikitext2"
     return ["dataset=wikitext2_files", f"dataset.path={folder / 'test.txt'}",
             f"dataset.calibration_path={folder / 'valid.txt'}"]  # fmt: skip
-
-
-def test_bert_tiny_fills_in_wikitext(rows_of, assets):
-    model = ["model=masked_lm", f"model.path={assets / 'bert_tiny_mlm_retuned'}", "model.max_tokens=128"]
-    rows = rows_of(*model, *wikitext(assets), "eval.tokens=12000", "fraction=half")
-    # 4.84 and 25.0 % are known; a plain loop over these articles, whose rare words are "<unk>", gives 5.83 and 22.4 %.
-    assert rows["loss", 0.0] == pytest.approx(5.83, abs=0.35)
-    assert rows["top1", 0.0] == pytest.approx(0.224, abs=0.04)
 
 
 def test_an_albert_has_as_many_layers_as_it_calls_its_one_layer(rows_of, assets, tmp_path):

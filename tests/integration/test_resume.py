@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -26,7 +25,7 @@ def options(saved, tmp_path) -> list[str]:
     texts = write_texts(tmp_path / "texts", n=32)
     model = ["model=causal_lm", f"model.path={saved('llama')}", "model.label=tiny"]
     data = ["dataset=text_files", f"dataset.path={texts}", "statistics.tokens=400", "eval.tokens=null"]
-    return [*model, *data, "batch_tokens=128", "tracking=none", "method=mean"]
+    return [*model, *data, "batch_tokens=128", "tracking=none"]
 
 
 def kill_after_batches(n: int, options: list[str], cwd: Path, how: signal.Signals) -> Path:
@@ -44,8 +43,9 @@ def kill_after_batches(n: int, options: list[str], cwd: Path, how: signal.Signal
     return found[0].parent
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda how: how.name)
-def test_a_killed_run_continues_and_gives_the_same_bits(launch: Launch, options, tmp_path, how):
+@pytest.mark.parametrize(("how", "method"), [(signal.SIGKILL, "resample"), (signal.SIGTERM, "peak")])
+def test_a_killed_run_continues_and_gives_the_same_bits(launch: Launch, options, tmp_path, how, method):
+    options = [*options, f"method={method}"]
     run = kill_after_batches(2, options, tmp_path, how)
     saved = sorted(run.glob("progress-*.parquet"))
     assert states(run.parent) == {run.name: "running"}
@@ -59,7 +59,7 @@ def test_a_killed_run_continues_and_gives_the_same_bits(launch: Launch, options,
     assert not list(run.glob("progress-*")) and not list(run.glob(".*.tmp"))
 
     assert launch(*options, "results_dir=whole").code == 0
-    (whole,) = (tmp_path / "whole" / "default").glob("*-mean-*")
+    (whole,) = (tmp_path / "whole" / "default").glob("*-s0-*")
     assert whole.name == run.name
     for file in ("rows.parquet", "documents.parquet"):
         interrupted, uninterrupted = pd.read_parquet(run / file), pd.read_parquet(whole / file)
@@ -68,6 +68,7 @@ def test_a_killed_run_continues_and_gives_the_same_bits(launch: Launch, options,
 
 def test_progress_that_a_run_no_longer_needs_is_removed(launch: Launch, options, tmp_path):
     """It was killed after the run had finished, and before they were removed."""
+    options = [*options, "method=mean"]
     assert launch(*options).code == 0
     (run,) = (tmp_path / "results" / "default").glob("*-mean-*")
     for launcher in ((), ("-m",), ("-m", "hydra/launcher=local", "hydra.launcher.gpus=[]")):
@@ -76,23 +77,8 @@ def test_progress_that_a_run_no_longer_needs_is_removed(launch: Launch, options,
         assert not list(run.glob("progress-*"))
 
 
-def test_a_damaged_batch_is_computed_again(launch: Launch, options, tmp_path):
-    """The disk was full, say: what follows the damaged file is not trusted either."""
-    assert launch(*options, "results_dir=whole").code == 0
-    (whole,) = (tmp_path / "whole" / "default").glob("*-mean-*")
-    run = tmp_path / "results" / "default" / whole.name
-    run.mkdir(parents=True)
-    documents = pd.read_parquet(whole / "documents.parquet")
-    for number, wrong in enumerate((0, -1e9)):
-        run_folder.save_progress(run, number, documents.assign(loss=wrong))
-    first = min(run.glob("progress-*"))
-    first.write_bytes(first.read_bytes()[:-1] + b"?")
-    (run / "status.json").write_text(json.dumps({"state": "running"}))
-    assert launch(*options).code == 0
-    pd.testing.assert_frame_equal(pd.read_parquet(run / "documents.parquet"), documents, check_exact=True)
-
-
 def test_jobs_that_a_killed_sweep_did_not_come_to_are_known(launch: Launch, options, tmp_path, monkeypatch):
+    options = [*options, "method=mean"]
     run = kill_after_batches(2, ["-m", *options, "seed=0,1,2"], tmp_path, signal.SIGKILL)
     said = CliRunner().invoke(app, ["status", str(run.parent)]).output
     assert "1 died, 2 interrupted" in said

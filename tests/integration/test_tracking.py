@@ -260,14 +260,6 @@ def test_offline_run_holds_the_whole_curve_and_calls_nobody(tmp_path: Path, serv
     assert any(metric.get("glob_name") == "eval/*" and metric["step_metric"] == "fraction" for metric in metrics)
 
 
-def test_half_a_schedule_has_no_area(tmp_path: Path):
-    log_run(tmp_path / "sweep", "offline", table=rows((0.0, 0.5)))
-    (path,) = offline_files(tmp_path / "sweep")
-    assert history_of(path) == expected_history((0.0, 0.5))
-    known = {key: value for key, value in EXPECTED_SUMMARY.items() if not key.startswith("auc")}
-    assert own(json.loads(read_back(path, "--summary"))["summary"]) == pytest.approx(known)
-
-
 def test_a_retried_job_leaves_one_file(tmp_path: Path):
     for _ in range(2):  # `wandb sync` would append the second file's points to the first one's
         log_run(tmp_path / "sweep", "offline")
@@ -299,9 +291,7 @@ def test_online_run_arrives(tmp_path: Path, server: Server, mode: str):
     assert offline_files(tmp_path / "sweep") == []
 
 
-@pytest.mark.parametrize(
-    "variable", [{"WANDB_MODE": "offline"}, {"WANDB_MODE": "disabled"}, {"WANDB_DISABLED": "true"}], ids=str
-)
+@pytest.mark.parametrize("variable", [{"WANDB_MODE": "offline"}, {"WANDB_DISABLED": "true"}], ids=str)
 def test_the_environment_wins(tmp_path: Path, server: Server, variable: dict[str, str]):
     log_run(tmp_path / "sweep", "online", {**variable, **key_for(server.url)})
     assert server.requests == []
@@ -326,25 +316,20 @@ def test_variables_of_wandb_count_where_no_option_says_otherwise(tmp_path: Path)
     assert history_of(path) == expected_history()
 
 
-def test_where_no_key_is_found_wandb_dir_is_named(tmp_path: Path):
-    stderr = log_run(tmp_path / "sweep", "auto", {"WANDB_DIR": str(tmp_path / "there")})
-    assert f"wandb sync {tmp_path / 'there'}/wandb" in stderr
-
-
-@pytest.mark.parametrize("kind", ["a file", "read-only"])
-def test_where_wandb_dir_cannot_be_written_that_is_said_and_no_curve_is_lost(tmp_path: Path, kind: str):
+def test_where_wandb_dir_cannot_be_written_that_is_said_and_no_curve_is_lost(tmp_path: Path):
     there = tmp_path / "there"
-    if kind == "a file":
-        there.touch()
-    else:
-        there.mkdir(mode=0o500)
-        if os.access(there, os.W_OK):
-            pytest.skip("this user may write everywhere")
+    there.touch()
     (line,) = log_run(tmp_path / "sweep", "offline", {"WANDB_DIR": str(there)}, times=2).splitlines()
     assert f"WANDB_DIR={there}: " in line and line.endswith(f"; runs go to {tmp_path / 'sweep'}/wandb")
-    for path in offline_files(tmp_path / "sweep"):
-        assert history_of(path) == expected_history()
-    assert len(offline_files(tmp_path / "sweep")) == 2
+    paths = offline_files(tmp_path / "sweep")
+    assert [history_of(path) for path in paths] == [expected_history()] * 2
+
+
+def test_where_nothing_can_be_logged_that_is_said_and_the_job_goes_on(tmp_path: Path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "wandb").touch()  # where its folder would be
+    (line,) = log_run(tmp_path / "sweep", "offline").splitlines()
+    assert line.startswith("ERROR") and "W&B: nothing logged for opt-" in line and "rows.parquet" in line
 
 
 def test_one_run_id_does_not_merge_the_curves(tmp_path: Path):
@@ -380,13 +365,6 @@ def test_an_unreachable_server_costs_no_curve(tmp_path: Path):
     paths = offline_files(tmp_path / "sweep")
     assert [history_of(path) for path in paths] == [expected_history()] * 2
     assert list((tmp_path / "sweep" / "wandb").glob("run-*")) == [], "no half of a run beside the whole one"
-
-
-def test_a_bad_key_costs_no_curve(tmp_path: Path):
-    stderr = log_run(tmp_path / "sweep", "auto", {"WANDB_API_KEY": "too-short"})
-    assert "WARNING" in stderr and len(stderr.splitlines()) == 1
-    (path,) = offline_files(tmp_path / "sweep")
-    assert history_of(path) == expected_history()
 
 
 def test_a_server_that_talks_nonsense_costs_no_curve(tmp_path: Path, server: Server):
@@ -463,19 +441,6 @@ def test_a_sweep_is_sent_from_its_files_once(launch: Launch, on_text, tmp_path: 
     assert {variables["name"] for variables in server.variables("upsertBucket")} == ids
     forbidden = publish(tmp_path, online | {"WANDB_MODE": "offline"}, "--again")
     assert forbidden.code == 1 and "WANDB_MODE=offline forbids" in forbidden.err
-
-
-def test_what_is_sent_later_goes_where_the_variables_say(
-    launch: Launch, on_text, tmp_path: Path, environment, server: Server
-):
-    assert launch(*on_text, "method=zero", "tracking=none").code == 0
-    variables = {"WANDB_PROJECT": "theirs", "WANDB_RUN_GROUP": "their-group"}
-    assert publish(tmp_path, environment | variables | key_for(server.url), "--view").code == 0
-    started = [v for v in server.variables("upsertBucket") if v["groupName"]]
-    assert {(v["project"], v["groupName"]) for v in started} == {("theirs", "their-group")} and len(started) == 2
-    (view,) = server.views.values()
-    (runs,) = json.loads(view["spec"])["section"]["runSets"]
-    assert {f["value"] for f in runs["filters"]["filters"] if f["key"]["name"] == "group"} == {"their-group"}
 
 
 def test_the_same_job_in_two_sweeps_is_two_runs_and_the_tables_follow(
@@ -608,13 +573,3 @@ def test_what_was_sent_by_the_job_is_not_sent_again_and_sync_sends_the_rest(
     history = [line for line in server.streamed("wandb-history.jsonl") if "eval/loss" in line]
     assert len(history) == 4  # two points each, once
     assert publish(tmp_path, online).out == "0 runs sent\n"
-
-
-def test_what_failed_is_said_though_nothing_can_be_sent(on_text, tmp_path: Path, environment, broken: Path):
-    options = tuple(option for option in on_text if not option.startswith(("tracking", "model.path")))
-    paths = f"model.path={next(o for o in on_text if o.startswith('model.path')).partition('=')[2]},{broken}"
-    command = [str(LAUNCH), "-m", *options, paths, "method=mean", "tracking.sync=true"]
-    done = run_python(*command, cwd=tmp_path, env=environment)
-    assert done.code == 1
-    assert "W&B: no API key found" in done.err
-    assert "1 of 2 jobs failed, the others are finished and kept" in done.err.splitlines()[-1]

@@ -9,43 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from examples import CountingBody, assert_equal, batches_of, plain_activations
 
 from ablation_sweeps.base.errors import UserError
-from ablation_sweeps.data.batch import Batch, Document
-from ablation_sweeps.data.encoder import Budget
+from ablation_sweeps.data.batch import Batch
 from ablation_sweeps.models.transformer import Transformer
 from ablation_sweeps.neurons import collect as collect_module
 from ablation_sweeps.neurons import sites
 from ablation_sweeps.neurons.collect import collect
 from ablation_sweeps.neurons.statistics import Histogram, Moments, bin_index
 
-TEXTS = ["The quick brown fox jumps over the lazy dog.", "A", "Pack my box with five dozen jugs", "of liquor!", "x y"]
 CASES = [("llama", "attn_pre_out"), ("opt", "mlp_pre_out"), ("albert", "attn_pre_out"), ("bert", "mlp_pre_out"),
          ("gpt2", "attn_pre_out")]  # fmt: skip
 every_case = pytest.mark.parametrize(("family", "name"), CASES)
-
-
-def batches_of(model: Transformer, batch_tokens: int = 80) -> list[Batch]:
-    documents = [Document(str(i), text) for i, text in enumerate(TEXTS)]
-    return model.encode(documents, "calibration", Budget(None, None), batch_tokens, 0)
-
-
-def plain_activations(model: Transformer, projections, inputs: list[dict[str, torch.Tensor]]) -> list[np.ndarray]:
-    """All activations that are not padding, `[tokens, neurons]` a layer, by hooks of our own."""
-    calls: list[torch.Tensor] = []
-    modules = list(dict.fromkeys(p.module for p in projections))
-    handles = [m.register_forward_pre_hook(lambda module, args: calls.append(args[0].clone())) for m in modules]
-    layers: list[list[torch.Tensor]] = [[] for _ in projections]
-    with torch.inference_mode():
-        for given in inputs:
-            calls.clear()
-            model.module(**given)
-            real = given["attention_mask"].bool().flatten()
-            for layer, x in enumerate(calls):
-                layers[layer].append(x.reshape(-1, x.shape[-1])[real])
-    for handle in handles:
-        handle.remove()
-    return [torch.cat(x).numpy() for x in layers]
 
 
 def one_at_a_time(batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
@@ -64,15 +40,6 @@ def numpy_counts(x: np.ndarray, n_bins: int) -> np.ndarray:
     index = np.trunc((x - low) * np.float32(n_bins) / width).astype(int)
     index[index == n_bins] = n_bins - 1
     return np.stack([np.bincount(column, minlength=n_bins) for column in index.T])
-
-
-class CountingBody:
-    def __init__(self, body):
-        self.body, self.calls = body, 0
-
-    def __call__(self, batch):
-        self.calls += 1
-        return self.body(batch)
 
 
 @pytest.mark.parametrize(
@@ -102,14 +69,6 @@ def test_moments_and_counts_are_those_of_all_activations_at_once(
             assert (counts.sum(1) == len(x)).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_what_is_measured_is_not_altered(dtype):
-    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
-    before = x.clone()
-    Moments.of(x)
-    assert torch.equal(x, before)
-
-
 @every_case
 def test_padding_never_enters(tiny, site, tmp_path, family, name):
     """Each document alone, with nothing to pad, gives the same numbers but for rounding."""
@@ -133,37 +92,6 @@ def test_a_model_that_pads_by_itself_is_refused(tiny, site, tmp_path):
     for passes in (1, 2):
         with pytest.raises(UserError, match="not known which of them are padding"):
             collect(model, projections, fewer, tmp_path, Histogram(7), passes=passes)
-
-
-def test_what_stands_in_the_padding_does_not_matter(tiny, site, tmp_path):
-    model = tiny("llama")
-    projections, (batch,) = sites.find(model, site("attn_pre_out"), None), batches_of(model, 1000)
-    other = {**batch.inputs, "input_ids": batch.inputs["input_ids"].masked_fill(~batch.keep, 77)}
-    a = collect(model, projections, [batch], tmp_path / "a", Histogram(100))
-    b = collect(model, projections, [dataclasses.replace(batch, inputs=other)], tmp_path / "b", Histogram(100))
-    for layer in range(3):
-        assert torch.equal(a.moments[layer].total, b.moments[layer].total)
-        assert torch.equal(a.counts[Histogram(100)][layer], b.counts[Histogram(100)][layer])
-
-
-@every_case
-def test_batch_size_changes_nothing_but_rounding(tiny, site, tmp_path, family, name):
-    model = tiny(family)
-    projections = sites.find(model, site(name), None)
-    small, large = (collect(model, projections, batches_of(model, size), tmp_path / str(size)) for size in (40, 1000))
-    for a, b in zip(small.moments, large.moments, strict=True):
-        assert a.n == b.n
-        torch.testing.assert_close(a.mean, b.mean, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(a.variance, b.variance, atol=1e-5, rtol=1e-4)
-
-
-def test_images_count_every_position(tiny, site, tmp_path):
-    model = tiny("vit")
-    projections = sites.find(model, site("attn_pre_out"), None)
-    pictures = [model.other_input("random_pixels", 1, seed) for seed in range(3)]
-    batch = Batch({"pixel_values": torch.cat([p.inputs["pixel_values"] for p in pictures])}, torch.zeros(3).long(),
-                  None, ("a", "b", "c"), (0, 1, 2))  # fmt: skip
-    assert [m.n for m in collect(model, projections, [batch], tmp_path).moments] == [3 * 5] * 3  # 4 patches and CLS
 
 
 def test_one_range_is_that_of_all_neurons_of_the_model(tiny, site, tmp_path):
@@ -242,15 +170,6 @@ def collected(tiny, site, tmp_path):
     return first, again, tmp_path
 
 
-def assert_equal(a, b, *histograms):
-    for x, y in zip(a.moments, b.moments, strict=True):
-        assert x.n == y.n
-        for what in ("total", "squares", "minimum", "maximum"):
-            assert torch.equal(getattr(x, what), getattr(y, what))
-    for histogram in histograms:
-        assert all(map(torch.equal, a.counts[histogram], b.counts[histogram]))
-
-
 def test_the_second_time_the_model_is_not_called(collected):
     first, again, _ = collected
     second, passes = again(Histogram(100))
@@ -273,15 +192,12 @@ def damage(file: Path, how: str) -> None:
     content = bytearray(file.read_bytes())
     if how == "truncated":
         content = content[: len(content) // 2]
-    elif how == "empty":
-        content = bytearray()
     else:
         content[-5] ^= 1
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["truncated", "altered", "empty"])
-@pytest.mark.parametrize("name", ["moments", "counts-100"])
+@pytest.mark.parametrize(("how", "name"), [("truncated", "moments"), ("altered", "counts-100")])
 def test_a_damaged_cache_is_noticed_and_computed_again(collected, caplog, how, name):
     first, again, folder = collected
     damage(folder / f"{name}.safetensors", how)

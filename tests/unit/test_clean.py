@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from examples import evaluated, short_of_memory, study_of
 from PIL import Image
-from test_evaluation import evaluated, of, short_of_memory
 
 from ablation_sweeps.data.batch import Picture
 from ablation_sweeps.data.encoder import Budget
@@ -39,9 +39,9 @@ def two_jobs(study: dict) -> tuple[CleanPasses, list, list]:
     return clean, first, second
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "bert", "albert"])
+@pytest.mark.parametrize("family", ["llama", "opt", "bert"])
 def test_the_second_job_makes_no_clean_pass(tiny, site, family):
-    study = of(tiny(family), site, 1)
+    study = study_of(tiny(family), site, 1)
     n = len(study["batches"])
     clean, first, second = two_jobs(study)
     assert (len(clean.kept), len(first), len(second)) == (n, 2 * n, n) and n > 1
@@ -51,7 +51,7 @@ def test_the_second_job_makes_no_clean_pass(tiny, site, family):
 @pytest.mark.parametrize("method", ["constant", "another example"])
 def test_nor_does_it_where_batches_are_passed_in_parts(tiny, site, monkeypatch, method):
     monkeypatch.setattr(Transformer, "max_positions_per_pass", 1)
-    study = of(tiny("llama"), site, 1)
+    study = study_of(tiny("llama"), site, 1)
     if method == "another example":
         study["replacement"] = AnotherExample()
     n = sum(len(batch.names) for batch in study["batches"])
@@ -59,10 +59,10 @@ def test_nor_does_it_where_batches_are_passed_in_parts(tiny, site, monkeypatch, 
     assert (len(clean.kept), len(first), len(second)) == (n, 2 * n, n) and n > len(study["batches"])
 
 
-@pytest.mark.parametrize("most", [(1, 9), (9, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize("most", [(1, 9), (2, 1)])
 def test_the_next_job_may_have_more_memory_or_less(tiny, site, most):
     """What was kept of the halves of a batch is not taken for the batch."""
-    study = of(tiny("llama"), site, 1)
+    study = study_of(tiny("llama"), site, 1)
     assert max(len(batch.names) for batch in study["batches"]) > 2
     clean, expected = CleanPasses(study["model"]), evaluated(study)
     for n in most:
@@ -78,19 +78,21 @@ def test_of_an_image_classifier_logits_are_kept(tiny, site, family):
     noise = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
     pictures = [Picture(str(i), partial(Image.fromarray, pixels), i % 3) for i, pixels in enumerate(noise)]
     model = tiny(family)
-    clean, first, second = two_jobs(of(model, site, 0, model.encode(pictures, "evaluation", Budget(None, None), 1, 0)))
+    clean, first, second = two_jobs(
+        study_of(model, site, 0, model.encode(pictures, "evaluation", Budget(None, None), 1, 0))
+    )
     assert len(clean.kept) == len(second) == len(first) / 2 > 1
 
 
 def test_logits_that_are_capped_after_the_head_are_computed_again(tiny, site):
     """Keeping what the head takes would give others."""
-    study = of(tiny("gemma2"), site, 1)
+    study = study_of(tiny("gemma2"), site, 1)
     clean, first, second = two_jobs(study)
     assert not clean.kept and len(second) == len(first)
 
 
 def test_what_has_no_room_is_computed_again(tiny, site):
-    study = of(tiny("llama"), site, 1)
+    study = study_of(tiny("llama"), site, 1)
     batches = study["batches"]
     clean = CleanPasses(study["model"])
     clean.logits((0,), batches[0], torch.arange(3))

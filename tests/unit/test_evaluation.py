@@ -10,79 +10,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from examples import random_masks
-from torch import nn
+from examples import COMMON, TOP_K, evaluated, short_of_memory, study_of
+from linear import FRACTIONS, VOCABULARY, D, scored_labels
 
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.data.batch import NOT_SCORED, Batch, Document
 from ablation_sweeps.data.encoder import Budget
-from ablation_sweeps.experiment import evaluate, score
 from ablation_sweeps.experiment.chance import ChanceModel, uniform, unigram
 from ablation_sweeps.experiment.evaluate import SUMS, metrics, ratio
 from ablation_sweeps.methods.method import Constant
 from ablation_sweeps.methods.resample import AnotherExample, OneForEachText
 from ablation_sweeps.models.transformer import Transformer
-from ablation_sweeps.neurons import sites
 from ablation_sweeps.neurons.schedule import Point
 
-D, VOCABULARY, TOP_K = 16, 30, 3
-FRACTIONS = (0.25, 0.5, 1.0)
-COMMON = torch.tensor([3, 7, 8])
 PROBABILITY = torch.rand(VOCABULARY, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.1
 GUESS = ChanceModel(PROBABILITY / PROBABILITY.sum(), COMMON)
-
-
-class OneProjection(nn.Module):
-    """Logits are a linear map of the input, so that they can be computed again by hand, ablated too."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor):
-        super().__init__()
-        proj = nn.Linear(len(weight), len(bias))
-        proj.weight.data, proj.bias.data = weight.T.contiguous(), bias
-        self.layers = nn.ModuleList([nn.ModuleDict({"attn": nn.ModuleDict({"proj": proj})})])
-
-    def forward(self, x):
-        return self.layers[0]["attn"]["proj"](x)
-
-
-@pytest.fixture(scope="module")
-def study(site):
-    """A model, batches of 11 documents with padding and positions that are not scored, masks and replacements."""
-    generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(D, VOCABULARY, generator=generator), torch.randn(VOCABULARY, generator=generator)
-    module = OneProjection(weight, bias).eval()
-    call = lambda batch: module(batch.inputs["x"])  # noqa: E731
-    rng = np.random.default_rng(0)
-    batches, index = [], 0
-    for n_documents in (4, 4, 3):
-        x = torch.randn(n_documents, 12, D, generator=generator)
-        clean = module(x).detach()
-        labels = torch.where(torch.rand(n_documents, 12, generator=generator) < 0.5, clean.argmax(-1),
-                             torch.randint(0, VOCABULARY, (n_documents, 12), generator=generator))  # fmt: skip
-        keep = torch.arange(12) < torch.from_numpy(rng.integers(2, 13, n_documents))[:, None]
-        labels[~keep] = NOT_SCORED
-        labels[torch.rand(n_documents, 12, generator=generator) < 0.2] = NOT_SCORED
-        place = tuple(range(index, index + n_documents))[::-1]
-        batches.append(Batch({"x": x}, labels, keep, tuple(f"doc{i}" for i in place), place))
-        index += n_documents
-    model = Transformer("linear", "", "causal_lm", module, call, call, lambda *_: [], lambda *_: batches[0], None,
-                        frozenset())  # fmt: skip
-    projections = sites.find(model, site("attn_pre_out"), None)
-    return {
-        "model": model,
-        "projections": projections,
-        "batches": batches,
-        "masks": random_masks(projections, FRACTIONS),
-        "replacement": Constant([torch.randn(D, generator=generator)]),
-    }
-
-
-def evaluated(study, common=COMMON, top_k=TOP_K, done=(), save=lambda number, table: None, **changes) -> pd.DataFrame:
-    return evaluate.evaluate(**{**study, **changes}, common=common, top_k=top_k, done=done, save=save)
-
-
-def scored_labels(study) -> torch.Tensor:
-    return torch.cat([batch.labels[batch.labels != NOT_SCORED] for batch in study["batches"]])
 
 
 def naive_log_softmax(z: np.ndarray) -> np.ndarray:
@@ -136,21 +78,6 @@ def test_every_metric_is_that_of_a_loop_over_tokens(study):
     assert table.loc[0.25, "kl"]["value"] > 0.01
 
 
-def test_sums_of_each_document_are_those_of_its_own_tokens(study):
-    documents = evaluated(study).set_index(["fraction", "document"])
-    tokens = pd.DataFrame(naive_tokens(study)).rename(columns={"top3": "topk"})
-    sums = tokens.groupby(["fraction", "document"])[["loss", "top1", "topk", "kl"]].sum()
-    np.testing.assert_allclose(documents.loc[sums.index, sums.columns], sums, rtol=1e-5, atol=1e-5)
-    assert (documents["name"] == [f"doc{i}" for _, i in documents.index]).all()
-
-
-def test_the_clean_pass_has_no_divergence_from_itself(study, tiny, site):
-    assert (evaluated(study).query("fraction == 0")["kl"] == 0).all()
-    documents = evaluated(of(tiny("llama"), site, 100))
-    assert (documents.query("fraction == 0")["kl"] == 0).all()
-    assert (documents.query("fraction == 0.5")["kl"] > 0).all()
-
-
 def test_no_skip_metrics_without_common_tokens(study):
     none = torch.empty(0, dtype=torch.long)
     documents = evaluated(study, common=none)
@@ -162,7 +89,7 @@ def test_images_are_scored_once_each(tiny, site):
     model = tiny("vit")
     pixels = torch.cat([model.other_input("random_pixels", 1, i).inputs["pixel_values"] for i in range(4)])
     labels = torch.tensor([0, 3, 2, 4])
-    study = of(model, site, 0, [Batch({"pixel_values": pixels}, labels, None, tuple("abcd"), (0, 1, 2, 3))])
+    study = study_of(model, site, 0, [Batch({"pixel_values": pixels}, labels, None, tuple("abcd"), (0, 1, 2, 3))])
     with torch.inference_mode():
         logits = model.module(pixels).logits.double().numpy()
     table = metrics(evaluated(study, common=torch.empty(0, dtype=torch.long)), uniform(5), labels, TOP_K)
@@ -186,17 +113,6 @@ def test_a_model_that_gives_all_tokens_the_same_is_not_right(study, value):
     assert clean["top1"] == int((labels == 0).sum())  # always the first token
     assert clean["topk"] == int((labels < TOP_K).sum())
     assert clean["loss"] == pytest.approx(len(labels) * math.log(VOCABULARY), rel=1e-6)
-
-
-def test_ranks_among_many_equal_logits():
-    """As bfloat16 has them: the place in an order that is stable, of all that decide anything."""
-    logits = torch.randint(0, 6, (200, VOCABULARY), generator=torch.Generator().manual_seed(0)).float()
-    labels = torch.arange(200) % VOCABULARY
-    order = logits.argsort(stable=True, dim=-1, descending=True)
-    expected = (order == labels[:, None]).long().argmax(-1)
-    found = score._rank(logits, labels[:, None], TOP_K)
-    assert (expected < TOP_K).any() and (expected >= TOP_K).any()
-    torch.testing.assert_close(found.long().clamp(max=TOP_K), expected.clamp(max=TOP_K))
 
 
 def test_of_two_equal_first_tokens_one_is_right(study):
@@ -240,23 +156,10 @@ def test_nothing_scored_is_an_error(study):
 # The order of the data and the size of the batches
 
 
-def of(model: Transformer, site, batch_tokens: int, batches: list[Batch] | None = None) -> dict:
-    texts = ["The quick brown fox jumps over the lazy dog", "of liquor!", "Pack my box", "a", "five dozen jugs"]
-    documents = [Document(f"doc{i}", text) for i, text in enumerate(texts)]
-    projections = sites.find(model, site("attn_pre_out"), None)
-    return {
-        "model": model,
-        "projections": projections,
-        "batches": batches or model.encode(documents, "evaluation", Budget(None, None), batch_tokens, 0),
-        "masks": random_masks(projections, (0.5,)),
-        "replacement": Constant([torch.full((p.width,), 0.3) for p in projections]),
-    }
-
-
 @pytest.mark.parametrize("family", ["llama", "opt", "bert", "gpt2", "albert"])
 def test_batches_and_padding_change_nothing_but_rounding(tiny, site, family):
-    small, large = (evaluated(of(tiny(family), site, size)) for size in (1, 1000))
-    assert len(of(tiny(family), site, 1)["batches"]) > 1 == len(of(tiny(family), site, 1000)["batches"])
+    small, large = (evaluated(study_of(tiny(family), site, size)) for size in (1, 1000))
+    assert len(study_of(tiny(family), site, 1)["batches"]) > 1 == len(study_of(tiny(family), site, 1000)["batches"])
     assert (small[["fraction", "document", "name", "n"]] == large[["fraction", "document", "name", "n"]]).all(None)
     np.testing.assert_allclose(small[["loss", "kl"]], large[["loss", "kl"]], atol=1e-4, rtol=1e-5)
     np.testing.assert_array_equal(small[["top1", "topk"]], large[["top1", "topk"]])
@@ -311,12 +214,6 @@ def test_stderr_is_near_the_jackknife_and_the_bootstrap(clusters):
     assert stderr == pytest.approx((totals[draws].sum(1) / counts[draws].sum(1)).std(), rel=0.1)
 
 
-def test_tokens_of_a_document_are_not_taken_as_independent(clusters):
-    """Each token twice: a naive standard error would shrink, this one must not."""
-    totals, counts = clusters
-    assert ratio(2 * totals, 2 * counts)[1] == pytest.approx(ratio(totals, counts)[1], rel=1e-12)
-
-
 def test_stderr_of_single_images_is_that_of_a_mean():
     right = np.array([1.0, 0, 1, 1, 0, 1, 1])
     value, stderr = ratio(right, np.ones(7))
@@ -334,14 +231,6 @@ def test_one_document_has_no_stderr_and_none_has_no_value():
     value, stderr = ratio(np.array([6.0]), np.array([2.0]))
     assert value == 3 and math.isnan(stderr)
     assert all(map(math.isnan, ratio(np.zeros(2), np.zeros(2))))
-
-
-def test_perplexity_and_its_stderr_come_from_the_mean_loss(study):
-    table = metrics(evaluated(study), GUESS, scored_labels(study), TOP_K).set_index(["fraction", "metric"])
-    for fraction in (0.0, *FRACTIONS):
-        loss, perplexity = table.loc[fraction, "loss"], table.loc[fraction, "perplexity"]
-        assert perplexity["value"] == pytest.approx(math.exp(loss["value"]))
-        assert perplexity["stderr"] == pytest.approx(math.exp(loss["value"]) * loss["stderr"])
 
 
 def test_a_huge_loss_does_not_overflow(study):
@@ -442,20 +331,6 @@ def test_chance_among_equal_classes(study):
 # Memory
 
 
-def short_of_memory(model: Transformer, most: int) -> Transformer:
-    """A device with too little memory for more than `most` examples."""
-
-    def limited(forward):
-        def run(batch):
-            if len(batch.names) > most:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return forward(batch)
-
-        return run
-
-    return dataclasses.replace(model, logits=limited(model.logits), body=limited(model.body))
-
-
 @dataclasses.dataclass
 class OfTheBatch:
     """What a method of one's own may write, in each shape that broadcasts."""
@@ -492,38 +367,31 @@ def replacement(request, study):
     return REPLACEMENTS[request.param] or study["replacement"]
 
 
-@pytest.mark.parametrize("most", [1, 3])
-def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(study, replacement, most):
+def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(study, replacement):
     notes: list[str] = []
-    small = short_of_memory(study["model"], most)
+    small = short_of_memory(study["model"], 1)
     found = evaluated(study, model=small, replacement=replacement, note=notes.append)
     expected = evaluated(study, replacement=replacement)
     pd.testing.assert_frame_equal(found, expected, check_exact=False, rtol=1e-6, atol=1e-9)
-    largest_first = {1: ["4", "2"], 3: ["4"]}[most]
-    assert [note.split()[7] for note in notes] == largest_first  # once, not for every batch
+    assert [note.split()[7] for note in notes] == ["4", "2"]  # once, not for every batch
     assert all("last digit may differ" in note for note in notes)
 
 
-@pytest.mark.parametrize(("positions", "largest"), [(12, 1), (47, 3)])
-def test_what_a_cpu_takes_longer_for_at_once_is_passed_in_parts_and_gives_the_same(
-    study, replacement, monkeypatch, positions, largest
-):
+def test_what_a_cpu_takes_longer_for_at_once_is_passed_in_parts_and_gives_the_same(study, replacement, monkeypatch):
     expected = evaluated(study, replacement=replacement)
-    monkeypatch.setattr(Transformer, "max_positions_per_pass", positions)
+    monkeypatch.setattr(Transformer, "max_positions_per_pass", 47)
     passed, notes = [], []
     logits = lambda batch: passed.append(len(batch.names)) or study["model"].logits(batch)  # noqa: E731
     model = dataclasses.replace(study["model"], logits=logits)
     found = evaluated(study, model=model, replacement=replacement, note=notes.append)
     pd.testing.assert_frame_equal(found, expected, check_exact=False, rtol=1e-6, atol=1e-9)
-    assert max(passed) == largest and not notes
+    assert max(passed) == 3 and not notes
     assert sum(passed) == 11 * (1 + len(FRACTIONS))
 
 
 @pytest.mark.parametrize("shape", [(4, D), (12, D), (1, D), (D + 1,), (1,), (), (3, 12, D), (4, 11, D), (1, 4, 12, D)])
-@pytest.mark.parametrize("at_once", [12, 1000])
-def test_values_that_do_not_fit_are_refused(study, monkeypatch, shape, at_once):
+def test_values_that_do_not_fit_are_refused(study, shape):
     """Also where they would broadcast: of two axes, nobody knows whether the first one is the examples'."""
-    monkeypatch.setattr(Transformer, "max_positions_per_pass", at_once)
     with pytest.raises(UserError, match=r"method: gives values of shape \[.*give these three"):
         evaluated(study, replacement=Writing([torch.zeros(shape)]))
     with pytest.raises(UserError, match="gives 2 tensors for 1 layers"):
@@ -531,12 +399,9 @@ def test_values_that_do_not_fit_are_refused(study, monkeypatch, shape, at_once):
 
 
 @pytest.mark.parametrize("values", [None, np.zeros((1, D)), [np.zeros(D)], [0.0], (torch.zeros(D) for _ in range(1))])
-@pytest.mark.parametrize("reads_clean", [False, True])
-def test_values_that_are_no_list_of_tensors_are_refused(study, values, reads_clean):
-    replacement = Writing(values)
-    replacement.reads_clean = reads_clean
+def test_values_that_are_no_list_of_tensors_are_refused(study, values):
     with pytest.raises(UserError, match=r"method: gives no list of tensors, but .*give one tensor a layer"):
-        evaluated(study, replacement=replacement)
+        evaluated(study, replacement=Writing(values))
 
 
 def test_values_that_are_not_finite_are_the_methods(study):

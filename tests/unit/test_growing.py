@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
-from test_activations import CountingBody, batches_of, dataclasses, plain_activations
+from examples import CountingBody, batches_of, plain_activations
 
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.neurons import sites, streaming_histogram

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from examples import evaluated, study_of
 from PIL.Image import Exif, Image, Transpose, fromarray
 from PIL.Image import open as open_image
-from test_evaluation import evaluated, of
 
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.data import images
@@ -53,18 +53,6 @@ def test_grey_pictures_get_the_models_colours(tiny):
     pixels = batch.inputs["pixel_values"]
     assert pixels.shape == (2, 3, 16, 16)
     assert torch.equal(pixels[:, 0], pixels[:, 1]) and torch.equal(pixels[:, 0], pixels[:, 2])
-
-
-def test_pictures_of_any_size_are_brought_to_that_of_the_model(tiny):
-    for family, key in (("vit", "pixel_values"), ("timm_vit", "x")):
-        (batch,) = encoded(tiny(family), pictures(2, size=40))
-        assert batch.inputs[key].shape == (2, 3, 16, 16)
-
-
-@pytest.mark.parametrize(("family", "positions"), [("vit", 5), ("timm_vit", 5), ("timm_swin", 16)])
-def test_positions_of_an_image_are_known(tiny, family, positions):
-    """4 patches and CLS; Swin's 8 x 8 patches are 4 x 4 in its last layers."""
-    assert tiny(family).encode.tokens == positions
 
 
 def test_pictures_stand_upright(tiny):
@@ -220,22 +208,11 @@ def test_pixels_that_do_not_fit_into_memory_are_made_when_they_are_needed(tiny, 
     assert sorted(read) == [f"p{i}" for i in range(2, 7)]
 
 
-def test_half_of_a_batch_reads_half_of_its_pictures(tiny, monkeypatch):
-    given, read = counting(4)
-    (whole,) = encoded(tiny("vit"), given, batch_tokens=100)
-    monkeypatch.setattr(images, "MAX_PIXEL_BYTES", 0)
-    (batch,) = encoded(tiny("vit"), given, batch_tokens=100)
-    read.clear()
-    for part, pixels in zip(batch.split_in_two(), whole.inputs["pixel_values"].split(2), strict=True):
-        assert torch.equal(part.inputs["pixel_values"], pixels)
-    assert sorted(read) == ["p0", "p1", "p2", "p3"]
-
-
 def test_a_sweep_gives_the_same_whether_pixels_stay_in_memory_or_not(tiny, site, tmp_path, monkeypatch):
     model, found = tiny("timm_vit"), []
     for room in (images.MAX_PIXEL_BYTES, 0):
         monkeypatch.setattr(images, "MAX_PIXEL_BYTES", room)
-        study = of(model, site, 0, encoded(model, pictures(9)))
+        study = study_of(model, site, 0, encoded(model, pictures(9)))
         statistics = collect(model, study["projections"], study["batches"], tmp_path / str(room), Histogram(10))
         found.append((statistics, evaluated(study)))
     (kept, kept_sums), (made, made_sums) = found
@@ -256,18 +233,6 @@ def test_the_next_batch_is_made_while_one_is_computed_with(tiny, monkeypatch):
             assert not {"p4", "p6"} & set(read), "too far ahead"
         seen += batch.names
     assert seen == [f"p{i}" for i in range(8)]
-
-
-def test_who_stops_early_waits_for_no_batch_that_nobody_needs(tiny, monkeypatch):
-    monkeypatch.setattr(images, "MAX_PIXEL_BYTES", 0)
-    given, read = counting(8)
-    batches, slow = encoded(tiny("vit"), given), threading.Event()
-    given[2] = Picture("p2", lambda: slow.wait(0.5) or image(2), 2)
-    ahead = prefetch_batches(encoded(tiny("vit"), given))
-    read.clear()
-    assert next(ahead).names == batches[0].names
-    ahead.close()
-    assert not {"p4", "p5", "p6", "p7"} & set(read)
 
 
 def test_a_picture_that_is_not_whole_stops_the_pass_at_its_batch(tiny, monkeypatch):

@@ -18,11 +18,9 @@ from PIL.Image import fromarray
 from safetensors.torch import load_file, save_file
 
 from ablation_sweeps.base.errors import UserError
-from ablation_sweeps.base.hashing import signature
 from ablation_sweeps.data.batch import Document, pad_and_stack
 from ablation_sweeps.data.encoder import Budget
 from ablation_sweeps.experiment import chance as chance_module
-from ablation_sweeps.experiment import identity
 from ablation_sweeps.experiment.evaluate import evaluate
 from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.methods.method import Constant
@@ -74,22 +72,11 @@ def test_auto_is_the_precision_of_the_file(fresh, saved, tmp_path):
     assert fresh("llama", path=str(half)).module.dtype is torch.float32
 
 
-def test_timm_has_no_precision_of_its_own(option):
-    with pytest.raises(UserError, match=r"model\.dtype=auto"):
-        option("model=tiny_vit", "model.dtype=auto").check("image")
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_the_attention_is_the_one_asked_for(fresh, tiny, attention):
     model = fresh("llama", attn_implementation=attention)
     assert model.module.config._attn_implementation == attention
     torch.testing.assert_close(logits(model), logits(tiny("llama")), atol=1e-4, rtol=1e-4)
-
-
-def test_an_attention_that_a_model_does_not_have_is_an_error_of_one_line(fresh):
-    with pytest.raises(UserError, match=r"model\.path=.*cannot be loaded") as error:
-        fresh("llama", attn_implementation="telepathy")
-    assert "\n" not in str(error.value)
 
 
 # Spread over devices
@@ -121,24 +108,6 @@ def test_weights_that_wait_on_disk_change_nothing(fresh, tiny, site, tmp_path):
         results.append([*values, *statistics.counts[Histogram(10)], logits(model), damaged])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a GPU beside the CPU")
-def test_a_layer_on_another_device_is_ablated_there(fresh, tiny, site, tmp_path):
-    from accelerate import dispatch_model
-
-    spread, plain = fresh("llama"), tiny("llama")
-    where = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": 0,
-             "model.layers.2": 0, "model.norm": 0, "lm_head": 0}  # fmt: skip
-    dispatch_model(spread.module, where, main_device="cpu")
-    results = []
-    for number, model in enumerate((spread, plain)):
-        projections = sites.find(model, site("attn_pre_out"), None)
-        statistics = collect(model, projections, [batch_of(model)], tmp_path / str(number), Histogram(10))
-        masks = [torch.arange(p.width) % 2 == 0 for p in projections]
-        with ablated(projections, masks, [m.mean for m in statistics.moments], len(TEXTS)):
-            results.append(logits(model).cpu())
-    torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
 
 
 # Quantised weights
@@ -189,7 +158,7 @@ def test_torchs_own_format_is_read_where_it_is_allowed(fresh, tiny, saved, tmp_p
 # What is missing
 
 
-@pytest.mark.parametrize("model", ["gpt2", "roberta_large", "vit_base_patch16_224", "vit_small_timm"])
+@pytest.mark.parametrize("model", ["gpt2", "vit_small_timm"])
 def test_offline_and_missing_says_which_and_how(option, model, monkeypatch, tmp_path):
     import huggingface_hub
 
@@ -197,10 +166,6 @@ def test_offline_and_missing_says_which_and_how(option, model, monkeypatch, tmp_
     with pytest.raises(UserError, match=r"^model\.name=\S+: cannot be loaded: .*prefetch=true.*model\.path=") as error:
         option(f"model={model}").load()
     assert "\n" not in str(error.value)
-
-
-def test_where_timm_keeps_a_model_on_the_hub(option):
-    assert option("model=deit_tiny").repository == "timm/deit_tiny_patch16_224.fb_in1k"
 
 
 def test_prefetch_gets_the_files_that_loading_needs_and_no_others(option, monkeypatch, tmp_path):
@@ -583,18 +548,15 @@ def test_a_text_scores_what_it_scores_alone(option, with_rope, site, tmp_path, m
         ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 16}}, 64, False),
     ],
 )
-def test_earlier_results_of_such_models_are_not_taken_for_new_ones(job_of, saved, tmp_path, monkeypatch, rope,
-                                                                   max_tokens, otherwise):  # fmt: skip
+def test_earlier_results_of_such_models_are_not_taken_for_new_ones(option, saved, tmp_path, rope, max_tokens,
+                                                                   otherwise):  # fmt: skip
     shutil.copytree(saved("llama"), tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64, **rope}))
-    signatures = []
-    for _ in range(2):  # as now, and as it was
-        made = job_of("model=causal_lm", f"model.path={tmp_path / 'model'}", f"model.max_tokens={max_tokens}")
-        signatures.append((made.signature, signature(made.study_key), signature(made.statistics_key)))
-        monkeypatch.setattr(pretrained.Pretrained, "_computed_otherwise", lambda _: {}, raising=False)
-        identity.content.cache_clear()
-    assert [now != then for now, then in zip(*signatures, strict=True)] == [otherwise] * 3
+    identity = option(
+        "model=causal_lm", f"model.path={tmp_path / 'model'}", f"model.max_tokens={max_tokens}"
+    ).identity()
+    assert identity.get("texts") == ("apart" if otherwise else None)
 
 
 def test_results_with_an_adapter_that_was_applied_are_not_taken_for_those_without(
@@ -611,7 +573,7 @@ def test_unaffected_models_are_passed_as_ever(tiny):
         assert not tiny(family).encode.apart and not tiny(family).texts
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_scheme_that_few_tokens_hardly_show_is_found_in_any_precision(option, saved, tmp_path, monkeypatch, dtype):
     """As that of Phi-3: of neighbours it tells the same, whatever the length of the longest text."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -641,9 +603,8 @@ def test_a_scheme_that_few_tokens_hardly_show_is_found_in_any_precision(option, 
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [("llama", "bfloat16"), ("gpt_oss", "bfloat16"), ("modernbert", "bfloat16"), ("gpt2", "float16"),
-     ("opt", "float16"), ("bloom", "float16"), ("bert", "float16")],
-)  # fmt: skip
+    [("llama", "bfloat16"), ("gpt_oss", "bfloat16"), ("opt", "float16"), ("bert", "float16")],
+)
 def test_rounding_is_not_taken_for_what_other_texts_do(fresh, family, dtype):
     assert not fresh(family, dtype=dtype).encode.apart
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from pretended_gpu import OnGpu, pretended
 
-from ablation_sweeps.experiment import score
 from ablation_sweeps.experiment.run import run_job
 from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.methods.zero import Zero
@@ -71,9 +70,10 @@ def test_it_is_as_strict_as_a_gpu(gpu):
 
 
 @pytest.mark.parametrize(
-    "family", ["opt", "gemma2", "falcon_alibi", "albert", "modernbert", "vit", "swin", "timm_swin"]
-)
-@pytest.mark.parametrize("name", ["attn_pre_out", "mlp_pre_out"])
+    ("family", "name"),
+    [("opt", "mlp_pre_out"), ("gemma2", "attn_pre_out"), ("falcon_alibi", "attn_pre_out"), ("albert", "mlp_pre_out"),
+     ("modernbert", "attn_pre_out"), ("vit", "attn_pre_out"), ("swin", "mlp_pre_out"), ("timm_swin", "attn_pre_out")],
+)  # fmt: skip
 def test_every_kind_is_loaded_read_and_ablated_there(fresh, site, tmp_path, gpu, family, name):
     """Rows that are flattened, windowed or padded by the model, and layers that share a module."""
     found = {}
@@ -88,14 +88,6 @@ def test_every_kind_is_loaded_read_and_ablated_there(fresh, site, tmp_path, gpu,
         found[device] = [m.total for m in statistics.moments] + statistics.counts[Histogram(10)] + [logits.cpu()]
     for there, here in zip(found["cuda"], found["cpu"], strict=True):
         assert torch.equal(there, here)
-
-
-def test_ranks_among_many_equal_logits(gpu):
-    logits = torch.randint(0, 6, (200, 30), generator=torch.Generator().manual_seed(0)).float()
-    labels = (torch.arange(200) % 30)[:, None]
-    there = score._rank(logits.cuda(), labels.cuda(), 5)
-    assert isinstance(there, OnGpu)
-    assert there.cpu().clamp(max=5).equal(score._rank(logits, labels, 5).clamp(max=5))
 
 
 @pytest.mark.parametrize("overrides", JOBS, ids=" ".join)
@@ -130,11 +122,10 @@ class BatchMean:
         return [x[batch.keep].mean(0) for x in clean]
 
 
-@pytest.mark.parametrize("method", ["resample", "zero"])
-def test_what_does_not_fit_is_halved(job_of, session, tmp_path, gpu, monkeypatch, method):
-    """Also where the values to write are those of the whole batch."""
+def test_what_does_not_fit_is_halved(job_of, session, tmp_path, gpu, monkeypatch):
+    """Where the values to write are those of the whole batch."""
     monkeypatch.setattr(Zero, "fit", lambda *_: BatchMean())  # which has no reason to think of devices
-    options = ["model=tiny_causal", f"method={method}"]
+    options = ["model=tiny_causal", "method=zero"]
     here = rows_of(job_of, session, tmp_path / "here", *options)
     rows_of(job_of, session, tmp_path, *options, "model.device=cuda")
     model = session._model

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import math
+import pickle
 import re
 import signal
 from dataclasses import replace
@@ -15,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
-from test_comparison import noisy, runs, table
+from simulated import noisy, runs, table
 
 from ablation_sweeps.neurons.statistics import Histogram, Moments, Statistics, bin_index
 from ablation_sweeps.report import neurons, page, plots, verdict
@@ -23,8 +25,13 @@ from ablation_sweeps.results.study import StudyResult, analyse_study
 
 
 def study(documents: dict[tuple[str, int], pd.DataFrame], metrics=("loss", "top1")) -> StudyResult:
+    return analysed(pickle.dumps(documents), metrics)
+
+
+@functools.cache
+def analysed(documents: bytes, metrics: tuple[str, ...]) -> StudyResult:
     rows = pd.DataFrame({"metric": [*metrics, "perplexity"], "chance": 0.1})
-    return analyse_study("a-name", "A title", "token", rows, documents)
+    return analyse_study("a-name", "A title", "token", rows, pickle.loads(documents))
 
 
 def test_the_verdict_names_the_best_and_what_cannot_be_told_from_it():
@@ -163,40 +170,6 @@ def test_a_point_that_one_seed_lacks_is_drawn_from_the_others():
     assert line[0.5] == alone[0.5] and line[1.0] == both[1.0] and line[0.0] == both[0.0]
 
 
-def test_a_metric_that_a_run_has_not_measured_is_compared_where_it_was():
-    """KL of one seed of zero, and all accuracies of mean, as of runs of an earlier version."""
-    whole = runs()
-    old = {**whole, ("zero", 0): whole["zero", 0].drop(columns="kl")}
-    old |= {(method, seed): table.drop(columns="top1") for (method, seed), table in whole.items() if method == "mean"}
-    found, metrics = study(old, ("loss", "top1", "kl")), ("loss", "top1", "kl")
-    expected = study(whole, metrics)
-    said = verdict.verdict(found)
-    assert said == verdict.verdict(expected) + (
-        " Not measured by every run, and compared on those that have it: top1 (mean), kl (zero)."
-    )
-    assert page.areas(found)[1]["area of top1"][0] != page.areas(found)[1]["area of top1"][0]  # NaN
-    pd.testing.assert_frame_equal(
-        found.comparisons.query("metric == 'loss'"), expected.comparisons.query("metric == 'loss'")
-    )
-    counts = found.comparisons.dropna(subset="fraction").set_index(["metric", "method", "other"])["n_seeds"]
-    assert set(counts["kl", "zero", "mean"]) == {2} and set(counts["kl", "mean", "same"]) == {3}
-    assert ("top1", "zero", "mean") not in counts.index and set(counts["top1", "zero", "same"]) == {3}
-    assert "mean" not in {trace.get("name") for trace in plots.figures(found)["top1|"]["data"]}
-    assert len(page.render("t", [(found, None, {})], [])) > 1000
-    without_loss = study({key: t.drop(columns="loss") for key, t in whole.items()}, metrics)
-    assert "none is called the best" in verdict.verdict(without_loss)
-
-
-def test_thin_calibration_is_part_of_the_verdict():
-    rows = pd.DataFrame(
-        {"metric": ["loss"], "chance": 0.1, "calibration_positions": 379.0, "calibration_asked": 5000.0}
-    )
-    found = analyse_study("a-name", "A title", "token", rows, runs())
-    assert verdict.verdict(found).endswith(" Statistics are of 379 positions, where 5,000 were asked for.")
-    enough = rows.assign(calibration_positions=4998.0)
-    assert "positions" not in verdict.verdict(analyse_study("a-name", "A title", "token", enough, runs()))
-
-
 def test_a_line_from_end_to_end_is_not_taken_for_a_curve():
     """Mean was run at 100 % alone: the areas of 0 and 100 % would say something else than those of zero's curve."""
     two = {key: documents for key, documents in runs().items() if key[0] != "same"}
@@ -265,6 +238,15 @@ def test_areas_and_who_beats_whom():
     assert [rows[m]["beaten by"] for m in ("zero", "mean", "same")] == [[2], [0], [0]]
     value, low, high = rows["zero"]["area of loss"]
     assert low < value < high and value > rows["mean"]["area of loss"][0] > 1
+
+
+def test_a_method_has_one_colour_in_the_chart_and_in_the_table():
+    """Two of one's own, of which each alone would have the same."""
+    found = study(
+        {(f"own{n}", seed): of_run for n in (0, 1) for (name, seed), of_run in runs(2).items() if name == "mean"}
+    )
+    drawn = {method: of(plots.figures(found)["loss|"], method)["line"]["color"] for method in ("own0", "own1")}
+    assert {row["method"]: row["colour"] for row in page.areas(found)} == drawn and len(set(drawn.values())) == 2
 
 
 def test_half_of_the_accuracy_is_gone_where_the_line_crosses_half():

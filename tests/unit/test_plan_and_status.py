@@ -8,7 +8,6 @@ from datetime import datetime, timedelta, timezone
 from importlib.metadata import version
 from pathlib import Path
 from socket import gethostname
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -17,46 +16,10 @@ from typer.testing import CliRunner
 
 from ablation_sweeps.base import files
 from ablation_sweeps.cli.commands import app
-from ablation_sweeps.dispatch import plan, watch
+from ablation_sweeps.dispatch import watch
 from ablation_sweeps.dispatch.local import Local
 from ablation_sweeps.dispatch.scheduler import PackState
 from ablation_sweeps.results import run_folder
-
-
-def job(results: Path, name: str, model: str = "m") -> SimpleNamespace:
-    labels = {"model": SimpleNamespace(label=model), "dataset": SimpleNamespace(label="d")}
-    folder = results / "sweep" / f"{model}-d-{name}"
-    return SimpleNamespace(**labels, folder=folder, config={}, results_dir=results, cost_key="x")
-
-
-@pytest.fixture
-def jobs(monkeypatch, tmp_path) -> list[SimpleNamespace]:
-    """SimpleNamespace has no hash: the plan groups by these two."""
-    monkeypatch.setattr(plan, "by_model", lambda jobs: list(range(len(jobs))))
-    monkeypatch.setattr(plan, "packed", lambda jobs, most: [
-        SimpleNamespace(folders=[job.folder for job in jobs[i : i + most]]) for i in range(0, len(jobs), most)
-    ])  # fmt: skip
-    return [job(tmp_path, name) for name in "abcde"]
-
-
-def test_a_plan_counts_what_is_missing_and_estimates_by_what_was_run(jobs, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(run_folder, "finished", lambda folder: folder.name == "m-d-a")
-    runs = [("sweep/m-d-a", "x", 20), ("another/m-d-x", "x", 40), ("another/n-d-x", "x", 9999), ("s/m-d-z", "more", 99)]
-    for run, like, seconds in runs:
-        files.write_json(tmp_path / run / "environment.json", {"like": like, "seconds": seconds})
-    (tmp_path / "sweep" / "m-d-b").mkdir()
-    (tmp_path / "sweep" / "m-d-b" / "progress-000000.parquet").touch()
-    plan.plan(jobs, 3, 2)
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "pack 1: m on d, 3 jobs, about 90 s (1 begun already)"
-    assert said[4] == "pack 2: m on d, 1 job, about 30 s"
-    assert said[-2] == "5 jobs: 1 finished, 4 to run in 2 packs"
-    assert said[-1] == "about 2 min of computing; 90 s at the least, with 2 packs at once"
-
-
-def test_a_plan_without_a_past_gives_no_estimate(jobs, capsys):
-    plan.plan(jobs, 5, 1)
-    assert "no estimate" in capsys.readouterr().out
 
 
 def test_status_is_read_from_the_files(tmp_path):
@@ -87,17 +50,25 @@ def test_a_job_whose_process_was_killed_does_not_run_for_ever(tmp_path):
     assert "2 died, 2 running" in said and said.count("its process is gone") == 2
 
 
-def test_what_waited_for_a_launcher_that_was_killed_waits_no_more(tmp_path, monkeypatch):
+def end_process_of(*runs: Path) -> None:
+    """As if the process that wrote their status had ended since."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for run in runs:
+        files.write_json(run / "status.json", {**run_folder.status(run), "pid": ended.pid})
+
+
+def test_what_waited_for_a_launcher_that_was_killed_waits_no_more(tmp_path):
     run_folder.queue(tmp_path / "here", {}, survives_launcher=False)
     run_folder.queue(tmp_path / "on a cluster", {}, survives_launcher=True)
     assert "2 queued" in CliRunner().invoke(app, ["status", str(tmp_path)]).output
-    monkeypatch.setattr(run_folder, "_gone", lambda pid, wrote: pid == os.getpid())
+    end_process_of(tmp_path / "here")
     said = CliRunner().invoke(app, ["status", str(tmp_path)]).output
     assert "1 interrupted, 1 queued" in said and "stopped while it waited; the same command runs it" in said
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_what_ran_before_it_waited_is_not_told_as_if_it_had_only_waited(tmp_path, monkeypatch, killed):
+def test_what_ran_before_it_waited_is_not_told_as_if_it_had_only_waited(tmp_path, killed):
     """Stopped by a signal, launched again, and stopped once more before it was its turn: by Ctrl-C, or killed."""
     ran, waited = tmp_path / "ran", tmp_path / "waited"
     run_folder.begin(ran, {})
@@ -107,7 +78,7 @@ def test_what_ran_before_it_waited_is_not_told_as_if_it_had_only_waited(tmp_path
     for run in (ran, waited):
         run_folder.queue(run, {}, survives_launcher=False)
     if killed:
-        monkeypatch.setattr(run_folder, "_gone", lambda pid, wrote: True)
+        end_process_of(ran, waited)
     else:
         run_folder.mark_interrupted([ran, waited])
     said = CliRunner().invoke(app, ["status", str(tmp_path)]).output
@@ -139,12 +110,12 @@ def test_a_zombie_has_ended_and_a_locked_run_has_not(tmp_path):
     ended.wait()
 
 
-def test_retry_leaves_alone_what_another_process_will_come_to(tmp_path, monkeypatch, caplog):
+def test_retry_leaves_alone_what_another_process_will_come_to(tmp_path, caplog):
     others = tmp_path / "in order"
     run_folder.queue(others, {}, survives_launcher=False)
     assert CliRunner().invoke(app, ["retry", str(tmp_path)]).exit_code == 0
     assert run_folder.status(others)["state"] == "queued" and "1 job left to the process that is at it" in caplog.text
-    monkeypatch.setattr(run_folder, "_gone", lambda pid, wrote: True)
+    end_process_of(others)
     tried = CliRunner().invoke(app, ["retry", str(tmp_path)])
     assert "nothing there can be tried again" in str(tried.exception)
     assert "in order: left alone: model: must be given" in caplog.text
@@ -160,8 +131,6 @@ def test_a_plan_knows_how_many_packs_a_machine_runs_at_once(monkeypatch, n, opti
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     local = Local(**{"max_jobs_per_pack": None, "max_parallel": None, "max_attempts": 2, "gpus": None, **options})
     assert local.max_concurrent_packs == max_concurrent_packs
-    queue = local.queue(Path("nowhere"))
-    assert len(queue._slots([])) == max_concurrent_packs
 
 
 def test_the_table_says_how_far_the_running_job_of_a_pack_is(tmp_path):

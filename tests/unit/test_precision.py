@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_evaluation import COMMON, TOP_K, VOCABULARY, D, evaluated, scored_labels, study  # noqa: F401
+from examples import TOP_K, evaluated
+from linear import VOCABULARY, D, scored_labels
 
 from ablation_sweeps.data.batch import NOT_SCORED, Batch
 from ablation_sweeps.experiment.chance import uniform
@@ -18,7 +19,7 @@ WINDOWS, PER_WINDOW = 6, (12, 11, 9)
 
 
 @pytest.fixture
-def long_study(study) -> dict:  # noqa: F811
+def long_study(study) -> dict:
     """192 documents in windows of 32, which are batched in another order than their own. The first two windows hold
     long ones first, as windows do."""
     generator = torch.Generator().manual_seed(1)

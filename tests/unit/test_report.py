@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import rc_context
 from matplotlib.image import imread
 from rich.console import Console
 from scipy import integrate, stats
@@ -33,6 +32,13 @@ from ablation_sweeps.tracking.wandb import summary as summary_of_run
 KINDS = ("png", "svg", "pdf")
 TENTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 TWENTIETHS = tuple(i / 20 for i in range(21))
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Files of figures are empty, but for the test that looks at them: to draw takes longer than all else here."""
+    if request.node.name != "test_write_everything":
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: Path(path).touch())
 
 
 def curve(
@@ -107,13 +113,6 @@ def test_one_label_never_hides_two_sets_of_parameters(tmp_path: Path):
         save_run(tmp_path / str(n_bins), curve("peak", method_params=json.dumps({"n_bins": n_bins, "sigma": 1})))
     save_run(tmp_path / "other", curve("zero"))
     assert set(read_curves(tmp_path)["method"]) == {"peak n_bins=50", "peak n_bins=100", "zero"}
-
-
-def test_two_classes_under_one_label_are_two_methods(tmp_path: Path):
-    """Or one whose file was edited in between."""
-    for kind in ("Largest@1f3c0a", "Largest@77aa00"):
-        save_run(tmp_path / kind, curve("largest", method_params=json.dumps({"class": kind})))
-    assert set(read_curves(tmp_path)["method"]) == {"largest class=Largest@1f3c0a", "largest class=Largest@77aa00"}
 
 
 # Numbers
@@ -247,16 +246,6 @@ def test_table_says_what_it_is_of():
     assert "3 seeds" in printed(pd.concat([curve("zero", seed) for seed in range(3)]))
 
 
-def test_a_title_counts_the_seeds_of_each_point():
-    """Two of twelve fractions have a second seed; and methods may have one seed each, but another one."""
-    second = curve("zero", 1, fractions=[0.0, 0.5])
-    uneven = pd.concat([curve("zero"), second])
-    assert "· 1 to 2 seeds" in printed(uneven).splitlines()[0] and "means over 1 to 2 seeds" in printed(uneven)
-    assert "1 to 2 seeds" in " ".join(text_of(drawn(uneven)))
-    apart = printed(pd.concat([curve("zero", 0), curve("mean", 1)]))
-    assert "· 1 seed\n" in apart and "means over" not in apart
-
-
 def test_calibration_that_is_thinner_than_asked_is_said_where_it_is_read(tmp_path: Path):
     both = {"zero": (0,), "mean": (0,)}  # zero needs no statistics
     assert "asked for" not in everything(measured_sweep(tmp_path / "before", both))[0]
@@ -269,15 +258,6 @@ def test_calibration_that_is_thinner_than_asked_is_said_where_it_is_read(tmp_pat
     assert thin in " ".join(text_of(figures.draw(study.rows, study.title, study.unit))).replace("\n", " ")
     assert thin in (sweep / "report.html").read_text()
     assert read_curves(sweep).set_index("method").loc["mean", "calibration_positions"].unique().tolist() == [379]
-
-
-def test_a_band_says_how_many_seeds_it_is_of():
-    many = [curve("zero", seed, fractions=[0.0, 0.5, 1.0][: 3 if seed < 4 else 2]) for seed in range(5)]
-    assert "band: 95 % t-interval over 4 to 5 seeds" in text_of(drawn(pd.concat(many)))
-    two = [curve("mean", seed) for seed in range(2)]
-    assert "band: 95 % t-interval over 5 seeds · thin: single seeds" in text_of(
-        drawn(pd.concat([*two, *(curve("zero", seed) for seed in range(5))]))
-    )
 
 
 def test_a_metric_that_one_run_lacks_does_not_stop_the_report(tmp_path: Path):
@@ -310,7 +290,7 @@ DAMAGE = {
     "rows.parquet": {},
     "documents.parquet": {},
 }
-CUTS = {"truncated": 0.5, "almost whole": 0.98, "empty": 0.0}
+CUTS = {"truncated": 0.5, "empty": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -327,20 +307,13 @@ def test_a_report_is_made_without_a_damaged_run_and_names_the_file(tmp_path: Pat
     (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert run.name in said and name in said and "\n" not in said
     assert set(curves[["method", "seed"]].itertuples(index=False, name=None)) == {("zero", 0), ("zero", 1), ("mean", 0)}
+    if (name, how) != ("rows.parquet", "truncated"):  # one page tells as much as all
+        return
     printed_, summary, *_ = everything(sweep)
     assert "1 seed, 12 documents" in printed_ and set(summary["auc_n_seeds"]) == {1}
-    (failure,) = json.loads(re.findall(r'id="content">(.*?)</script>', (sweep / "report.html").read_text())[0])[
-        "failures"
-    ]
+    page_ = (sweep / "report.html").read_text()
+    (failure,) = json.loads(re.findall(r'id="content">(.*?)</script>', page_)[0])["failures"]
     assert failure[:2] == [run.name, "damaged"] and name in failure[2]
-
-
-def test_where_all_runs_are_damaged_that_is_said(tmp_path: Path):
-    sweep = measured_sweep(tmp_path / "sweep", {"zero": (0,)}, fractions=[0.0, 1.0])
-    (run,) = run_folder.runs(sweep)
-    (run / "documents.parquet").write_bytes(b"")
-    with pytest.raises(UserError, match=r"no finished run below .*: 1 damaged; ablation-sweeps .*status"):
-        read_curves(sweep)
 
 
 def test_a_cell_of_text_is_no_formula(tmp_path: Path):
@@ -395,38 +368,15 @@ def test_points_on_fewer_documents_than_the_clean_one_are_not_compared_with_it()
     assert "compare within a column" not in printed(two_methods())
 
 
-def test_a_partial_schedule_has_no_area_column():
-    assert "AUC" not in printed(two_methods(fractions=[0.0, 0.5]))
-
-
-def test_a_missing_seed_is_said_so():
-    curves = pd.concat([curve("zero", 0), curve("zero", 1), curve("mean", 0)])
-    assert "not every method has every seed" in printed(curves)
-    assert "not every method has every seed" not in printed(two_methods())
-
-
-def test_many_fractions_are_thinned_evenly():
-    text = printed(two_methods(fractions=TWENTIETHS))
-    assert "11 of 21 fractions" in text
-    assert " 10 %" in text and " 15 %" not in text and " 100 %" in text
-
-
-@pytest.mark.parametrize("width", [60, 80, 100])
-@pytest.mark.parametrize("fractions", [TENTHS, TWENTIETHS, tuple(i / 11 for i in range(12))])
+@pytest.mark.parametrize(
+    ("width", "fractions"), [(60, TENTHS), (80, TWENTIETHS), (100, tuple(i / 11 for i in range(12)))]
+)
 def test_a_narrow_terminal_gets_fewer_columns(width: int, fractions: tuple[float, ...]):
     text = printed(two_methods(fractions=fractions), width=width, terminal=True)
     assert "…" not in text and "fractions; all are in curves.parquet" in text and "AUC" in text
     lines = [re.sub(r"\x1b\[\d*m", "", line) for line in text.splitlines()]
     tables = [line for line in lines if "nats/" in line or "─" in line or "3.000" in line]
     assert len(tables) >= 4 and max(map(len, tables)) <= width
-
-
-def test_a_log_in_ascii_is_no_crash():
-    raw = io.BytesIO()
-    file = io.TextIOWrapper(raw, encoding="ascii")
-    print_tables(two_methods(), Console(file=file))
-    file.flush()
-    assert b"opt on pile ? attn_pre_out" in raw.getvalue()
 
 
 # Files
@@ -511,40 +461,6 @@ def drawn(curves: pd.DataFrame):
     return figures.draw(study.rows, study.title, study.unit)
 
 
-def test_levels_are_named_and_the_title_tells_all():
-    texts = text_of(drawn(two_methods()))
-    assert texts.count("clean") == 2 and texts.count("chance") == 2
-    assert "opt on pile · attn_pre_out · random · 4,000 tokens · 1 seed" in texts
-    assert {"zero", "mean", "Neurons ablated (%)", "Loss (nats per token)", "Top-1 accuracy (%)"} <= set(texts)
-
-
-def test_one_terrible_method_does_not_flatten_the_others_and_the_cut_is_said():
-    methods = [curve("mean"), curve("peak", slope=3.5), curve("zero", slope=400.0)]
-    figure = drawn(pd.concat(methods))
-    loss, _, kl = figure.axes
-    assert loss.get_ylim()[1] < 10 and kl.get_ylim()[1] < 6
-    texts = text_of(figure)
-    assert any("axis is cut" in text and "zero reaches 403" in text.replace("\n", " ") for text in texts)
-    assert [line.get_xdata() for line in loss.lines if line.get_marker() == "^" and not line.get_clip_on()] != []
-
-    uncut = drawn(pd.concat(methods[:2]))
-    assert not any("cut" in text for text in text_of(uncut))
-    for axes in uncut.axes:
-        low, high = axes.get_ylim()
-        heights = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
-        assert low <= heights.min() and heights.max() <= high
-
-
-@pytest.mark.parametrize("slope", [0.01, 0.6, 4.0, 4e6])
-def test_all_numbers_of_an_axis_are_in_the_picture_and_beside_the_panel_before(slope: float):
-    end, figure = 0.0, drawn(curve("zero", slope=slope, fractions=[0.0, 0.5]))
-    with rc_context(figures.RC):  # as it is saved
-        figure.canvas.draw()
-        for axes in figure.axes:
-            assert axes.yaxis.get_tightbbox().x0 > end
-            end = axes.bbox.x1
-
-
 @pytest.mark.parametrize("n_seeds, lines, bands", [(1, 1, 0), (2, 3, 0), (3, 4, 0), (5, 1, 1)])
 def test_few_seeds_are_lines_and_many_a_band(n_seeds: int, lines: int, bands: int):
     curves = pd.concat([curve("zero", seed, slope=4 + seed / 10) for seed in range(n_seeds)])
@@ -559,29 +475,11 @@ def test_few_seeds_are_lines_and_many_a_band(n_seeds: int, lines: int, bands: in
         assert (min(edges), max(edges)) == pytest.approx((low, high))
 
 
-@pytest.mark.parametrize("fractions", [(0.0,), (0.0, 0.5)])
-def test_a_partial_schedule_is_drawn(fractions: tuple[float, ...]):
-    figure = drawn(two_methods(fractions=fractions))
-    assert figure.axes[0].get_xlim()[1] == pytest.approx(1.03 * max(100 * fractions[-1], 1))
-
-
 def test_a_method_looks_the_same_in_all_figures_and_never_like_another():
     alone = display.method_styles(["peak"])["peak"]
     many = display.method_styles(["zero", "mean", "median", "peak", "peak-kde", "resample", "mine", "x", "y", "z", "w"])
     assert many["peak"] == alone
     assert len({(look["color"], look["linestyle"]) for look in many.values()}) == len(many)
-
-
-def test_a_method_of_ones_own_takes_no_colour_of_another_while_there_are_some():
-    shipped = ("zero", "mean", "peak", "resample")
-    familiar = {look["color"] for look in display.method_styles(shipped).values()}
-    for number in range(50):
-        own = f"mine class=Mine@{number:06x}"
-        assert display.method_styles([own])[own]["color"] not in familiar
-        colours = [
-            look["color"] for look in display.method_styles([*shipped, own, f"{own} again", "third", "4th"]).values()
-        ]
-        assert len(set(colours)) == len(colours) == 8
 
 
 def test_no_method_is_called_the_best_by_other_seeds_than_the_others():

@@ -26,11 +26,8 @@ from ablation_sweeps.experiment.job import Job
 from ablation_sweeps.experiment.run import measure, run_job
 from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.neurons import tensor_cache
-from ablation_sweeps.neurons.collect import CalibrationData
 from ablation_sweeps.report import write
 from ablation_sweeps.results import run_folder
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 @pytest.fixture(scope="module")
@@ -330,12 +327,6 @@ def test_progress_with_a_gap_stops_at_the_gap(tmp_path):
     assert [int(t["i"][0]) for t in run_folder.progress(tmp_path)] == [0]
 
 
-def test_a_temporary_file_of_a_killed_process_is_not_taken_for_progress(tmp_path):
-    run_folder.save_progress(tmp_path, 0, table(0))
-    (tmp_path / ".progress-000001.parquet.123.tmp").write_bytes(b"half")
-    assert len(run_folder.progress(tmp_path)) == 1
-
-
 # Jobs
 
 
@@ -345,48 +336,6 @@ def rows_of(folder: Path) -> pd.DataFrame:
 
 def state(folder: Path) -> dict:
     return json.loads((folder / "status.json").read_text())
-
-
-def stop_after(monkeypatch, n_batches: int) -> list[int]:
-    """The process is killed when it has saved so many batches."""
-    real, count = run_folder.save_progress, []
-
-    def save(folder, number, sums):
-        if len(count) == n_batches:
-            raise KeyboardInterrupt
-        real(folder, number, sums)
-        count.append(1)
-
-    monkeypatch.setattr(run_folder, "save_progress", save)
-    return count
-
-
-@pytest.mark.parametrize("method", ["method=peak", "method=resample"])
-def test_a_job_that_was_stopped_goes_on_and_gives_bit_equal_rows(make, monkeypatch, tmp_path, method):
-    undisturbed = rows_of(run_job(dataclasses.replace(make(method), results_dir=tmp_path / "undisturbed")))
-
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(KeyboardInterrupt):
-            run_job(make(method))
-    folder = make(method).folder
-    assert state(folder)["state"] == "interrupted" and not run_folder.finished(folder)
-    assert len(list(folder.glob("progress-*"))) == 2 and not (folder / "rows.parquet").exists()
-
-    done = []
-    real = run_module.evaluate
-
-    def noting(*args, **kwargs):
-        done.append(len(kwargs["done"]))
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(run_module, "evaluate", noting)
-    assert run_job(make(method)) == folder
-    assert done == [2]
-    pd.testing.assert_frame_equal(rows_of(folder), undisturbed, check_exact=True)
-    assert state(folder)["state"] == "finished" and not list(folder.glob("progress-*"))
-    folders = folder, tmp_path / "undisturbed" / "default" / folder.name
-    pd.testing.assert_frame_equal(*(pd.read_parquet(f / "documents.parquet") for f in folders), check_exact=True)
 
 
 def alter(file: Path) -> None:
@@ -463,30 +412,6 @@ def test_a_run_of_an_earlier_version_stays_valid(make, measured):
     assert len(measured) == 2 and "environment.json" in state(folder)["sha256"]
 
 
-def test_a_job_that_fails_says_why(make, monkeypatch):
-    monkeypatch.setattr(run_module.sites, "find", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run_job(make("method=zero"))
-    assert state(make("method=zero").folder)["reason"].startswith("ZeroDivisionError")
-
-
-def test_a_device_with_too_little_memory_is_recorded(make, monkeypatch, caplog):
-    session, job = Session(), make("method=mean", "batch_tokens=1000")
-    model = session.model(job)
-
-    def logits(batch):
-        if len(batch.names) > 8:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return model.logits(batch)
-
-    session._model = dataclasses.replace(model, logits=logits)
-    folder = run_job(job, session)
-    assert "last digit may differ" in json.loads((folder / "environment.json").read_text())["notes"][0]
-    assert "last digit may differ" in caplog.text
-    run_folder.begin(folder, {})  # started again
-    assert json.loads((folder / "environment.json").read_text())["notes"]
-
-
 def test_what_was_continued_in_another_environment_says_so(tmp_path, monkeypatch):
     run_folder.begin(tmp_path, {})
     run_folder.save_progress(tmp_path, 0, table(0))
@@ -516,15 +441,6 @@ def test_what_is_left_out_of_the_model_and_of_the_data_is_kept_and_shown(make, t
     for earlier, said in (["weights"], "weights"), ({"evaluation": ["copies"]}, "of the evaluation split, copies"):
         files.write_json(folder / "environment.json", {"left_out": earlier})
         assert run_folder.left_out(folder) == [said]
-
-
-def test_statistics_are_computed_once_for_all_jobs_that_share_them(make, monkeypatch):
-    passes = []
-    real = CalibrationData.run
-    monkeypatch.setattr(CalibrationData, "run", lambda *args: passes.append(args[-1]) or real(*args))
-    for options in ("method=peak", "method=peak seed=1", "method=mean", "method=peak method.estimator=smoothed"):
-        run_job(make(*options.split()))
-    assert len(passes) == 2  # moments, then counts
 
 
 def test_rows_carry_what_tells_runs_apart(make):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ablation_sweeps.base.errors import UserError
-from ablation_sweeps.data.batch import NOT_SCORED, Batch, Document, Picture
+from ablation_sweeps.data.batch import NOT_SCORED, Batch, Document
 from ablation_sweeps.data.encoder import Budget
 from ablation_sweeps.models.transformer import Transformer
 
@@ -105,10 +105,6 @@ def test_a_budget_in_examples_counts_those_that_are_scored(tiny):
     assert sorted(by_document(encoded(tiny("llama"), budget=Budget(None, 3)))) == ["doc0", "doc2", "doc3"]
 
 
-def test_a_budget_larger_than_the_data_takes_all(tiny):
-    assert len(by_document(encoded(tiny("llama"), budget=Budget(10**6, None)))) == 6
-
-
 @pytest.mark.parametrize(("split", "budget", "said"), [
     ("calibration", Budget(10**6, None), "statistics.tokens=1000000: the calibration data have 139, all taken; "
                                          "model.pack=concatenate takes what lies behind the cut, too"),
@@ -185,13 +181,6 @@ def test_after_each_window_the_documents_done_are_the_first_ones(tiny, n):
     expected = {4: [4], 10: [5, 10], 11: [5, 11], 12: [5, 10, 12]}
     assert [end for end in ends if end % 5 == 0 or end == n] == expected[n]
     assert by_document(windows) == by_document(encoded(tiny("llama"), texts))
-
-
-def test_pictures_are_refused(tiny):
-    from PIL.Image import new
-
-    with pytest.raises(UserError, match="needs text"):
-        tiny("llama").encode([Picture("a", lambda: new("L", (2, 2)), 0)], "evaluation", NO_LIMIT, 100, 0)
 
 
 # Masked models
@@ -343,11 +332,6 @@ def test_nobody_has_to_foresee_where_a_text_is_cut(fresh, saved, tmp_path):
     ends = [batch.inputs["input_ids"][row][batch.keep[row]][-1].item() == 2 for row in (0, 1)]
     assert dict(zip(batch.names, ends, strict=True)) == {"doc0": True, "doc1": False}
     assert batch.keep.sum(1).tolist() == [8, 7]
-
-
-def test_a_document_is_a_piece_of_itself(fresh):
-    for batch in encoded(fresh("llama"), ["hello", "", "a", "world"]):
-        assert batch.documents == batch.index
 
 
 def test_a_piece_is_scored_like_a_document(fresh):

@@ -136,18 +136,6 @@ def test_what_is_seen_of_the_probe_is_looked_at_in_each_batch(tiny):
         torch.testing.assert_close(doubled.logits_at(odd, torch.tensor([4, 1])), expected)
 
 
-def test_too_little_memory_for_the_probe_is_no_answer(tiny):
-    model = tiny("llama")
-
-    def logits(batch):
-        if model.module.get_output_embeddings()._forward_pre_hooks:
-            raise torch.OutOfMemoryError
-        return model.logits(batch)
-
-    with pytest.raises(torch.OutOfMemoryError):
-        with_head(dataclasses.replace(model, logits=logits), model.module.get_output_embeddings())
-
-
 def agrees_with_all(model: Transformer) -> None:
     """Of two texts of unequal length, and of one that is longer than the probe."""
     long = model.other_input("probe", 20, 1)
