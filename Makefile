@@ -13,7 +13,7 @@ VENV_DOCS := .venv-docs
 # Where it is set, each of many processes compiles torch and transformers again: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo docs test test-signals test-transformers4 test-pythons test-slurm browser check smollm2 tiny bench bench-against bench-gpu reference lock clean
+.PHONY: help setup demo docs test test-signals test-breaks test-transformers4 test-pythons test-slurm browser check smollm2 tiny bench bench-against bench-gpu reference lock clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -38,6 +38,10 @@ SIGNALS ?= 12
 test-signals: setup ## sweeps that are killed at random, or whose files are damaged, must give the same bits (SIGNALS=200)
 	$(RUN) tests/faults/random_signals.py $(SIGNALS)
 	$(RUN) tests/faults/damaged_files.py --ways 1
+
+BREAKS ?=
+test-breaks: setup ## breaks one line of the code at a time: a test must fail each time (BREAKS="0-9 17": these alone)
+	$(RUN) tests/faults/deliberate_breaks.py $(BREAKS)
 
 browser: ## Chromium for the tests of report.html, which are skipped without (Debian and Ubuntu, as root)
 	@command -v chromium chromium-browser google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
