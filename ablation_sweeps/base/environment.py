@@ -31,11 +31,12 @@ PACKAGES = (
 # Folders in which users may put models, datasets or methods of their own, and the modules in them that are ours.
 PLUGINS = {
     "models": (
-        *("adapters", "causal_lm", "image_classifier", "masked_lm", "pretrained", "probing", "timm", "transformer"),
+        *("adapters", "causal_lm", "image_classifier", "masked_lm", "model", "pretrained", "probing", "timm"),
+        "transformer",
     ),
     "datasets": (
-        *("digits", "file_formats", "hub_images", "hub_rows", "hub_text", "image_folder", "options", "python_docs"),
-        "text_files",
+        *("dataset", "digits", "file_formats", "hub_images", "hub_rows", "hub_text", "image_folder", "options"),
+        *("python_docs", "text_files"),
     ),
     "methods": ("mean", "median", "method", "peak", "resample", "zero"),
 }

@@ -8,8 +8,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
@@ -21,7 +20,6 @@ from ablation_sweeps.dispatch.plan import plan
 from ablation_sweeps.experiment.config import to_job
 from ablation_sweeps.report import write
 from ablation_sweeps.results import run_folder
-from ablation_sweeps.tracking.publish import publish, send_tables
 
 if TYPE_CHECKING:
     from ablation_sweeps.experiment.job import Job
@@ -78,16 +76,6 @@ class Failures:
             chained = chained.__cause__ or chained.__context__
 
 
-def _mirror(folder: Path, tracking: Any) -> None:
-    """Send the tables of a sweep to W&B if that has its curves; with tracking.sync=true, everything that it lacks."""
-    if getattr(tracking, "sync", False):
-        log.info("%s to W&B", publish(folder))
-    elif getattr(tracking, "is_online", False) and any(
-        run_folder.published(r, tracking.place) for r in run_folder.runs(folder)
-    ):
-        send_tables(folder)
-
-
 @contextmanager
 def waiting(jobs: Sequence[Job]) -> Iterator[None]:
     """Context manager: mark the jobs as queued, so that `status` and `retry` list those that never run here."""
@@ -120,7 +108,7 @@ def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
     """Write tables and figures of all finished runs in the sweep's folder; then raise an error if a job failed.
 
     Raises:
-        UserError: a job failed, or W&B does not take what tracking.sync=true sends.
+        UserError: a job failed, or the tracker does not take what it must.
     """
     for job in jobs:
         if run_folder.status(job.folder)["state"] == "finished":
@@ -134,9 +122,9 @@ def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
     _say_what_other_code_did(jobs)
     for folder in with_results:
         try:
-            _mirror(folder, jobs[0].tracking)
+            jobs[0].tracking.log_sweep(folder)
         except UserError as error:
-            if getattr(jobs[0].tracking, "sync", False) and not failures.reasons:
+            if not failures.reasons:
                 raise
             log.error("%s", error)  # failures come last, where they are seen
     if failures.reasons:

@@ -164,7 +164,7 @@ def takes_one(key: str) -> bool:
 
 def _sweep(items: Iterable, given: Any) -> str:
     listed = ",".join(map(typed, items))
-    return f"shuffle({listed})" if getattr(given, "shuffle", False) else listed
+    return f"shuffle({listed})" if isinstance(given, ChoiceSweep | RangeSweep) and given.shuffle else listed
 
 
 def _flat(items: list) -> list:

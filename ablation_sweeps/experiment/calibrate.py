@@ -77,7 +77,9 @@ class CalibrationStatistics:
         run_folder.update_environment(
             self.folder, calibration_positions=positions, calibration_asked=self._positions_asked(positions)
         )
-        is_continuous = getattr(self.job.method, "is_continuous", not wanted)
+        is_continuous = self.job.method.is_continuous
+        if is_continuous is None:
+            is_continuous = not wanted
         self.halved |= statistics.too_large is not None and not is_continuous
         layers = [projection.order for projection in in_layers(self.projections, self.job.site)]
         return statistics if len(layers) == len(self.projections) else statistics.of_layers(layers)

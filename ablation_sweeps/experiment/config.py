@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.moved import MOVED
 from ablation_sweeps.base.paths import absolute
+from ablation_sweeps.base.plugins import complete, missing_members
 from ablation_sweeps.base.terminal import FOLDERS, as_typed, typed_command, typed_subcommand
 from ablation_sweeps.datasets.file_formats import stem
 from ablation_sweeps.experiment.config_errors import explain, first_line, near, no_such_option
@@ -171,6 +172,7 @@ def build(part: str, options: Any) -> Any:
         raise UserError(f"{part}: {first_line(error)}") from error
     for key in fields:
         _check_size(part, key, fields[key], getattr(built, key, None))
+    _complete(part, path, type(built))
     if part in ("model", "dataset"):
         try:
             hash(built)  # it is the cache key of what is loaded
@@ -196,7 +198,7 @@ def _check_size(part: str, key: str, given: object, value: object) -> None:
 
 
 def _find(part: str, path: str) -> Any:
-    """Import the class at `path`, and check that it has what its part of a job needs."""
+    """Import the class at `path`."""
     try:
         module, _, name = path.rpartition(".")
         target = getattr(importlib.import_module(module), name)
@@ -205,22 +207,28 @@ def _find(part: str, path: str) -> Any:
             f"{part}._target_={path}: there is no such class ({first_line(error)}); give it as package.module.Class of "
             "something that Python can import here"
         ) from error
-    if part not in ("model", "dataset", "method"):
-        return target
-    if not dataclasses.is_dataclass(target) or target.__hash__ is None:
+    if part in ("model", "dataset", "method") and (not dataclasses.is_dataclass(target) or target.__hash__ is None):
         raise UserError(
             f"{part}._target_={path}: is no frozen dataclass, whose fields are its options; put "
             "@dataclass(frozen=True) before its class"
         )
-    does = {"model": "load", "dataset": "examples", "method": "fit"}[part]
-    if not hasattr(target, does):
-        raise UserError(f"{part}._target_={path}: has no {does}(); see docs/adding.md")
-    if "label" not in {*target.__dataclass_fields__, *dir(target)}:
-        raise UserError(
-            f"{part}._target_={path}: has no name for tables, figures and folders; give its class `label: str`, and "
-            "its yaml `label: NAME`"
-        )
     return target
+
+
+def _complete(part: str, path: str, kind: type) -> None:
+    """Check that a class has what its part of a job needs, and give it the defaults of what it may leave out."""
+    from ablation_sweeps.experiment.job import PROTOCOLS
+
+    if part not in PROTOCOLS:
+        return
+    for member in missing_members(kind, PROTOCOLS[part]):
+        if member == "label":
+            raise UserError(
+                f"{part}._target_={path}: has no name for tables, figures and folders; give its class `label: str`, "
+                "and its yaml `label: NAME`"
+            )
+        raise UserError(f"{part}._target_={path}: has no {member}; see docs/adding.md")
+    complete(kind, PROTOCOLS[part])
 
 
 NUMBER = r"(?:[-+]?(?:[.\d][.\deE+-]*|inf|nan))"

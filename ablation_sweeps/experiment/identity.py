@@ -14,8 +14,12 @@ from ablation_sweeps.base.environment import is_ours
 from ablation_sweeps.base.moved import FORMER
 
 if TYPE_CHECKING:
+    from ablation_sweeps.datasets.dataset import Dataset
     from ablation_sweeps.experiment.job import Job
+    from ablation_sweeps.methods.method import Method
+    from ablation_sweeps.models.model import Model
     from ablation_sweeps.models.transformer import Transformer
+    from ablation_sweeps.selections.selection import Selection
 
 
 RESULTS_VERSION = 2  # raise it when the code changes numbers beyond rounding: earlier results are then not reused
@@ -32,20 +36,19 @@ def numbers_of(part: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key not in later or value != later[key]}
 
 
-def options_of(part: Any) -> dict[str, Any]:
+def options_of(part: Method | Selection) -> dict[str, Any]:
     """Class and options of a part. A class whose values have changed raises its attribute `numbers`."""
-    options = numbers_of(part)
-    numbers = getattr(part, "numbers", None)
-    return {"class": class_of(part), **options, **({"numbers": numbers} if isinstance(numbers, int) else {})}
+    numbers = {} if part.numbers is None else {"numbers": part.numbers}
+    return {"class": class_of(part), **numbers_of(part), **numbers}
 
 
-def present_content(part: Any) -> dict[str, Any]:
+def present_content(part: Model | Dataset) -> dict[str, Any]:
     """Identity of a model's or dataset's files as they are now: a fingerprint, or the commit on the hub."""
-    return part.identity() if hasattr(part, "identity") else {"fingerprint": part.fingerprint()}
+    return part.identity()
 
 
 @functools.cache
-def content(part: Any) -> dict[str, Any]:
+def content(part: Model | Dataset) -> dict[str, Any]:
     """Identity of a model's or dataset's files when this process first read them.
 
     It is cached, so that a sweep of many jobs reads them once.

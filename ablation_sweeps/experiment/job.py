@@ -13,14 +13,15 @@ from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.base import hashing
 from ablation_sweeps.base.errors import UserError
-from ablation_sweeps.data.batch import Split
+from ablation_sweeps.data.batch import Picture, Split
 from ablation_sweeps.data.encoder import Budget
 from ablation_sweeps.data.intake import splits_of
 from ablation_sweeps.data.scope import Scope
+from ablation_sweeps.datasets.dataset import Dataset
 from ablation_sweeps.experiment import evaluate
 from ablation_sweeps.experiment.identity import RESULTS_VERSION, class_of, content, numbers_of, options_of
-from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.methods.method import Method
+from ablation_sweeps.models.model import Model
 from ablation_sweeps.neurons import collect, sites, streaming_histogram
 from ablation_sweeps.neurons.schedule import Fractions, Schedule
 from ablation_sweeps.neurons.units import Unit
@@ -28,8 +29,11 @@ from ablation_sweeps.results import run_folder
 from ablation_sweeps.results.metrics import MAIN
 from ablation_sweeps.results.record import summary
 from ablation_sweeps.selections.selection import Selection
+from ablation_sweeps.tracking.tracker import Tracker
 
 NO_SPECIAL = 2  # like RESULTS_VERSION, for results with model.tokens=no_special
+
+PROTOCOLS = {"model": Model, "dataset": Dataset, "method": Method, "selection": Selection, "tracking": Tracker}
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -75,8 +79,8 @@ class Evaluation:
 class Job:
     """The parts and options of one curve, built and checked; nothing is loaded."""
 
-    model: Any  # a class of ablation_sweeps.models, or one of your own: see docs/adding.md
-    dataset: Any
+    model: Model
+    dataset: Dataset
     method: Method
     fraction: Schedule
     site: sites.Site | sites.Both
@@ -85,7 +89,7 @@ class Job:
     scope: Scope
     statistics: Calibration
     eval: Evaluation
-    tracking: Any
+    tracking: Tracker
     batch_tokens: int
     seed: int
     prefetch: bool  # download what is needed, then stop
@@ -108,17 +112,15 @@ class Job:
                 f"{self.model.modality}s; choose e.g. {fits}"
             )
         for option, part in (("model.path", self.model), ("dataset.path", self.dataset)):
-            path = Path(os.path.realpath(getattr(part, "path", None) or "/nowhere"))
+            path = Path(os.path.realpath(part.path or "/nowhere"))
             if Path(os.path.realpath(self.results_dir)).is_relative_to(path):
                 raise UserError(
                     f"results_dir={self.results_dir}: lies in {option}={path}, so that results would be taken for what "
                     "belongs there; give results_dir=FOLDER outside of it"
                 )
         for part in (self.model, self.dataset, self.method):
-            check = getattr(part, "check", None)  # most methods have nothing to check
-            if check is not None:
-                check(self.model.modality)
-        if self.eval.target_stderr and getattr(self.model, "pack", None) == "concatenate":
+            part.check(self.model.modality)
+        if self.eval.target_stderr and self.model.pack == "concatenate":
             raise UserError(
                 "eval.target_stderr: the pieces of model.pack=concatenate come document by document, so that the first "
                 "ones are no fair sample; leave it null, or take model.pack=documents"
@@ -137,9 +139,8 @@ class Job:
 
     def fetch(self) -> None:
         """Download all that the job needs from the hub, and compute nothing."""
-        if hasattr(self.model, "prefetch"):
-            self.model.prefetch()
-        encode = self.model.encoder() if hasattr(self.model, "encoder") else Session().model(self).encode
+        self.model.prefetch()
+        encode = self.model.encoder()
         for intake in splits_of(self.dataset):
             encode(iter(intake), intake.split, self.budget(intake.split), self.batch_tokens, 0)
 
@@ -153,7 +154,7 @@ class Job:
             "site": _without_layers(asdict(self.site)),
             "statistics": numbers_of(self.statistics)
             | ({"growing": streaming_histogram.COUNTS_VERSION} if self.statistics.passes == 1 else {})
-            | ({"no_special": NO_SPECIAL} if getattr(self.model, "tokens", "all") == "no_special" else {}),
+            | ({"no_special": NO_SPECIAL} if self.model.tokens == "no_special" else {}),
             "batch_tokens": self.batch_tokens,
             **({"scope": self.scope.statistics} if self.scope.statistics != "all" else {}),
         }
@@ -236,10 +237,10 @@ def objective(job: Job) -> float | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _check_examples(dataset: Any) -> None:
+def _check_examples(dataset: Dataset) -> None:
     """Check that there is something to calibrate on and to evaluate, as far as possible without a tokenizer."""
     for intake in splits_of(dataset, threaded=False):  # of each, only the first example is read
-        if not any(len(getattr(example, "text", "of a picture")) > 1 for example in intake):
+        if not any(isinstance(example, Picture) or len(example.text) > 1 for example in intake):
             raise UserError(
                 f"dataset={dataset.label}: nothing to score in its {intake.split} split: no example, or all documents "
                 "are shorter than two tokens; give longer or more documents"

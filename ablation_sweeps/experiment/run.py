@@ -61,7 +61,7 @@ def run_job(job: Job, session: Session | None = None) -> Path:
                 run_folder.fail(folder, error)
             raise
     if job.tracking.log_run(RunRecord.of(folder)):  # only a mirror: results on disk do not depend on it
-        run_folder.mark_published(folder, getattr(job.tracking, "place", ""))
+        run_folder.mark_published(folder, job.tracking.place)
     return folder
 
 

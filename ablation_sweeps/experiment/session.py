@@ -13,8 +13,10 @@ from ablation_sweeps.base.lazy import torch
 from ablation_sweeps.data.batch import SPLITS, Batch, Split
 from ablation_sweeps.data.encoder import Budget
 from ablation_sweeps.data.intake import Contents, Intake
+from ablation_sweeps.datasets.dataset import Dataset
 from ablation_sweeps.experiment import identity
 from ablation_sweeps.experiment.clean_passes import CleanPasses
+from ablation_sweeps.models.model import Model
 from ablation_sweeps.models.transformer import Transformer
 from ablation_sweeps.neurons.replay import Replay
 
@@ -32,7 +34,7 @@ class Session:
     """
 
     def __init__(self) -> None:
-        self._config: Any = None
+        self._config: Model | None = None
         self._model: Transformer | None = None
         self._start_anew()
 
@@ -108,7 +110,7 @@ class Session:
 
     def _encode(
         self,
-        dataset: Any,
+        dataset: Dataset,
         split: Split,
         budget: Budget,
         batch_tokens: int,

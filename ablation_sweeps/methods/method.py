@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -11,7 +12,7 @@ from jaxtyping import Float
 
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.lazy import torch
-from ablation_sweeps.data.batch import Batch
+from ablation_sweeps.data.batch import Batch, Modality
 from ablation_sweeps.models.transformer import Transformer
 from ablation_sweeps.neurons.hooks import Projection
 from ablation_sweeps.neurons.statistics import Statistics
@@ -56,11 +57,33 @@ class Fitting:
 
 @runtime_checkable
 class Method(Protocol):
-    """An ablation method: `fit` computes the replacement; `label` names it in tables, figures and folders."""
+    """A method's options, in a frozen dataclass. A class that leaves out a member with a value here has that value.
+
+    Attributes:
+        label: name in tables, figures and folders.
+        is_continuous: True if rounding of the statistics cannot move the values far. None: true without histograms and
+            medians.
+        numbers: version of the values, part of the signature; raise it when they change. None: the first one.
+    """
 
     label: str
+    is_continuous: bool | None = None
+    numbers: int | None = None
 
-    def fit(self, fitting: Fitting) -> Replacement: ...
+    @abstractmethod
+    def fit(self, fitting: Fitting) -> Replacement:
+        """Compute the replacement."""
+        ...
+
+    def check(self, modality: Modality) -> None:
+        """Check what can be known before anything is loaded.
+
+        Args:
+            modality: what the model takes.
+
+        Raises:
+            UserError: one line that names the option and the remedy.
+        """
 
 
 @dataclass(frozen=True)

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
-
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.lazy import torch
-from ablation_sweeps.data.batch import Batch, Modality
-from ablation_sweeps.data.text import Pack, TextEncoder
-from ablation_sweeps.models.pretrained import Pretrained, auto_model, context_length, load_tokenizer
+from ablation_sweeps.data.batch import Batch
+from ablation_sweeps.data.text import TextEncoder
+from ablation_sweeps.models.pretrained import PretrainedText, auto_model, context_length, load_tokenizer
 from ablation_sweeps.models.probing import fit_vocabulary, isolate
 from ablation_sweeps.models.transformer import Transformer, input_device, query_heads, with_head
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
-class CausalLM(Pretrained):
-    """Any model of `AutoModelForCausalLM`, or the language model of one of `AutoModelForImageTextToText`.
-
-    Attributes:
-        max_tokens: documents are truncated to this length, and to the model's context.
-        pack: "documents": a sequence is a document. "concatenate": all documents are joined and cut into sequences of
-            `max_tokens`.
-    """
-
-    modality: ClassVar[Modality] = "text"
-
-    max_tokens: Annotated[int, Field(ge=2)]
-    pack: Pack
+class CausalLM(PretrainedText):
+    """Any model of `AutoModelForCausalLM`, or the language model of one of `AutoModelForImageTextToText`."""
 
     def encoder(self) -> TextEncoder:
         """Encoder of the texts. It only needs the tokenizer, not the weights."""

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.base.errors import UserError
-from ablation_sweeps.data.batch import Batch, Modality
-from ablation_sweeps.data.text import Masking, Pack, TextEncoder
-from ablation_sweeps.models.pretrained import Pretrained, auto_model, context_length, load_tokenizer
+from ablation_sweeps.data.batch import Batch
+from ablation_sweeps.data.text import Masking, TextEncoder
+from ablation_sweeps.models.pretrained import PretrainedText, auto_model, context_length, load_tokenizer
 from ablation_sweeps.models.probing import fit_vocabulary, isolate
 from ablation_sweeps.models.transformer import Transformer, query_heads, with_head
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
-class MaskedLM(Pretrained):
+class MaskedLM(PretrainedText):
     """Any model of `AutoModelForMaskedLM`.
 
     Attributes:
-        max_tokens: documents are truncated to this length, and to the model's context.
-        pack: "documents": a sequence is a document. "concatenate": all documents are joined and cut into sequences of
-            `max_tokens`.
         masked: fraction of the tokens, special ones excluded, that is scored.
         replaced_by_mask: fraction of the scored tokens that the model sees as the mask token.
         replaced_at_random: fraction of the scored tokens that it sees as a random token; it sees the others unchanged.
     """
 
-    modality: ClassVar[Modality] = "text"
-
-    max_tokens: Annotated[int, Field(ge=2)]
-    pack: Pack
     masked: Annotated[float, Field(gt=0, le=1)]
     replaced_by_mask: Annotated[float, Field(ge=0, le=1)]
     replaced_at_random: Annotated[float, Field(ge=0, le=1)]

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.base.errors import UserError
@@ -25,6 +25,7 @@ from ablation_sweeps.base.hashing import fingerprint_of_file, names_in, signatur
 from ablation_sweeps.base.hub import commit, fetch_file, fetch_model, loading_error, require_cached
 from ablation_sweeps.base.lazy import torch
 from ablation_sweeps.data.batch import Modality
+from ablation_sweeps.data.text import Pack
 from ablation_sweeps.models.adapters import CONFIG, WEIGHTS, Adapter, no_adapters
 
 if TYPE_CHECKING:
@@ -160,9 +161,14 @@ class Pretrained:
         if self.file(CONFIG) and not self.adapter:  # earlier versions applied it if peft was installed
             found["adapter"] = "left out"
         config = self.file("config.json")
-        if config and _follows_the_longest(read_json(config) or {}, getattr(self, "max_tokens", 0)):
+        if config and _follows_the_longest(read_json(config) or {}, self.longest_text):
             found["texts"] = "apart"
         return found
+
+    @property
+    def longest_text(self) -> int:
+        """Maximum number of tokens of a text; 0 for images."""
+        return 0
 
     def file(self, name: str) -> Path | None:
         """Path of a small file of the model, downloaded if the model is on the hub; None if there is no such file."""
@@ -316,6 +322,26 @@ def _bits(quantize: str, dtype: Any) -> Any:
         return BitsAndBytesConfig(load_in_8bit=True)
     computes = torch.bfloat16 if dtype == "auto" else dtype
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computes)
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class PretrainedText(Pretrained):
+    """A pretrained model of text.
+
+    Attributes:
+        max_tokens: documents are truncated to this length, and to the model's context.
+        pack: "documents": a sequence is a document. "concatenate": all documents are joined and cut into sequences of
+            `max_tokens`.
+    """
+
+    modality: ClassVar[Modality] = "text"
+
+    max_tokens: Annotated[int, Field(ge=2)]
+    pack: Pack
+
+    @property
+    def longest_text(self) -> int:
+        return self.max_tokens
 
 
 def _follows_the_longest(config: dict[str, Any], max_tokens: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -50,16 +51,20 @@ class Selecting:
 
 @runtime_checkable
 class Selection(Protocol):
-    """A rule that orders units. `label` names it in tables, figures and folders.
+    """A rule that orders units. A class that leaves out a member with a value here has that value.
 
     Attributes:
+        label: name in tables, figures and folders.
         depends_on_seed: False if every seed gives the same order. Then curves of several seeds are one curve, not a
             sample of them.
+        numbers: version of the orders, part of the signature; raise it when they change. None: the first one.
     """
 
     label: str
-    depends_on_seed: bool
+    depends_on_seed: bool = True
+    numbers: int | None = None
 
+    @abstractmethod
     def orders(self, selecting: Selecting) -> list[Int[torch.Tensor, " _units"]]:
         """One or more lists of unit numbers. At each fraction, that share of each list is ablated, first ones first."""
         ...

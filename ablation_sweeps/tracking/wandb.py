@@ -19,6 +19,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.base.errors import UserError
+from ablation_sweeps.results import run_folder
 from ablation_sweeps.results.record import flatten, points, summary
 
 if TYPE_CHECKING:
@@ -68,6 +69,22 @@ class Wandb:
     def place(self) -> str:
         """Entity and project of the runs."""
         return f"{self.entity or ''}/{self.project}"
+
+    def log_sweep(self, folder: Path) -> None:
+        """Send the tables of a sweep if W&B has its curves; with `sync`, everything that it lacks.
+
+        Raises:
+            UserError: W&B does not take what `sync` sends.
+        """
+        from ablation_sweeps.tracking.publish import publish, send_tables  # it imports this module
+
+        if self.sync:
+            log.info("%s to W&B", publish(folder))
+        elif self.is_online and any(run_folder.published(run, self.place) for run in run_folder.runs(folder)):
+            try:
+                send_tables(folder)
+            except UserError as error:
+                log.error("%s", error)
 
     @property
     def is_online(self) -> bool:

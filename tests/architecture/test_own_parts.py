@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,62 @@ def test_a_misspelt_option_of_a_class_that_pydantic_checks_is_not_passed_over(la
     assert "method.valeu: there is no such option (did you mean method.value?); method has method.label" in error
 
 
+MODEL = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+@dataclass(frozen=True)
+class Unloaded:
+    label: str
+    modality: ClassVar[str] = "text"
+
+    def load(self): ...
+
+    def identity(self): ...
+"""
+
+SELECTION = """
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Last:
+    label: str
+
+    def orders(self, selecting): ...
+"""
+
+TRACKER = """
+class Silent:
+    def log_run(self, run): ...
+"""
+
+OWN = {
+    "method": (METHOD, "_target_: my_own.Level\nlabel: own\nvalue: 7.0\n"),
+    "dataset": (DATASET, "_target_: my_own.Alphabet\nlabel: own\nletters: 20\n"),
+    "model": (MODEL, "_target_: my_own.Unloaded\nlabel: own\n"),
+    "selection": (SELECTION, "_target_: my_own.Last\nlabel: own\n"),
+    "tracking": (TRACKER, "_target_: my_own.Silent\n"),
+}
+
+
+@pytest.mark.parametrize(
+    ("group", "missing"),
+    [
+        *(("method", "fit()"), ("dataset", "examples()"), ("dataset", "modality"), ("dataset", "fingerprint()")),
+        *(("model", "load()"), ("model", "identity()"), ("selection", "orders()"), ("tracking", "log_run()")),
+    ],
+)
+def test_what_every_class_of_its_kind_must_have_is_missed_before_anything_runs(
+    launch: Launch, add: Add, on_text, group: str, missing: str
+):
+    python, options = OWN[group]
+    name = missing.removesuffix("()")
+    conf = add(group, "own", python.replace(f" {name}", f" no_{name}"), options)
+    others = [option for option in on_text if not option.startswith(group)]
+    outcome = launch("--config-dir", conf, *others, f"{group}=own", "dry_run=true")
+    assert f"has no {missing}; see docs/adding.md" in outcome.error
+
+
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
@@ -118,6 +175,24 @@ def test_what_a_class_lacks_is_said_with_its_remedy(launch: Launch, add: Add, on
     conf = add("method", "level", METHOD.replace(before, after), "_target_: my_level.Level\nvalue: 7.0\n")
     named = () if "no name" in said else ("+method.label=level",)
     assert said in launch("--config-dir", conf, *on_text, "method=level", *named).error
+
+
+def test_a_tracker(launch: Launch, add: Add, on_text, tmp_path):
+    """It is told of each run, and of the sweep when all of them have been logged."""
+    python = """
+class Told:
+    def log_run(self, run):
+        print("told of", run.method)
+        return False
+
+    def log_sweep(self, folder):
+        print("told of", folder.name)
+"""
+    conf = add("tracking", "told", python, "_target_: my_told.Told\n")
+    options = [option for option in on_text if not option.startswith("tracking")]
+    outcome = launch("--config-dir", conf, *options, "-m", "tracking=told", "method=zero,mean", "sweep=mine")
+    assert outcome.code == 0, outcome.err
+    assert re.findall("told of (.*)", outcome.out) == ["zero", "mean", "mine"]
 
 
 def test_a_list_that_nothing_can_be_kept_under_is_refused(launch: Launch, add: Add, on_text):
