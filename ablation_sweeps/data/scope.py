@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Bool
 from pydantic import ConfigDict
@@ -33,6 +33,7 @@ class Scope:
     statistics: Positions
 
 
+@runtime_checkable
 class InScope(Protocol):
     """Gives the positions of a batch that are in a scope, `[batch, pos]`; None if all are, and nothing is padding.
 
