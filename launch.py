@@ -9,7 +9,7 @@ if __name__ == "__main__":
     try:
         import hydra  # noqa: F401
     except ImportError:
-        remedy = "make setup installs all, and source .venv/bin/activate makes it python"
+        remedy = "type make setup, which installs it into .venv, and then source .venv/bin/activate"
         sys.exit(f"error: this Python lacks hydra; {remedy}")
     from ablation_sweeps.cli.launch import launch
 

@@ -51,7 +51,7 @@ def files_below(folder: Path, option: str) -> list[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"{option}: the folder {error.filename} cannot be read ({error.strerror}); mend or remove it")
+        raise UserError(f"{option}: the folder {error.filename} cannot be read ({error.strerror}); repair or remove it")
 
     return sorted(Path(place, name) for place, _, names in os.walk(folder, onerror=refuse) for name in names)
 
@@ -65,7 +65,7 @@ def check_regular(file: Path, option: str) -> None:
     try:
         mode = os.stat(file).st_mode
     except OSError as error:  # a broken or circular link, or a folder without permission
-        raise UserError(f"{option}: {file} cannot be read ({error.strerror}); mend or remove it") from error
+        raise UserError(f"{option}: {file} cannot be read ({error.strerror}); repair or remove it") from error
     if not stat.S_ISREG(mode):
         raise UserError(f"{option}: {file} is no regular file, but a pipe, a device or a socket; remove it")
 
@@ -75,7 +75,7 @@ def say_others(where: str, others: Iterable[Path]) -> None:
     kinds = Counter(file.suffix.lower() or file.name for file in others if not file.name.startswith("."))
     if kinds:
         named = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.most_common(5))
-        say_once(f"{where}: files of other kinds are passed over: {named}{', and more' if len(kinds) > 5 else ''}")
+        say_once(f"{where}: files of other kinds are skipped: {named}{', and more' if len(kinds) > 5 else ''}")
 
 
 @functools.cache
@@ -105,8 +105,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except Exception as error:
         if FULL.search(str(error)):
             raise UserError(
-                f"{path}: no space is left on this disk, or in your quota; make room, and the same command goes on"
-                f"{remedy(str(path))}"
+                f"{path}: no space is left on this disk, or in your quota; make room, then run the same command "
+                f"again: it continues{remedy(str(path))}"
             ) from error
         raise
     finally:
@@ -197,7 +197,7 @@ def read_whole(path: Path, sha256: str | None) -> bytes | None:
     content = path.read_bytes()
     if sha256 and hashlib.sha256(content).hexdigest().startswith(sha256):
         return content
-    log.warning("%s is damaged (truncated or altered); a launch computes it again", path)
+    log.warning("%s is damaged (truncated or altered); the next launch computes it again", path)
     return None
 
 
@@ -211,7 +211,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=SAY_SECONDS)
     except Timeout:
-        log.info("%s: another process is at it; waiting for it", folder.name)
+        log.info("%s: another process is working there; waiting for it", folder.name)
         lock.acquire()
     try:
         yield

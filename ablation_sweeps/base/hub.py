@@ -15,7 +15,10 @@ log = logging.getLogger(__name__)
 
 
 RepoType = Literal["model", "dataset"]
-REMEDY = "run the same command with prefetch=true where there is a network, with HF_HOME on a disk that both see"
+REMEDY = (
+    "run the same command with prefetch=true on a machine with a network, with HF_HOME on a disk that both machines "
+    "share"
+)
 
 # Beginnings of the names of errors in huggingface_hub, httpx, requests, urllib3 and datasets.
 NETWORK_ERRORS = ("OfflineMode", "LocalEntryNotFound", "Connect", "MaxRetryError")
@@ -44,7 +47,7 @@ def commit(repo: str, revision: str | None, repo_type: RepoType) -> str:
         except Exception as error:  # no network, or a gated or missing repository: loading it tells which
             log.debug("the commit of %s is not known from the hub", repo, exc_info=error)
             if is_network_error(error):
-                log.warning("the hub cannot be reached; what was fetched before is used")
+                log.warning("the hub cannot be reached; using what was downloaded before")
                 constants.HF_HUB_OFFLINE = True  # otherwise every file would be asked for, and waited for
     return ref.read_text().strip() if ref.is_file() else name
 
@@ -62,10 +65,12 @@ def fetch_model(repo: str, commit: str, files: list[str], option: str = "") -> N
         folder = snapshot_download(repo, revision=commit, allow_patterns=files, ignore_patterns=["*/*"])
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        remedy = "check the name, and log in if it is gated (hf auth login)"
-        raise UserError(f"{option}: cannot be fetched: {reason}; {remedy}") from error
+        remedy = "check the name, and log in if the model is gated (hf auth login)"
+        raise UserError(f"{option}: cannot be downloaded: {reason}; {remedy}") from error
     if not _has_weights(Path(folder)):
-        raise UserError(f"{option}: holds no safetensors; model.use_safetensors=null reads torch's format")
+        raise UserError(
+            f"{option}: has no weights in safetensors format; model.use_safetensors=null also reads torch's format"
+        )
 
 
 @functools.cache

@@ -22,7 +22,7 @@ def absolute(path: str) -> str:
 
 def _local(path: str) -> str:
     if not path:
-        raise ValueError("must be a path; null is none")
+        raise ValueError("must be a path, or null for none")
     return absolute(path)
 
 

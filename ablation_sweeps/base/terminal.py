@@ -101,7 +101,7 @@ def remedy(path: str) -> str:
     option = named[folder]
     if option.startswith(("model.", "dataset.")):
         return f"; it belongs to {option}={folder}"
-    return f"; if it cannot be written there, set {option}=FOLDER to another one"
+    return f"; if that folder cannot be written to, set {option}=FOLDER to another one"
 
 
 def _folders_of_the_environment() -> dict[str, str]:

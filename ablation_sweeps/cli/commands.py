@@ -39,7 +39,7 @@ def main(
 
 @app.command()
 def status(sweep: Sweep) -> None:
-    """How far each job of a sweep is, from its files alone."""
+    """Show how far each job of a sweep is."""
     runs = _runs(sweep)
     console = terminal()
     if not console.is_terminal:
@@ -51,7 +51,7 @@ def status(sweep: Sweep) -> None:
 
 @app.command()
 def retry(sweep: Sweep) -> None:
-    """Do what failed or was interrupted again, where and how the sweep was launched."""
+    """Run failed and interrupted jobs again, in the way in which the sweep was launched."""
     from ablation_sweeps.dispatch import launcher
 
     logging.basicConfig(format="%(message)s")
@@ -62,7 +62,8 @@ def retry(sweep: Sweep) -> None:
 
 @app.command()
 def report(
-    sweep: Sweep, more: Annotated[list[Path] | None, typer.Argument(help="sweeps to cover as well")] = None
+    sweep: Sweep,
+    more: Annotated[list[Path] | None, typer.Argument(help="further sweeps to include in the tables")] = None,
 ) -> None:
     """Write tables, figures and report.html into the sweep's folder, and print the tables."""
     from ablation_sweeps.report.write import KINDS, write
@@ -74,14 +75,14 @@ def report(
         if file.suffix in KINDS:
             print(f"{KINDS[file.suffix]}: {file}")
     if more:
-        print(f"{sweep} now has tables of {', '.join(map(str, more))}, too; report {sweep} alone takes them out again")
+        print(
+            f"the tables in {sweep} now include {', '.join(map(str, more))}; report {sweep} alone leaves them out again"
+        )
 
 
 @app.command()
-def export(
-    sweep: Sweep, to: Annotated[Path, typer.Option(help="folder that the files are written to")] = Path(".")
-) -> None:
-    """Write a sweep's points as csv and parquet, and its areas as a table in LaTeX."""
+def export(sweep: Sweep, to: Annotated[Path, typer.Option(help="folder to write the files to")] = Path(".")) -> None:
+    """Write a sweep's points as csv and parquet, and its AUCs as a LaTeX table."""
     from ablation_sweeps.report import export as export_module
 
     FOLDERS[str(to.expanduser().absolute())] = "--to"
@@ -92,12 +93,14 @@ def export(
 @app.command("wandb")
 def send(
     sweep: Sweep,
-    project: Annotated[str | None, typer.Option(help="instead of the one of the runs")] = None,
-    entity: Annotated[str | None, typer.Option(help="user or team")] = None,
-    again: Annotated[bool, typer.Option("--again", help="also what W&B has already")] = False,
-    view: Annotated[bool, typer.Option("--view", help="save a view of each study, curves by method")] = False,
+    project: Annotated[str | None, typer.Option(help="W&B project; the default is that of the runs")] = None,
+    entity: Annotated[str | None, typer.Option(help="W&B user or team; the default is that of the runs")] = None,
+    again: Annotated[bool, typer.Option("--again", help="also send runs that W&B has already")] = False,
+    view: Annotated[
+        bool, typer.Option("--view", help="save a W&B view of each study, with its curves by method")
+    ] = False,
 ) -> None:
-    """Send the finished runs of a sweep to Weights & Biases, those that it does not have yet."""
+    """Send finished runs to Weights & Biases, unless it has them already."""
     from ablation_sweeps.tracking.publish import publish, save_views
 
     _runs(sweep)
@@ -109,4 +112,4 @@ def send(
 def _runs(sweep: Path) -> list[Path]:
     if runs := run_folder.runs(sweep):
         return runs
-    raise UserError(f"{sweep}: no job was ever started there; name the folder of a sweep: results/<sweep>")
+    raise UserError(f"{sweep}: no job was ever launched there; name the folder of a sweep: results/<sweep>")

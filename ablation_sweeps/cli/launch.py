@@ -60,9 +60,9 @@ def run(cfg: DictConfig) -> float | None:
 
     try:
         if (chosen := HydraConfig.get().runtime.choices.get("hydra/launcher")) != "in_order":
-            raise UserError(f"hydra/launcher={chosen}: launches sweeps; add -m, also for one job")
+            raise UserError(f"hydra/launcher={chosen}: works only with -m, even for one job; add -m")
         if HydraConfig.get().sweeper.get("params"):
-            raise UserError("hydra.sweeper.params: an experiment that is a sweep is chosen; add -m to run its jobs")
+            raise UserError("hydra.sweeper.params: the chosen experiment is a sweep; add -m to run its jobs")
         job = job_of(cfg)
         job.check()
         if job.prefetch or job.dry_run:

@@ -38,7 +38,8 @@ class Budget:
         """
         enough = self.tokens is None or positions >= self.tokens - 1  # a single token is not scored
         if split == "calibration" and not enough and self.examples is None:
-            log.info("statistics.tokens=%d: the calibration data have %d, all taken%s", self.tokens, positions, more)
+            log.info("statistics.tokens=%d: the calibration data have only %d, and all are used%s", self.tokens,
+                     positions, more)  # fmt: skip
 
 
 @runtime_checkable

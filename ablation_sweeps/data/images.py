@@ -117,7 +117,7 @@ class ImageEncoder:
         if not 0 <= example.label < self.n_classes:
             raise UserError(
                 f"dataset: {example.name} has class {example.label}, but the model knows {self.n_classes} classes; "
-                "choose data with the model's classes (of an image_folder, dataset.classes=FILE gives their order)"
+                "choose data with the model's classes (for image_folder, dataset.classes=FILE gives their order)"
             )
         return example
 

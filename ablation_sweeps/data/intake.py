@@ -103,13 +103,13 @@ class Intake:
                 f"{' and '.join(filter(None, copies))} {are} left out (the same content counts once, whatever its name)"
             )
         if self.relabelled:
-            pairs = _counted(len(self.relabelled), "pair of equal pictures has", "pairs of equal pictures have")
+            pairs = _counted(len(self.relabelled), "pair of equal images has", "pairs of equal images have")
             named = " and ".join(self.relabelled[0])
             sentences.append(f"{pairs} different labels, such as {named}; only the first of a pair is used")
         if self.broken:
             more = f" and {len(self.broken) - N_NAMED} more" if len(self.broken) > N_NAMED else ""
             named = ", ".join("{} ({})".format(*error.args) for error in self.broken[:N_NAMED])
-            pictures = _counted(len(self.broken), "unusable picture is", "unusable pictures are")
+            pictures = _counted(len(self.broken), "unusable image is", "unusable images are")
             sentences.append(f"{pictures} left out: {named}{more}")
         return sentences
 
@@ -142,7 +142,7 @@ class BrokenPicture(UserError):
 
     def __str__(self) -> str:
         name, reason = self.args
-        return f"dataset: the picture {name} cannot be used: {reason}; mend or remove it"
+        return f"dataset: the image {name} cannot be used: {reason}; repair or remove it"
 
 
 def upright(picture: Picture) -> Image:
@@ -161,15 +161,13 @@ def _decoded(picture: Picture) -> Image:
         image = picture.read()
         image.load()
     except UnidentifiedImageError as error:
-        raise _broken(picture.name, "not a picture that PIL knows") from error
+        raise _broken(picture.name, "not an image format that PIL reads") from error
     except Image.DecompressionBombError as error:
         raise _broken(picture.name, "more pixels than PIL decodes") from error
     except OSError as error:
         if error.errno is None:
             raise _broken(picture.name, error) from error
-        raise UserError(
-            f"dataset: the picture {picture.name} cannot be read: {error}; mend that, or remove it"
-        ) from error
+        raise UserError(f"dataset: the image {picture.name} cannot be read: {error}; repair or remove it") from error
     except UserError:
         raise
     except DAMAGE as error:
@@ -181,7 +179,7 @@ def _upright(name: str, image: Image) -> Image:
     from PIL.ImageOps import exif_transpose
 
     if image.mode[0] in "IF":  # PIL would clip values above 255
-        raise _broken(name, f"more than 8 bits a pixel, PIL's mode {image.mode}; save it with 8")
+        raise _broken(name, f"more than 8 bits per pixel and channel (PIL's mode {image.mode}); save it with 8")
     try:
         return exif_transpose(image)
     except (OSError, *DAMAGE) as error:

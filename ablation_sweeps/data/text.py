@@ -118,7 +118,7 @@ class TextEncoder:
                 "%d of the %s texts begin or end with a token of their own that the tokenizer adds as well (%s): the "
                 "model is shown both; remove it from the texts", len(doubled), split, doubled[0],
             )  # fmt: skip
-        more = "; model.pack=concatenate takes what lies behind the cut, too" if self.pack == "documents" else ""
+        more = "; model.pack=concatenate uses the truncated rest as well" if self.pack == "documents" else ""
         counted = sum(int(is_counted(s.ids).sum()) if limit is not None else len(s.ids) for s in sequences)
         budget.say_if_short(split, counted, more)
         batches = self._batches(sequences, budget.window, batch_tokens)

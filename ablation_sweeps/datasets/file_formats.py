@@ -19,7 +19,7 @@ from ablation_sweeps.base.files import say_once
 
 PLAIN = ".txt"
 KINDS = (PLAIN, ".jsonl", ".parquet", ".csv", ".tsv", ".json")
-SUPPORTED = f"{', '.join(KINDS)} (an array of objects), also with .gz, .bz2, .xz or .zst behind"
+SUPPORTED = f"{', '.join(KINDS)} (an array of objects), also compressed as .gz, .bz2, .xz or .zst"
 REPLACEMENT = "\ufffd"  # stands for bytes that are not valid UTF-8
 DAMAGE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)  # raised by decompression and pyarrow
 
@@ -71,7 +71,7 @@ def texts(file: Path, option: str, column: str) -> list[str]:
     except UserError:
         raise
     except DAMAGE as error:
-        raise UserError(f"{option}: {file} cannot be read ({_reason(error)}); mend or remove it") from error
+        raise UserError(f"{option}: {file} cannot be read ({_reason(error)}); repair or remove it") from error
 
 
 def _opened(file: Path) -> io.BufferedReader | io.BytesIO:
@@ -95,11 +95,11 @@ def _plain(content: io.BufferedReader | io.BytesIO, option: str, file: Path) -> 
     damaged = text.count(REPLACEMENT) + text.count("\0")  # UTF-16 is full of NULs
     if damaged > len(text) / 100:
         raise UserError(
-            f"{option}: {file} is no UTF-8; convert it (iconv -f latin1 -t utf-8), or remove it; what is read is "
+            f"{option}: {file} is not UTF-8; convert it (iconv -f latin1 -t utf-8), or remove it; supported are "
             f"{SUPPORTED}"
         )
     if damaged:
-        say_once(f"{file}: {damaged} of {len(text):,} letters are no text in UTF-8")
+        say_once(f"{file}: {damaged} of {len(text):,} characters are not valid UTF-8")
     return text
 
 
@@ -131,18 +131,18 @@ def _json(text: str, option: str, file: Path, place: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = _reason(error).replace("line 1 column", "column") if place else _reason(error)
-        raise UserError(f"{option}: {where} is no whole json ({reason}); mend or remove it") from error
+        raise UserError(f"{option}: {where} is not complete JSON ({reason}); correct or remove it") from error
 
 
 def _field(row: Any, column: str, file: Path, place: str) -> Any:
     if not isinstance(row, dict):
         raise NoColumn(
-            f"dataset.column={column}: {file}, {place}, holds {_kind(row)}, not an object; mend or remove it"
+            f"dataset.column={column}: {file}, {place}, holds {_kind(row)}, not an object; correct or remove it"
         )
     if column not in row:
         raise NoColumn(
-            f"dataset.column={column}: {file}, {place}, has no such field, but {_listed(row)}; set "
-            "dataset.column=NAME, or mend the row"
+            f"dataset.column={column}: {file}, {place}, has no such field; it has {_listed(row)}; set "
+            f"dataset.column=NAME, or correct the row"
         )
     return row[column]
 
@@ -154,7 +154,7 @@ def _of_csv(lines: io.TextIOWrapper, option: str, file: Path, column: str) -> Ro
         header = next(reader, [])
         if column not in header:
             raise NoColumn(
-                f"dataset.column={column}: {file} has no such column, but {_listed(header)}; set dataset.column=NAME"
+                f"dataset.column={column}: {file} has no such column; it has {_listed(header)}; set dataset.column=NAME"
             )
         for row in reader:
             where = f"line {reader.line_num}"
@@ -166,7 +166,7 @@ def _of_csv(lines: io.TextIOWrapper, option: str, file: Path, column: str) -> Ro
             if row:
                 yield where, row[header.index(column)]
     except csv.Error as error:
-        raise UserError(f"{option}: {file}, line {reader.line_num}: {_reason(error)}; mend or remove it") from error
+        raise UserError(f"{option}: {file}, line {reader.line_num}: {_reason(error)}; correct or remove it") from error
 
 
 def _of_parquet(file: Path, column: str) -> Rows:
@@ -186,7 +186,7 @@ def _parquet(content: Any, file: Path, column: str) -> Any:
         names = parquet.schema_arrow.names
         if column not in names:
             raise NoColumn(
-                f"dataset.column={column}: {file} has no such column, but {_listed(names)}; set dataset.column=NAME"
+                f"dataset.column={column}: {file} has no such column; it has {_listed(names)}; set dataset.column=NAME"
             )
         return parquet.read(columns=[column])[column]
     except pyarrow.ArrowException as error:
@@ -198,7 +198,7 @@ def _text(value: Any, column: str, file: Path, place: str) -> str:
         return ""
     if not isinstance(value, str):
         raise UserError(
-            f"dataset.column={column}: {file}, {place}, holds {_kind(value)}, no text; choose a column of text"
+            f"dataset.column={column}: {file}, {place}, holds {_kind(value)}, not text; choose a column of text"
         )
     _check_utf8(value, f"dataset.column={column}", f"{file}, {place},")
     return value
@@ -211,7 +211,7 @@ def _check_utf8(text: str, option: str, where: str) -> None:
     except UnicodeEncodeError as error:
         line = "" if "line" in where else f" in line {text.count(chr(10), 0, error.start) + 1}"
         raise UserError(
-            f"{option}: {where} is no UTF-8{line}; convert it (iconv -f latin1 -t utf-8), or remove it"
+            f"{option}: {where} is not UTF-8{line}; convert it (iconv -f latin1 -t utf-8), or remove it"
         ) from error
 
 

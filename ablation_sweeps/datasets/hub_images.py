@@ -102,8 +102,8 @@ class HubImages(Rows):
             raise ValueError("the row holds none")
         if not isinstance(value, dict):
             raise UserError(
-                f"dataset.image_column={self.image_column}: holds {type(value).__name__}s, no images; choose a column "
-                "of images"
+                f"dataset.image_column={self.image_column}: holds {type(value).__name__}s, not images; choose a "
+                f"column of images"
             )
         return PIL.Image.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"])
 

@@ -86,8 +86,8 @@ class Rows:
             for file in files_below(Path(self.path), "dataset.path"):  # `datasets` would wait for a pipe
                 check_regular(file, "dataset.path")
         if self.data_files and not self.streaming and not self.path:
-            raise UserError("dataset.streaming=false: what `datasets` keeps of dataset.data_files is not found again "
-                            "offline; leave dataset.streaming=true")  # fmt: skip
+            raise UserError("dataset.streaming=false: the library `datasets` cannot find downloaded "
+                            "dataset.data_files again offline; leave dataset.streaming=true")  # fmt: skip
 
     def fingerprint(self) -> str:
         """Hash of the commit, or of a folder's files, and of every option that affects which rows are taken in which
@@ -137,7 +137,7 @@ class Rows:
             return names
         names = getattr((self.load(self.evaluation_split).features or {}).get(column), "names", None)
         if names is None:
-            raise UserError(f"dataset.label_column={column}: does not say its classes' names; give a column of labels")
+            raise UserError(f"dataset.label_column={column}: has no class names; give a column of labels")
         if self.streaming:
             write_json(file, {"sha256": sha256_at(file, json.dumps(names)), "names": names})
         return names

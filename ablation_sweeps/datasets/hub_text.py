@@ -40,7 +40,7 @@ class HubText(Rows):
     def check(self, modality: Modality) -> None:
         super().check(modality)
         if (self.only or self.without) and not self.group:
-            raise UserError("dataset.only and dataset.without: need dataset.group, the column they are about")
+            raise UserError("dataset.only and dataset.without: need dataset.group, the column with the kind of text")
 
     def examples(self, split: Split) -> Iterator[Document]:
         """Documents of a stream in its own order, otherwise ordered by a hash of their names.
@@ -63,7 +63,7 @@ class HubText(Rows):
         if isinstance(value, str | None):
             return value or ""
         raise UserError(
-            f"dataset.column={self.column}: holds {type(value).__name__}s, no text; choose a column of text"
+            f"dataset.column={self.column}: holds {type(value).__name__}s, not text; choose a column of text"
         )
 
     def _wanted(self, row: Row) -> bool:

@@ -55,7 +55,7 @@ class ImageFolder:
         if unknown:
             raise UserError(
                 f"dataset.classes={self.classes}: has no class {self._class_of(unknown[0])!r}, of {unknown[0].name}; "
-                "its lines must begin with the class names"
+                f"each of its lines must begin with a class name"
             )
 
     def examples(self, split: Split) -> Iterator[Picture]:
@@ -96,8 +96,8 @@ class ImageFolder:
         if len(splits) > 1:
             unseen = min(splits, key=lambda name: name.lower().startswith("train"))
             raise UserError(
-                f"dataset.path={self.path}: holds {', '.join(splits)}, of which a model has seen some in its training; "
-                f"give one of them, e.g. dataset.path={folder / unseen}"
+                f"dataset.path={self.path}: holds {', '.join(splits)}, of which models were trained on some; give "
+                f"one of them, e.g. dataset.path={folder / unseen}"
             )
         files = [file for file in every if file.suffix.lower() in SUFFIXES]
         if not files:

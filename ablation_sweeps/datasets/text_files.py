@@ -59,8 +59,8 @@ class TextFiles:
         both = self._resolved("path") & self._resolved("calibration_path")
         if both:
             raise UserError(
-                f"dataset.calibration_path={self.calibration_path}: {sorted(both)[0]} would be evaluated as well; give "
-                "other files, or none to take a share of those at dataset.path"
+                f"dataset.calibration_path={self.calibration_path}: {sorted(both)[0]} would be evaluated as well; "
+                f"give other files, or leave it out: then some of those at dataset.path are used"
             )
         texts = [text for _, text in read["path"] if text.strip()]
         if len(texts) > 1 and not self.calibration_path and len(set(map(content_of_text, texts))) == 1:
@@ -120,7 +120,7 @@ class TextFiles:
             except NoColumn as error:
                 if kind_of(file) not in (".json", ".csv", ".tsv") or not _is_folder(path):
                     raise
-                say_once(f"passed over: {error}")
+                say_once(f"skipped: {error}")
                 passed_over = error
                 continue
             some = True
@@ -192,7 +192,7 @@ def _files(option: str, path: str) -> list[tuple[str, Path]]:
         files = [(file.name, file) for file in found]
     if not files and given.is_dir():
         raise UserError(
-            f"{asked}={path}: there are no {', '.join(KINDS)} files in this folder; what is read is {SUPPORTED}"
+            f"{asked}={path}: there are no {', '.join(KINDS)} files in this folder; supported are {SUPPORTED}"
         )
     if not files:
         raise UserError(f"{asked}={path}: there is no such file or folder; check the path")

@@ -68,7 +68,7 @@ def retry(sweep: Path) -> None:
     """
     runs = [run for run in run_folder.runs(sweep) if not run_folder.finished(run)]
     if not runs:
-        print(f"{sweep}: nothing failed there, and nothing is missing")
+        print(f"{sweep}: nothing to retry: no job failed, and none is missing")
         return
     for path in (
         sweep,
@@ -78,19 +78,21 @@ def retry(sweep: Path) -> None:
         *(run / "config.yaml" for run in runs),
     ):
         if path.exists() and others_may_write(path):
-            raise UserError(f"{path}: others may write to it, and so run code as you; launch the sweep again instead")
+            raise UserError(
+                f"{path}: others may write to it, and so could run code as you; launch the sweep again instead"
+            )
     how = _read_last_launch(sweep)
     launcher = LAUNCHERS[how["launcher"]]
     if Path(how["folder"]).is_dir():
         os.chdir(how["folder"])  # relative paths begin there
     held = [run for run in runs if launcher is Local and run_folder.is_held(run)]  # for SLURM, its queue is asked
     if held:
-        log.warning("%s left to the process that is at it, or will be", counted(len(held), "job"))
+        log.warning("%s left to the process that runs it or will run it", counted(len(held), "job"))
     jobs = [job for run in runs if run not in held and (job := _job_of(run))]
     if not jobs and held:
         return
     if not jobs:
-        raise UserError(f"{sweep}: nothing there can be tried again; launch it with its options")
+        raise UserError(f"{sweep}: nothing can be retried here; type the command of the sweep again")
     launch(launcher(**how["options"]), jobs)
 
 
@@ -120,7 +122,9 @@ def _read_last_launch(sweep: Path) -> LaunchRecord:
             return how
     except (TypeError, ValueError):  # no such options
         pass
-    raise UserError(f"{file}: is damaged, so that nothing tells how the sweep was launched; launch it with its options")
+    raise UserError(
+        f"{file}: is damaged, so it is not known how the sweep was launched; type the command of the sweep again"
+    )
 
 
 def _job_of(run: Path) -> Job | None:
@@ -148,7 +152,8 @@ def exclusive_launch(sweep: Path) -> Iterator[None]:
     except Timeout as error:
         by = who.read_text(encoding="utf-8", errors="replace").strip() if who.exists() else "another process"
         raise UserError(
-            f"sweep={sweep.name}: is being launched already, by {by}; wait for it, or name another sweep=NAME"
+            f"sweep={sweep.name}: is being launched already, by {by}; wait until that ends, or choose another "
+            f"sweep=NAME"
         ) from error
     try:
         files.write_text(who, f"process {os.getpid()} on {os.uname().nodename}\n")

@@ -55,8 +55,8 @@ class Local:
         absent = [gpu for gpu in self.gpus if gpu >= n]
         if absent:
             raise UserError(
-                f"hydra.launcher.gpus={self.gpus}: there is no GPU {absent[0]} here, of {n} that are counted from 0; "
-                "[] computes without"
+                f"hydra.launcher.gpus={self.gpus}: there is no GPU {absent[0]} here; this machine has {n}, counted "
+                f"from 0; [] uses none"
             )
         return [names[gpu] for gpu in self.gpus]
 

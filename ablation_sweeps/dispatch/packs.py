@@ -111,16 +111,15 @@ def _run(folder: Path, config: dict[str, Any], session: Session) -> None:
         job = from_dict(config)
         if job.folder != folder:
             raise UserError(
-                "the model, the data or a method's code was changed after it was submitted; run the same command again"
+                "the model, the data or a method's code was changed after the job was submitted; run the same "
+                "command again"
             )
         run_job(job, session)
     except Exception as error:
         log.exception("failed: %s", folder.name)
         if _leaving.is_set():  # the error was raised by submitit's handler of USR2
             if run_folder.status(folder)["state"] != "finished":
-                run_folder.write_status(
-                    folder, "interrupted", f"out of time, and not put into the queue again: {error}"
-                )
+                run_folder.write_status(folder, "interrupted", f"out of time, and could not be requeued: {error}")
             sys.exit(1)
         if poisons(error):
             run_folder.write_status(folder, "died", f"{type(error).__name__}: {error}".splitlines()[0])

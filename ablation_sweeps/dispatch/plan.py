@@ -28,7 +28,7 @@ def plan(jobs: Sequence[Job], most: int | None, max_concurrent_packs: int) -> No
         took.append(each and each * len(pack.folders))
         about = f", about {duration(took[-1])}" if took[-1] else ""
         print(f"pack {number}: {job.model.label} on {job.dataset.label}, {counted(len(pack.folders), 'job')}{about}"
-              + (f" ({begun} begun already)" if begun else ""))  # fmt: skip
+              + (f" ({begun} already started)" if begun else ""))  # fmt: skip
         for folder in pack.folders:
             print(f"    {folder.name}")
     finished = len(jobs) - len(missing)
@@ -37,10 +37,10 @@ def plan(jobs: Sequence[Job], most: int | None, max_concurrent_packs: int) -> No
     if known and len(known) == len(took):
         total = sum(known)
         least = duration(max(*known, total / max_concurrent_packs, 0))
-        print(f"about {duration(total)} of computing; {least} at the least, with "
+        print(f"about {duration(total)} of computing; at least {least}, with "
               f"{counted(min(max_concurrent_packs, len(packs)), 'pack')} at once")  # fmt: skip
     elif packs:
-        print("no estimate of the time: nothing like it was run before in this results_dir")
+        print("no time estimate: no similar job has run in this results_dir")
 
 
 def seconds_of(job: Job) -> float | None:

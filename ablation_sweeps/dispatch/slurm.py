@@ -35,7 +35,7 @@ FINISHED_STATES = (
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
     "PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT",
 )  # fmt: skip
-GONE = PackState("GONE", "", True, "it left the queue, and SLURM does not know it any more")
+GONE = PackState("GONE", "", True, "it left the queue, and SLURM no longer knows it")
 NOT_SEEN = PackState("UNKNOWN", "", False, "")
 USUAL_ARRAY = 1000  # tasks, if scontrol does not give the site's limit
 TOO_MANY = re.compile(r"Submit(Job|Limit)|job submit limit|array|MaxJob|temporarily unable", re.IGNORECASE)
@@ -188,8 +188,8 @@ class SlurmScheduler:
                     said += "; raise hydra.launcher.max_jobs_per_pack, which makes fewer and larger packs"
                 raise UserError(f"hydra.launcher: sbatch refuses: {said}") from error
             raise UserError(
-                "hydra/launcher=slurm: there is no srun here; type the command on a machine of the cluster, or take "
-                "hydra/launcher=local"
+                "hydra/launcher=slurm: srun is not installed here; type the command on a machine of the cluster, or "
+                "choose hydra/launcher=local"
             ) from error
         except KeyboardInterrupt:  # SLURM may have it already
             _command("scancel", "--quiet", f"--name={name}")
@@ -226,7 +226,7 @@ class SlurmScheduler:
             found = {key: value for key, value in found.items() if not key.startswith(("SBATCH_CPU_B", "SBATCH_MEM_B"))}
         for key in found:
             if taken.get(key):
-                log.info("%s=%s gives way to %s", key, found[key], taken[key])
+                log.info("%s=%s is overridden by %s", key, found[key], taken[key])
         kept = {key: value for key, value in found.items() if key not in taken}
         kept |= {key: os.environ[key] for key in FINDS_CLUSTER if key in os.environ}
         with clean_env():
@@ -273,7 +273,7 @@ class SlurmScheduler:
                           "--format=%j|%K|%T|%N|%F|%r")  # fmt: skip
         self.asked = time.monotonic()
         if answer.returncode != 0:
-            log.warning("squeue does not answer (%s); it is asked again", answer.stderr.strip())
+            log.warning("squeue does not answer (%s); trying again", answer.stderr.strip())
             return False
         found: dict[str, PackState] = {}
         for line in answer.stdout.splitlines():
@@ -308,7 +308,7 @@ class SlurmScheduler:
             return {}
         answer = _command("scontrol", "--all", "--oneliner", "show", "job", array["job"])
         if answer.returncode != 0 and "Invalid job id" not in answer.stderr + answer.stdout:
-            log.warning("scontrol does not answer (%s); it is asked again", answer.stderr.strip())
+            log.warning("scontrol does not answer (%s); trying again", answer.stderr.strip())
             return None
         found, cut_off = {}, False
         for line in answer.stdout.splitlines():
@@ -333,7 +333,7 @@ class SlurmScheduler:
             files.write_json(self.records / f"{name}.json", self.arrays[name])
         answer = _command("scancel", "--quiet", *map(self._id, packs))
         if answer.returncode:
-            log.error("scancel failed (%s); type it again: %s", answer.stderr.strip(), " ".join(answer.args))
+            log.error("scancel failed (%s); type it yourself: %s", answer.stderr.strip(), " ".join(answer.args))
 
     def log_of(self, pack: str) -> Path:
         return self.private / f"{self._id(pack)}_0_log.err"
@@ -389,8 +389,8 @@ def private(folder: Path) -> Path:
     for path in (folder.resolve(), *folder.resolve().parents):
         if others_may_write(path):
             raise UserError(
-                f"hydra.launcher.folder={folder.parent}: others may write to {path}, and so run code as you; name a "
-                "folder of your own that all nodes see"
+                f"hydra.launcher.folder={folder.parent}: others may write to {path}, and so could run code as you; "
+                "choose a folder of your own that all nodes see"
             )
     return folder
 

@@ -60,7 +60,7 @@ class Supervisor:
             if mine:
                 self.packs[pack] = mine
         if self.packs:
-            log.info("%s of an earlier launch in the queue still", counted(len(self.packs), "pack"))
+            log.info("%s of an earlier launch still in the queue", counted(len(self.packs), "pack"))
         queued = {folder for folders in self.packs.values() for folder in folders}
         self._submit(packed([job for folder, job in missing.items() if folder not in queued], most))
         log.info("%s: %d finished, %d in %s", counted(len(self.jobs), "job"), len(self.jobs) - len(missing),
@@ -79,7 +79,7 @@ class Supervisor:
                     run_folder.write_status(folder, "failed", str(error))
                 if not self.packs:
                     raise
-                log.error("%s; %s in the queue already", error, counted(len(self.packs), "pack"))
+                log.error("%s; %s already in the queue", error, counted(len(self.packs), "pack"))
                 return
 
     def watch(self) -> None:
@@ -134,7 +134,7 @@ class Supervisor:
         alone = [packed([self.jobs[folder]], 1)[0] for folder in culprits if folder not in gone]
         others = packed([self.jobs[folder] for folder in left if folder not in culprits], None)
         if alone or others:
-            log.warning("%s is over (%s); what it left is submitted again", pack, reason)
+            log.warning("%s ended (%s); its unfinished jobs are submitted again", pack, reason)
         return others + alone
 
     def _reason(self, pack: str, place: PackState) -> str:
@@ -150,5 +150,7 @@ class Supervisor:
         ):
             found += ", probably for lack of memory (hydra.launcher.mem, batch_tokens)"
         return found + (
-            f"; its last words: {said[-1][:200]}" if said else f"; no output in {self.scheduler.log_of(pack)}"
+            f"; the last line of its output: {said[-1][:200]}"
+            if said
+            else f"; no output in {self.scheduler.log_of(pack)}"
         )

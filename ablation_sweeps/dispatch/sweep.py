@@ -47,7 +47,7 @@ def fetch(jobs: Sequence[Job]) -> None:
     for i, job in enumerate(needed.values(), start=1):
         log.info("[%d/%d] fetching %s and %s", i, len(needed), job.model.label, job.dataset.label)
         job.fetch()
-    print("all that is needed is on this machine; without prefetch=true, the same command can run offline")
+    print("everything needed is on this machine; the same command without prefetch=true can run offline")
 
 
 def only_asked(jobs: Sequence[Job], most: int | None, max_concurrent_packs: int) -> bool:
@@ -133,6 +133,6 @@ def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
         others = "the others are" if done == len(jobs) - n else f"{done} {'is' if done == 1 else 'are'}"
         others = f", {others} finished and kept" if done else ""
         raise UserError(
-            f"{n} of {len(jobs)} jobs failed{others}; the same command runs only what is missing; more is in each "
-            f"folder's log. The first: {failures.reasons[0]}"
+            f"{n} of {len(jobs)} jobs failed{others}; the same command runs only what is missing; each run's folder "
+            f"has a log. The first: {failures.reasons[0]}"
         ) from failures.first

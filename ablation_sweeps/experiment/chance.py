@@ -88,15 +88,15 @@ def chance_model(job: Job, model: Transformer, batches: list[Batch], calibration
         if len(names) != n_classes:
             raise UserError(
                 f"dataset={job.dataset.label}: has {counted(len(names), 'class', 'es')}, but the model knows "
-                f"{n_classes}, so labels would be wrong; choose data with the model's classes (of an image_folder, "
-                "dataset.classes=FILE gives their order)"
+                f"{n_classes}, so labels would be wrong; choose data with the model's classes (for image_folder, "
+                f"dataset.classes=FILE gives their order)"
             )
         known = set(model.class_names)
         for number, (name, own) in enumerate(zip(names, model.class_names, strict=False)):  # may be empty
             if name != own and name in known:
                 raise UserError(
                     f"dataset={job.dataset.label}: its class {number} is {name}, but the model's is {own}: in another "
-                    "order, so that labels would be wrong; of an image_folder, dataset.classes=FILE gives the order"
+                    "order, so that labels would be wrong; for image_folder, dataset.classes=FILE gives the order"
                 )
         return uniform(n_classes)
     scored = frozenset(torch.cat([batch.labels.flatten() for batch in batches]).unique().tolist())

@@ -28,11 +28,11 @@ def one_line(error: BaseException, conf: Path, *more: Path) -> str:
         return plain(error.__cause__)
     if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark):
         said = ", ".join(part for part in (error.context, error.problem) if part)
-        return f"{mark.name}: line {mark.line + 1} is no yaml ({said}); mend it"
+        return f"{mark.name}: line {mark.line + 1} is not valid yaml ({said}); correct it"
     if isinstance(error, yaml.reader.ReaderError):
-        return f"{error.name}: is no yaml ({error.reason}, at {error.position}); save it as text in UTF-8"
+        return f"{error.name}: is not yaml ({error.reason}, at {error.position}); save it as text in UTF-8"
     if isinstance(error, UnicodeDecodeError) and (file := _undecodable((conf, *more), error.object)):
-        return f"{file}: is no text in UTF-8; convert it (iconv -f latin1 -t utf-8)"
+        return f"{file}: is not UTF-8 text; convert it (iconv -f latin1 -t utf-8)"
     if type(error).__module__.startswith(("hydra", "omegaconf")) or "Config group override" in text:
         return _of_hydra(error, text, conf)
     return plain(error)
@@ -60,7 +60,7 @@ def _of_hydra(error: BaseException, text: str, conf: Path) -> str:
         chosen = f"; choose one of {', '.join(options)}" if options else f"; see {typed_command()} --help"
         return f"{match[1]}={match[2]}: there is no such option{near(match[2], options)}{chosen}"
     if "Input config does not have a `_target_` field" in text:
-        return "hydra/launcher, hydra/sweeper: the yaml of one has no _target_, the class that implements it"
+        return "hydra/launcher, hydra/sweeper: its yaml has no _target_, the class that implements it"
     if match := re.search(r"In '([^']+)': .*Cannot merge DictConfig with ListConfig", text):
         return f"{match[1]}.yaml: must be a mapping of options, not a list"
     if "Ambiguous value for argument" in text:
@@ -84,7 +84,7 @@ def _unknown(key: str, conf: Path) -> str:
     known = _known_options(conf)
     if known.get(key):
         return (
-            f"{key}: what is chosen has no such option; these have: {', '.join(sorted(known[key]))} (where all "
+            f"{key}: the chosen one has no such option; these have it: {', '.join(sorted(known[key]))} (where all "
             f"that are swept over have it, write ++{key}=VALUE; else launch those that do alone, into the same sweep)"
         )
     group = key.split(".")[0]

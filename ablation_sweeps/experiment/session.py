@@ -97,8 +97,8 @@ class Session:
         for option, part in (("model", job.model), ("dataset", job.dataset)):
             if identity.present_content(part) != identity.content(part):
                 raise UserError(
-                    f"{option}={part.label}: its files were changed while they were computed with; the same command "
-                    "again takes them as they are then"
+                    f"{option}={part.label}: its files changed while the job ran; the same command "
+                    "again uses the new ones"
                 )
 
     def _key(self, job: Job, split: Split) -> tuple[Any, Split, Budget, int, int, Budget]:

@@ -88,7 +88,10 @@ class Adapter:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             given = set(file.keys())
         own = set(get_peft_model_state_dict(adapted))
-        for keys, what in ((own - given, "has no weights for"), (given - own, "holds weights that the model has not:")):
+        for keys, what in (
+            (own - given, "has no weights for"),
+            (given - own, "holds weights that the model does not have:"),
+        ):
             if keys:
                 raise UserError(
                     f"{self.option}: {what} {sorted(keys)[0]}; give an adapter that was trained on this model, not on "
@@ -97,8 +100,8 @@ class Adapter:
         if not hasattr(adapted.base_model, "merge_and_unload"):
             kind = adapted.peft_config["default"].peft_type
             raise UserError(
-                f"{self.option}: {getattr(kind, 'value', kind)} is no change of weights, so that it cannot be merged; "
-                "use one that is, such as LoRA"
+                f"{self.option}: {getattr(kind, 'value', kind)} cannot be merged into the weights; use an adapter "
+                f"that can, such as LoRA"
             )
         return adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]
 

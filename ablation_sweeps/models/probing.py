@@ -79,7 +79,7 @@ def isolate(model: Transformer, encoder: TextEncoder, option: str) -> Transforme
         depends = depends or _length_matters(_restored(model, changes), longest, encoder.max_tokens)
         changes = state.changes()
     except torch.OutOfMemoryError:
-        log.warning("%s: has too little memory to see whether texts in a batch affect each other", option)
+        log.warning("%s: too little memory to check whether texts in a batch affect each other", option)
         return model
     except Exception as error:
         if not _is_of_length(error) or not _passes(model, n):
@@ -92,7 +92,7 @@ def isolate(model: Transformer, encoder: TextEncoder, option: str) -> Transforme
         model = _restored(model, changes)
     if differ(_scores(model, short), alone):
         raise UserError(
-            f"{option}: gives other logits when the same text is passed again, so that no damage can be told from "
+            f"{option}: gives different logits when the same text is passed again, so that damage cannot be told from "
             "chance; use another model, or another model.attn_implementation"
         )
     if not depends:
@@ -100,11 +100,13 @@ def isolate(model: Transformer, encoder: TextEncoder, option: str) -> Transforme
     if differ(_scores(model, short, model.other_input("probe", max(2, n // 2), 2)), alone):
         if exact:
             raise UserError(
-                f"{option}: what it says of a text depends on the other texts of its batch, even of the same length; "
-                "use another model, or another model.attn_implementation"
+                f"{option}: the logits of a text depend on the other texts in its batch, even on those of "
+                "the same length; use another model, or another model.attn_implementation"
             )
-        log.warning("%s: what it says of a text depends a little on the others of its batch", option)
-    log.info("%s: what it says of a text depends on how long the others are: lengths are passed apart", option)
+        log.warning("%s: the logits of a text depend slightly on the other texts in its batch", option)
+    log.info(
+        "%s: the logits of a text depend on the length of others in its batch: each length runs separately", option
+    )
     return dataclasses.replace(model, encode=dataclasses.replace(encoder, apart=True), texts=(*model.texts, "apart"))
 
 
@@ -188,7 +190,9 @@ def _context(model: Transformer, fails: int, option: str) -> int:
         works, fails = (middle, fails) if _passes(model, middle) else (works, middle)
     if works <= SHORT:
         raise UserError(f"{option}: fails on texts of more than {SHORT} tokens; give model.max_tokens={SHORT}")
-    log.warning("%s: has %d positions, not %d as its configuration says: texts are cut to them", option, works, said)
+    log.warning(
+        "%s: has %d positions, not the %d of its configuration; texts are truncated to that", option, works, said
+    )
     return works
 
 

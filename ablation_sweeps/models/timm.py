@@ -55,7 +55,8 @@ class Timm(Pretrained):
         pretrained = self.guarded(lambda: timm.get_pretrained_cfg(name))
         if not (pretrained and pretrained.hf_hub_id):
             raise UserError(
-                f"model.name={self.name}: timm has no weights of it; timm.list_pretrained() lists those it has"
+                f"model.name={self.name}: timm has no weights for it; timm.list_pretrained() lists the models with "
+                f"weights"
             )
         return pretrained.hf_hub_id
 

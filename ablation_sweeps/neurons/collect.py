@@ -252,7 +252,7 @@ def _in_one_pass(data: CalibrationData, cache: Path, histograms: Sequence[Histog
     for histogram in histograms:
         if histogram.n_bins > N_STREAMING_BINS:
             raise UserError(
-                f"statistics.passes=1: cannot tell {histogram.n_bins:,} bins apart, which this method asks for; use "
+                f"statistics.passes=1: cannot resolve the {histogram.n_bins:,} bins that this method needs; use "
                 "statistics.passes=2"
             )
     tensors = _cached(cache / BOTH, data, lambda: _to_tensors(_at_once(data)))

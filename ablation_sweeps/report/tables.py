@@ -118,8 +118,8 @@ def _notes(rows: DataFrame, summary: DataFrame, step: int, console: Console) -> 
     if summary["auc"].notna().any():
         notes.append(_about_areas(summary.query("metric in ('loss', 'top1')")))
     if any(of_seed["n"].nunique() > 1 for _, of_seed in first_metric(rows).groupby("seed")):
-        notes.append("columns differ in their documents (eval.target_stderr): compare within a column; the clean value "
-                     "of each is in curves.parquet, and the AUC is of that")  # fmt: skip
+        notes.append("columns are of different documents (eval.target_stderr): compare within a column; the clean "
+                     "value of each is in curves.parquet, and the AUC is of that")  # fmt: skip
     if thin := thin_calibration(rows):
         notes.append(f"statistics {of_calibration(thin)} (statistics.tokens)")
     if step > 1:
@@ -128,7 +128,7 @@ def _notes(rows: DataFrame, summary: DataFrame, step: int, console: Console) -> 
         has = points.groupby("method").size().to_dict()
         few = ", ".join(f"{method} {n}" for method, n in has.items() if n < n_seeds * n_fractions)
         notes.append(f"not every method has every seed at every fraction: of {n_seeds * n_fractions} points, {few}; "
-                     "where seeds differ, none is called the best")  # fmt: skip
+                     "where seeds differ, no method is marked as the best")  # fmt: skip
     for metric, of_metric in rows.groupby("metric", sort=False):
         has = of_metric.groupby("method").size()
         lacking = [method for method, n in points.groupby("method").size().items() if has.get(method, 0) < n]
@@ -143,7 +143,7 @@ def _about_areas(summary: DataFrame) -> str:
     if known.empty:  # no run has sums per document
         return f"{text}; –: no interval without documents.parquet"
     n_seeds = int(known["auc_n_seeds"].max())
-    over = "documents, and says nothing about other neurons" if n_seeds == 1 else f"documents and {n_seeds} seeds"
+    over = "documents; one seed: may not hold for other neurons" if n_seeds == 1 else f"documents and {n_seeds} seeds"
     lacks = "; –: not on the seeds and fractions of the others" if summary["auc"].isna().any() else ""
     alone = "; –: no interval from one document" if known["auc_low"].isna().any() else ""
     return f"{text} [95 % interval over {over}]{lacks}{alone}"

@@ -34,12 +34,12 @@ def _said(study: StudyResult) -> str:
     if len(compared) < 2:
         return (
             "Not all methods have results on the same seeds and fractions, so that none is called the best; "
-            "comparisons.csv has what each two of them share."
+            "comparisons.csv compares each pair on what they share."
         )
     left = [method for method in study.methods if method not in compared]
     are = "is" if len(left) == 1 else "are"
     return _best(study, compared) + (
-        f" {_listed(left)} {are} left out, for want of results on the same seeds and fractions." if left else ""
+        f" {_listed(left)} {are} left out, for lack of results on the same seeds and fractions." if left else ""
     )
 
 
@@ -53,7 +53,7 @@ def _best(study: StudyResult, compared: Sequence[str]) -> str:
     n_seeds, n_documents = int(study.ranking["n_seeds"].min()), int(study.ranking["n_documents"].min())
     loss = "the loss" if study.reach == 1 else f"the loss up to {100 * study.reach:.4g}%"
     basis = f"{counted(n_seeds, 'seed')}, {n_documents} {'images' if study.unit == 'image' else 'documents'}"
-    alone = "" if n_seeds > 1 else " One seed: nothing is said about other neurons."
+    alone = "" if n_seeds > 1 else " One seed: this may not hold for other neurons."
     together = [*islice(groups_of_tied(ranked, undecided), COUNTED_GROUPS)]
     if tied:
         return (
@@ -63,7 +63,7 @@ def _best(study: StudyResult, compared: Sequence[str]) -> str:
         )
     rest = f" {_cannot_be_told_apart(together)}." if together else ""
     return (
-        f"{best} does least damage: the area under {loss} is {height[best]:.3f} of the clean loss, against "
+        f"{best} does the least damage: the area under {loss} is {height[best]:.3f} of the clean loss, against "
         f"{height[others[0]]:.3f} of {others[0]}, the next; difference {_interval(closest, best)} "
         f"({_p(closest['p_holm'])}; {basis}).{rest}{alone}"
     )
@@ -136,7 +136,7 @@ def caveats(study: StudyResult) -> list[str]:
         found.append(f"Statistics are {of_calibration(study.calibration)}.")
     if study.missing:
         lacking = ", ".join(f"{metric} ({_listed(methods)})" for metric, methods in study.missing.items())
-        found.append(f"Not measured by every run, and compared on those that have it: {lacking}.")
+        found.append(f"Not measured by every run, so compared only on those that have it: {lacking}.")
     return found
 
 

@@ -118,8 +118,8 @@ def _doubts(runs: Iterable[Path]) -> dict[Path, str]:
     otherwise = {models[run]: passed for run, passed in texts.items() if passed != run_folder.TOGETHER}
     return {
         run: f"texts were passed together, but other runs of this model pass them {otherwise[models[run]]}, since its "
-        "scores depend on that: these may be wrong, and are not compared with those; results_dir=FOLDER computes them "
-        "anew"
+        "scores depend on that: these may be wrong, and are not compared with those; results_dir=FOLDER computes "
+        "them again"
         for run, passed in texts.items()
         if passed == run_folder.TOGETHER and models[run] in otherwise
     }

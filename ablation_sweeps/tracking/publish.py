@@ -53,7 +53,9 @@ def publish(sweep: Path, project: str | None = None, entity: str | None = None, 
         try:
             to[run].send(RunRecord.of(run))
         except UserError as error:
-            raise UserError(f"{error}; {number} of {len(missing)} runs were sent, the same command goes on") from error
+            raise UserError(
+                f"{error}; {number} of {len(missing)} runs were sent; the same command sends the rest"
+            ) from error
         run_folder.mark_published(run, to[run].place)
     return Sent(len(missing), _send_tables(sweep, runs, project, entity, again))
 

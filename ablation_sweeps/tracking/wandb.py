@@ -217,7 +217,7 @@ def online() -> Iterator[None]:
     _leave_the_agents_run()
     if _environments_mode() in OFFLINE_MODES:
         name = "WANDB_MODE" if os.environ.get("WANDB_MODE") else "WANDB_DISABLED"
-        raise UserError(f"W&B: {name}={os.environ[name]} forbids to send anything; unset it")
+        raise UserError(f"W&B: {name}={os.environ[name]} forbids sending anything; unset it")
     try:
         if not wandb.login(prompt=False, verify=False):
             raise UserError("W&B: no API key found; type wandb login, or set WANDB_API_KEY")

@@ -58,7 +58,7 @@ class InOrderLauncher(Launcher):
                     error = returns[i]._return_value
                     failures.add(jobs[i].folder.name, error)
                     if poisons(error):
-                        log.error("nothing more can be computed in this process; the same command does what is missing")
+                        log.error("this process cannot compute any more; the same command runs the missing jobs")
                         break
         end_of_sweep(jobs, failures)
         return [returns[i] for i in range(len(jobs))]

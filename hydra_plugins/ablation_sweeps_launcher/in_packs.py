@@ -51,5 +51,5 @@ def _returned(job: Job, options: Any) -> JobReturn:
     from ablation_sweeps.results import run_folder
 
     if not options.wait and not run_folder.finished(job.folder):
-        raise UserError(f"objective={job.objective}: is known when the job has run; give hydra.launcher.wait=true")
+        raise UserError(f"objective={job.objective}: is known only when the job has run; give hydra.launcher.wait=true")
     return JobReturn(status=JobStatus.COMPLETED, _return_value=objective(job))

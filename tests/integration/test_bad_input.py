@@ -171,7 +171,7 @@ def test_a_file_that_is_no_image(launch: Launch, on_images, no_weights, tmp_path
     for file in write_images(tmp_path / "images").rglob("*.png"):
         file.write_bytes(b"no image")
     error = launch(*on_images, f"dataset.path={tmp_path / 'images'}").error
-    assert "dataset=images" in error and "unusable pictures are left out" in error and "not a picture" in error
+    assert "dataset=images" in error and "unusable images are left out" in error and "not an image format" in error
     assert re.search(r"(cat|dog)/\d\.png", error)
 
 
@@ -190,7 +190,7 @@ def test_broken_pictures_are_left_out_of_all_curves(launch: Launch, on_images, t
     done = launch("-m", *on_images, f"dataset.path={folder}", "method=zero,mean", "sweep=broken")
     assert done.code == 0, done.err
     (said,) = [line for line in done.err.splitlines() if "unusable" in line]
-    assert "4 unusable pictures are" in said and all(name in said for name in broken)
+    assert "4 unusable images are" in said and all(name in said for name in broken)
     found = pictures_of(tmp_path / "results" / "broken")
     assert found[: len(order) - 4] == order[4:]
     for run in (tmp_path / "results" / "broken").glob("*/environment.json"):

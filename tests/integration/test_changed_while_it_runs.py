@@ -52,7 +52,7 @@ def test_the_model_or_the_data(launch: Launch, on_text, copies, tmp_path, monkey
 
     monkeypatch.setattr(Mean, "fit", fit)
     outcome = launch(*options, "seed=0,1")
-    assert "2 of 2 jobs failed" in outcome.error and "its files were changed" in outcome.error
+    assert "2 of 2 jobs failed" in outcome.error and "its files changed" in outcome.error
     assert f"{edited}=" in outcome.error
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)

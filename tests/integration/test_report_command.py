@@ -31,7 +31,7 @@ def test_two_sweeps_are_compared_on_one_page(launch: Launch, on_text, tmp_path):
     done = run_python("-m", "ablation_sweeps", "report", "results/zero", "results/mean", cwd=tmp_path)
     assert done.code == 0, done.err
     assert "figure: results/zero/figures/" in done.out and "page: results/zero/report.html" in done.out
-    assert "does least damage" in done.out or "cannot be told apart" in done.out
+    assert "does the least damage" in done.out or "cannot be told apart" in done.out
     found = pd.read_csv(tmp_path / "results" / "zero" / "comparisons.csv")
     assert set(zip(found["method"], found["other"], strict=True)) in ({("zero", "mean")}, {("mean", "zero")})
     (area,) = found.query("metric == 'loss' and fraction != fraction").to_dict("records")

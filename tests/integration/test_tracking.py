@@ -407,7 +407,7 @@ def test_a_sweep_is_sent_from_its_files_once(launch: Launch, on_text, tmp_path: 
     online = environment | key_for(server.url)
     server.talks_nonsense = True
     broken = publish(tmp_path, online)
-    assert broken.code == 1 and "0 of 2 runs were sent, the same command goes on" in broken.err
+    assert broken.code == 1 and "0 of 2 runs were sent; the same command sends the rest" in broken.err
     assert len(offline_files(sweep)) == 1
 
     server.talks_nonsense = False

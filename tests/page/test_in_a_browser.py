@@ -75,7 +75,7 @@ def curve(page, name: str) -> list[float]:
 
 
 def test_the_verdict_and_the_curves_are_there(page, report):
-    assert any(word in page.text_content("#verdict") for word in ("does least damage", "cannot be told apart"))
+    assert any(word in page.text_content("#verdict") for word in ("does the least damage", "cannot be told apart"))
     assert "2 seeds" in page.text_content("#verdict")
     for chart in ("curves", "layers", "stability", "histogram"):
         assert page.locator(f"#{chart} svg.main-svg").first.is_visible()

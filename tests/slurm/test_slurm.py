@@ -189,7 +189,7 @@ def test_what_queues_runs_as_it_was_submitted(launch: Launch, slurm, on_text, cl
     with monkeypatch.context() as patch:
         patch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
         again = launch("--config-dir", str(conf), *options)
-    assert again.code == 0 and "5 packs of an earlier launch in the queue still" in again.err
+    assert again.code == 0 and "5 packs of an earlier launch still in the queue" in again.err
     assert len(submissions(sweep)) == 2
 
     (conf / "method" / "mine.yaml").write_text("_target_: ablation_sweeps.methods.mean.Mean\nlabel: mine\n")

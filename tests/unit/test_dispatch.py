@@ -77,7 +77,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch, tmp_path):
     """CUDA would say nothing, and the model would be computed by the CPU."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     options = Local(max_jobs_per_pack=None, max_parallel=None, max_attempts=1, gpus=[0, 2])
-    with pytest.raises(UserError, match=r"hydra\.launcher\.gpus=\[0, 2\]: there is no GPU 2 here, of 2"):
+    with pytest.raises(UserError, match=r"hydra\.launcher\.gpus=\[0, 2\]: there is no GPU 2 here; this machine has 2"):
         options.queue(tmp_path)
 
 
@@ -374,7 +374,7 @@ def test_a_refused_submission_is_said_and_what_is_queued_goes_on(monkeypatch, tm
     mine.watch()
     ended = {folder.name: run_folder.status(folder) for folder in mine.jobs}
     assert [ended[name]["state"] for name in "abcd"] == ["finished", "finished", "failed", "failed"]
-    assert "QOSMaxSubmit" in ended["d"]["reason"] and "2 packs in the queue already" in caplog.text
+    assert "QOSMaxSubmit" in ended["d"]["reason"] and "2 packs already in the queue" in caplog.text
 
 
 @pytest.fixture
@@ -561,4 +561,4 @@ def test_retry_of_a_finished_sweep_says_so_and_is_no_error(tmp_path, monkeypatch
     run_folder.finish(tmp_path / "sweep" / "a", pd.DataFrame({"value": [1.0]}), pd.DataFrame({"n": [1.0]}), 1.0)
     monkeypatch.setattr(launcher, "launch", lambda *_: pytest.fail("launched"))
     launcher.retry(tmp_path / "sweep")
-    assert "nothing is missing" in capsys.readouterr().out
+    assert "none is missing" in capsys.readouterr().out

@@ -80,25 +80,25 @@ def rows(wrong: str, encoding: str = "utf-8") -> bytes:
 
 
 WRONG = {
-    "a row that breaks off": ("x.jsonl", rows('{"text": "half'), ["dataset.path", "line 4", "no whole json"]),
+    "a row that breaks off": ("x.jsonl", rows('{"text": "half'), ["dataset.path", "line 4", "not complete JSON"]),
     "a row that is a list": ("x.jsonl", rows("[1, 2]"), ["line 4", "a list, not an object"]),
-    "a row nested too deep": ("x.jsonl", rows("[" * 100_000), ["line 4", "no whole json"]),
-    "a field that is missing": ("x.jsonl", rows('{"content": ""}'), ["dataset.column=text", "line 4", "but content"]),
+    "a row nested too deep": ("x.jsonl", rows("[" * 100_000), ["line 4", "not complete JSON"]),
+    "a field that is missing": ("x.jsonl", rows('{"content": ""}'), ["column=text", "line 4", "it has content"]),
     "a field that is no text": ("x.jsonl", rows('{"text": {"a": 1}}'), ["dataset.column=text", "line 4", "an object"]),
-    "half a letter": ("x.jsonl", rows('{"text": "\\ud800"}'), ["line 4", "no UTF-8"]),
+    "half a letter": ("x.jsonl", rows('{"text": "\\ud800"}'), ["line 4", "not UTF-8"]),
     "another encoding": ("x.jsonl", rows('{"text": "é"}', "latin1"), ["dataset.path", "line 4", "iconv"]),
-    "another encoding in csv": ("x.csv", "text\na\né\nb".encode("latin1"), ["line 3", "no UTF-8"]),
-    "a csv without the column": ("x.csv", b"id;text\n1;a", ["dataset.column=text", "no such column, but id;text"]),
+    "another encoding in csv": ("x.csv", "text\na\né\nb".encode("latin1"), ["line 3", "not UTF-8"]),
+    "a csv without the column": ("x.csv", b"id;text\n1;a", ["dataset.column=text", "no such column; it has id;text"]),
     "a comma that is not quoted": ("x.csv", b"text\na, b\n", ["line 2", "2 fields", "double quotes"]),
     "a quote that is not closed": ("x.csv", b'text\n"a, b\n', ["x.csv", "line 2"]),
     "an object": ("x.json", b'{"text": "a"}', ["an object, not an array of objects", ".jsonl"]),
-    "a json that breaks off": ("x.json", b'[{"text": "a"},\n{"te', ["x.json", "no whole json", "line 2"]),
+    "a json that breaks off": ("x.json", b'[{"text": "a"},\n{"te', ["x.json", "not complete JSON", "line 2"]),
     "no parquet": ("x.parquet", b"PAR1 not a table PAR1", ["dataset.path", "x.parquet cannot be read"]),
     "a parquet of numbers": ("x.parquet", parquet([1, 2]), ["dataset.column=text", "row 1", "int"]),
     "a gz that breaks off": ("x.jsonl.gz", gzip.compress(rows("{}"))[:-20], ["x.jsonl.gz cannot be read"]),
     "a zst that breaks off": ("x.txt.zst", PACK[".zst"](rows("{}"))[:-9], ["x.txt.zst cannot be read"]),
     "no gz": ("x.txt.gz", b"plain", ["x.txt.gz cannot be read"]),
-    "a picture": ("x.bin", bytes(range(256)) * 9, ["x.bin is no UTF-8", ".jsonl, .parquet, .csv, .tsv, .json"]),
+    "a picture": ("x.bin", bytes(range(256)) * 9, ["x.bin is not UTF-8", ".jsonl, .parquet, .csv, .tsv, .json"]),
 }  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def test_text_that_is_no_utf8_is_refused(folder: Path):
     (folder / "a" / "7.txt").write_bytes("Größe".encode("latin1"))
     for encoding in ("latin1", "utf-16", "utf-16-le"):
         (folder / "a" / "7.txt").write_bytes("Größe".encode(encoding))
-        with pytest.raises(UserError, match=r"7\.txt is no UTF-8; convert it"):
+        with pytest.raises(UserError, match=r"7\.txt is not UTF-8; convert it"):
             list(texts(folder).examples("evaluation"))
 
 
@@ -55,7 +55,7 @@ def test_a_damaged_letter_is_said_and_no_more(folder: Path, caplog):
     for split in ("evaluation", "calibration"):
         list(texts(folder).examples(split))
     assert [record.message for record in caplog.records] == [
-        f"{folder}/a/7.txt: 1 of 2,001 letters are no text in UTF-8"
+        f"{folder}/a/7.txt: 1 of 2,001 characters are not valid UTF-8"
     ]
 
 

@@ -455,13 +455,13 @@ def test_a_column_without_class_names_is_refused_at_once(dataset, tmp_path):
     )
     for streaming in ("true", "false"):
         options = ["evaluation_split=train", f"streaming={streaming}"]
-        with pytest.raises(UserError, match=r"dataset\.label_column=label: does not say its classes' names"):
+        with pytest.raises(UserError, match=r"dataset\.label_column=label: has no class names"):
             dataset("hub_images", *options, path=folder).check("image")
 
 
 def test_a_column_that_holds_no_text_is_refused(dataset, tmp_path):
     write_parquet(tmp_path / "chat" / "data" / "train-0.parquet", {"text": [["hello", "you"]] * 3})
-    with pytest.raises(UserError, match=r"dataset\.column=text: holds lists, no text"):
+    with pytest.raises(UserError, match=r"dataset\.column=text: holds lists, not text"):
         texts(dataset("hub_text", "evaluation_split=train", path=tmp_path / "chat"), "evaluation")
 
 
@@ -470,7 +470,7 @@ def test_a_column_that_holds_no_images_is_refused_before_a_model_is_loaded(datas
     from ablation_sweeps.experiment.job import _check_examples
 
     images = dataset("cifar10", f"streaming={streaming}", "image_column=label")
-    with pytest.raises(UserError, match=r"dataset\.image_column=label: holds ints, no images"):
+    with pytest.raises(UserError, match=r"dataset\.image_column=label: holds ints, not images"):
         _check_examples(images)
 
 

@@ -69,7 +69,9 @@ def test_pictures_stand_upright(tiny):
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
 def test_more_than_8_bits_a_pixel_are_refused(tiny, dtype):
     deep = fromarray((np.arange(256).reshape(16, 16) * 257).astype(dtype))
-    with pytest.raises(UserError, match=r"the picture deep cannot be used: more than 8 bits a pixel, .* with 8"):
+    with pytest.raises(
+        UserError, match=r"the image deep cannot be used: more than 8 bits per pixel and channel .* with 8"
+    ):
         encoded(tiny("vit"), [*pictures(2), Picture("deep", lambda: deep, 0)])
 
 
@@ -117,7 +119,9 @@ def test_a_budget_is_met(tiny, budget, n):
 def test_less_calibration_data_than_asked_for_is_said(tiny, caplog, budget, said):
     caplog.set_level("INFO", "ablation_sweeps")
     tiny("vit").encode(pictures(9), "calibration", budget, 10, 0)
-    expected = [f"statistics.tokens={budget.tokens}: the calibration data have {n}, all taken" for n in said]
+    expected = [
+        f"statistics.tokens={budget.tokens}: the calibration data have only {n}, and all are used" for n in said
+    ]
     assert caplog.messages == expected
 
 

@@ -197,7 +197,8 @@ def test_prefetch_gets_the_files_that_loading_needs_and_no_others(option, monkey
     ]
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(
-        UserError, match=r"model\.name=openai-community/gpt2: holds no safetensors; .*use_safetensors=null"
+        UserError,
+        match=r"model\.name=openai-community/gpt2: has no weights in safetensors format; .*use_safetensors=null",
     ):
         option("model=gpt2").prefetch()
 
@@ -238,7 +239,9 @@ def test_a_model_that_cannot_be_fetched_is_named(option, monkeypatch):
         raise OSError("403\nAccess is restricted")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
-    with pytest.raises(UserError, match=r"model\.name=google/gemma-2b: cannot be fetched: 403 Access.*hf auth login"):
+    with pytest.raises(
+        UserError, match=r"model\.name=google/gemma-2b: cannot be downloaded: 403 Access.*hf auth login"
+    ):
         option("model=gemma_2b").prefetch()
 
 
@@ -259,9 +262,9 @@ def test_shares_of_what_is_replaced_fit(option):
 def test_an_encoder_that_sees_padding_is_shown_none(option, saved, sees_padding, caplog):
     caplog.set_level("INFO")
     plain = option("model=masked_lm", f"model.path={saved('bert')}").load()
-    assert "passed apart" not in caplog.text and not plain.encode.apart
+    assert "runs separately" not in caplog.text and not plain.encode.apart
     model = option("model=masked_lm", f"model.path={sees_padding}").load()
-    assert "lengths are passed apart" in caplog.text and model.encode.apart and model.texts == ("apart",)
+    assert "each length runs separately" in caplog.text and model.encode.apart and model.texts == ("apart",)
     assert option("model=masked_lm", f"model.path={sees_padding}", "model.max_tokens=6").load().encode.apart
 
 
@@ -611,7 +614,7 @@ def test_rounding_is_not_taken_for_what_other_texts_do(fresh, family, dtype):
 
 def test_a_model_that_gives_other_logits_each_time_is_refused(option, saved, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, *_, **__: x + 0.3 * torch.randn_like(x))
-    with pytest.raises(UserError, match=r"model\.path=.*gives other logits when the same text is passed again"):
+    with pytest.raises(UserError, match=r"model\.path=.*gives different logits when the same text is passed again"):
         option("model=masked_lm", f"model.path={saved('bert')}").load()
 
 
@@ -627,7 +630,7 @@ def test_a_table_of_fewer_positions_than_the_configuration_says_is_found(option,
     model = option(f"model={kind}", f"model.path={tmp_path / family}", "model.max_tokens=500").load()
     (batch,) = model.encode([Document("a", "x" * 400), Document("b", "yz")], "evaluation", Budget(None, None), 10**4, 0)
     assert batch.labels.shape[1] == CONTEXT + (0 if family == "opt" else offset - 1)
-    assert ("positions, not" in caplog.text) == (family == "roberta")
+    assert ("positions, not the" in caplog.text) == (family == "roberta")
     assert model.texts == (() if family == "opt" else (f"cut to {CONTEXT + offset - 1} tokens",))
     with torch.inference_mode():
         assert torch.isfinite(model.logits(batch)).all()
@@ -647,7 +650,7 @@ def test_an_error_at_a_long_text_that_has_another_cause_is_shown(option, saved, 
     )
     with pytest.raises(UserError, match=expected):
         option("model=causal_lm", f"model.path={saved('llama')}").load()
-    assert "positions, not" not in caplog.text
+    assert "positions, not the" not in caplog.text
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "causal_lm"), ("bert", "masked_lm")])

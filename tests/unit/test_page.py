@@ -56,7 +56,7 @@ def test_not_different_is_not_transitive():
         assert pairs and not any(pair <= group for pair in pairs for group in groups_in(said))
         for row in decided.to_dict("records"):
             worse = ({row["method"], row["other"]} - {row["better"]}).pop()
-            assert "does least damage" in said or re.search(rf"{row['better']}\b.* less damage than {worse}", said)
+            assert "does the least damage" in said or re.search(rf"{row['better']}\b.* less damage than {worse}", said)
     said = verdict.verdict(study(noisy()))
     assert said.startswith("mean and same cannot be told apart, nor can same and zero: the area under the loss of mean")
     assert "mean does less damage than zero." in said
@@ -114,7 +114,7 @@ def test_the_interval_that_the_verdict_prints_leaves_out_0_where_it_decides():
         said = verdict.verdict(found)
         ends = re.search(r"[+-]\d\.\d{4} \[([+-]\d\.\d{4}), ([+-]\d\.\d{4})\]", said)
         low, high = float(ends[1]), float(ends[2])
-        assert (low > 0 or high < 0) == ("does least damage" in said)
+        assert (low > 0 or high < 0) == ("does the least damage" in said)
         rows = found.comparisons.query("metric == 'loss' and fraction != fraction")
         assert f"{abs(low):.4f}" in {f"{abs(end):.4f}" for end in (*rows["low"], *rows["high"])}
 
@@ -124,13 +124,13 @@ def test_the_verdict_of_a_clear_winner():
     said = verdict.verdict(study(two))
     measured = study(two)
     (row,) = measured.comparisons.query("metric == 'loss' and fraction != fraction").to_dict("records")
-    assert said.startswith("mean does least damage: the area under the loss is ")
+    assert said.startswith("mean does the least damage: the area under the loss is ")
     assert f"difference {-row['difference']:+.4f} [{-row['high']:+.4f}, {-row['low']:+.4f}] (Holm's p < 0.001" in said
 
 
 def test_one_seed_one_method_and_half_of_the_fractions_are_said():
     one = {key: documents for key, documents in runs().items() if key[1] == 0}
-    assert verdict.verdict(study(one)).endswith("One seed: nothing is said about other neurons.")
+    assert verdict.verdict(study(one)).endswith("One seed: this may not hold for other neurons.")
     assert "nothing to compare" in verdict.verdict(study({("zero", 0): one["zero", 0]}))
     half = {key: documents[documents["fraction"] < 1] for key, documents in one.items()}
     assert "the loss up to 50%" in verdict.verdict(study(half))
@@ -149,7 +149,7 @@ def test_areas_and_verdict_are_of_the_seeds_and_fractions_that_all_methods_have(
     apart = {**of_one, ("zero", 1): two["zero", 1], ("zero", 2): two["zero", 2]}
     found, expected = study(apart), study(of_one)
     assert verdict.verdict(found) == verdict.verdict(expected) and verdict.verdict(found).startswith(
-        "mean does least damage"
+        "mean does the least damage"
     )
     assert str(page.areas(found)) == str(page.areas(expected))
     of_zero = {key: documents for key, documents in apart.items() if key[0] == "zero"}
@@ -187,7 +187,7 @@ def test_one_odd_run_does_not_keep_the_others_from_being_compared():
     for odd in (ends, elsewhere):
         found, expected = study(odd), study(without)
         assert verdict.verdict(found) == verdict.verdict(expected) + (
-            " mean is left out, for want of results on the same seeds and fractions."
+            " mean is left out, for lack of results on the same seeds and fractions."
         )
         areas = {row["method"]: row for row in page.areas(found)}
         assert math.isnan(areas.pop("mean")["area of loss"][0])

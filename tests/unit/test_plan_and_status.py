@@ -30,7 +30,7 @@ def test_status_is_read_from_the_files(tmp_path):
     assert shown.exit_code == 0 and "1 failed, 1 finished" in shown.output
     assert "its process died 2 times: [red]OUT_OF_MEMORY" in shown.output
     nothing = CliRunner().invoke(app, ["status", str(tmp_path / "one")])
-    assert "no job was ever started there" in str(nothing.exception)
+    assert "no job was ever launched there" in str(nothing.exception)
 
 
 def test_a_job_whose_process_was_killed_does_not_run_for_ever(tmp_path):
@@ -114,10 +114,10 @@ def test_retry_leaves_alone_what_another_process_will_come_to(tmp_path, caplog):
     others = tmp_path / "in order"
     run_folder.queue(others, {}, survives_launcher=False)
     assert CliRunner().invoke(app, ["retry", str(tmp_path)]).exit_code == 0
-    assert run_folder.status(others)["state"] == "queued" and "1 job left to the process that is at it" in caplog.text
+    assert run_folder.status(others)["state"] == "queued" and "1 job left to the process that runs it" in caplog.text
     end_process_of(others)
     tried = CliRunner().invoke(app, ["retry", str(tmp_path)])
-    assert "nothing there can be tried again" in str(tried.exception)
+    assert "nothing can be retried here" in str(tried.exception)
     assert "in order: left alone: model: must be given" in caplog.text
 
 

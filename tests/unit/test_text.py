@@ -106,8 +106,8 @@ def test_a_budget_in_examples_counts_those_that_are_scored(tiny):
 
 
 @pytest.mark.parametrize(("split", "budget", "said"), [
-    ("calibration", Budget(10**6, None), "statistics.tokens=1000000: the calibration data have 139, all taken; "
-                                         "model.pack=concatenate takes what lies behind the cut, too"),
+    ("calibration", Budget(10**6, None), "statistics.tokens=1000000: the calibration data have only 139, and all are "
+                                         "used; model.pack=concatenate uses the truncated rest as well"),
     ("calibration", Budget(10**6, 3), ""),  # limited on purpose
     ("calibration", Budget(137, None), ""), ("calibration", Budget(21, None), ""),  # a rest of one token
     ("calibration", NO_LIMIT, ""), ("evaluation", Budget(10**6, None), ""),
