@@ -100,17 +100,22 @@ def options_for_hydra(options: Sequence[str]) -> list[str]:
     Raises:
         UserError: an option is given twice, of which Hydra would take the last one.
     """
+    _check_once(options)
+    rewritten = [_rewritten(option) for option in number_fractions([_at_home(option) for option in options])]
+    _check_once(rewritten)  # fraction=0.1 and fraction.values=[0.5] are the same option
+    return rewritten
+
+
+def _check_once(options: Sequence[str]) -> None:
     first: dict[str, str] = {}
     for option in options:
         key = option.partition("=")[0].strip().lstrip("+")
-        key = "fraction" if key == "fraction.values" else key  # numbers are written either way
         if key in first:
             raise UserError(
                 f"{first[key]} {option}: {key} is given twice, and only the last would count; give it once "
                 f"(a sweep over several values is -m {key}=A,B)"
             )
         first[key] = option
-    return [_rewritten(option) for option in number_fractions([_at_home(option) for option in options])]
 
 
 def _at_home(option: str) -> str:

@@ -157,7 +157,15 @@ def test_an_option_that_is_given_twice(first, second):
     for multirun in ([], ["-m"]):
         with pytest.raises(UserError, match="is given twice, and only the last would count") as refused:
             for_hydra([*multirun, first, "eval.skip=1", second])
-        assert str(refused.value).startswith(f"{first} {second.removeprefix('--') if 'seed' in second else second}: ")
+        shown = [
+            option.replace("fraction=[", "fraction.values=[") for option in (first, second.removeprefix("--seed="))
+        ]
+        assert str(refused.value).startswith(shown[0]) and f"{shown[1]}: " in str(refused.value)
+
+
+def test_an_option_of_a_choice_is_not_the_choice_again():
+    assert for_hydra(["fraction=half", "fraction.values=[0.1]"]) == ["fraction=half", "fraction.values=[0.1]"]
+    assert for_hydra(["method=peak", "method.n_bins=5"]) == ["method=peak", "method.n_bins=5"]
 
 
 def test_a_command_with_an_option_twice(tmp_path):
