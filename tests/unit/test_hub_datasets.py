@@ -466,12 +466,11 @@ def test_a_column_that_holds_no_text_is_refused(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", ["true", "false"])
-def test_a_column_that_holds_no_images_is_refused_before_a_model_is_loaded(dataset, streaming):
-    from ablation_sweeps.experiment.job import _check_examples
-
-    images = dataset("cifar10", f"streaming={streaming}", "image_column=label")
+def test_a_column_that_holds_no_images_is_refused_before_a_model_is_loaded(job_of, copy_of, streaming):
+    options = (f"path={copy_of('cifar10')}", f"streaming={streaming}", "image_column=label")
+    job = job_of("model=tiny_vit", "dataset=cifar10", *(f"dataset.{option}" for option in options))
     with pytest.raises(UserError, match=r"dataset\.image_column=label: holds ints, not images"):
-        _check_examples(images)
+        job.check()
 
 
 def test_files_are_named_for_images_as_for_text(dataset):
