@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -43,8 +41,11 @@ def logits(model: Transformer, batch: Batch) -> Tensor:
 
 
 def selecting_of(projections: Sequence[Projection], units: Units, seed: int = 0) -> Selecting:
-    """The inputs of a rule that looks at neither the model nor the data."""
-    return cast(Selecting, SimpleNamespace(units=units, projections=projections, seed=seed))
+    """The inputs of a rule that looks at neither the model nor the data: it would find that they are not there."""
+    selecting = object.__new__(Selecting)
+    for name, value in {"units": units, "projections": projections, "seed": seed}.items():
+        object.__setattr__(selecting, name, value)
+    return selecting
 
 
 def random_masks(projections: Sequence[Projection], fractions: Sequence[float], seed: int = 0) -> Masks:
