@@ -66,8 +66,9 @@ def test_each_pack_sees_its_own_gpu(monkeypatch, tmp_path, visible, gpus, parall
     given = {"model": {"device_map": device_map}}
     packs = queue.submit([Pack({str(tmp_path / str(i)): given}) for i in range(5)])
     try:
-        started = [one for one in psutil.Process().children() if "ablation_sweeps.dispatch.packs" in one.cmdline()]
-        seen = [one.environ()["CUDA_VISIBLE_DEVICES"] for one in started]
+        alive = [one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE]
+        packs_of_it = [one for one in alive if "ablation_sweeps.dispatch.packs" in one.cmdline()]
+        seen = [one.environ()["CUDA_VISIBLE_DEVICES"] for one in packs_of_it]
     finally:
         queue.cancel(list(packs))
     assert sorted(seen) == sorted(slots)
