@@ -21,7 +21,8 @@ from ablation_sweeps.experiment.clean_passes import CleanPasses
 from ablation_sweeps.experiment.score import _clean, _sums, _targets
 from ablation_sweeps.methods.method import Replacement, values_of
 from ablation_sweeps.models.transformer import Transformer
-from ablation_sweeps.neurons.hooks import Projection, ablated, reading
+from ablation_sweeps.neurons.hooks import Projection, reading
+from ablation_sweeps.neurons.prefix import SharedPrefix
 from ablation_sweeps.neurons.schedule import CLEAN, Point
 from ablation_sweeps.results.metrics import SUMS, curve, ratio
 
@@ -53,6 +54,8 @@ def evaluate(
 ) -> pd.DataFrame:
     """Run one clean pass over each batch, then one ablated pass at each point that is not precise enough yet.
 
+    Layers below the first ablated one are left out where that is exact (see `SharedPrefix`).
+
     Args:
         masks: for each point, one mask per layer; the clean pass needs none.
         common: ids of the most common tokens, which the skip metrics leave out.
@@ -73,11 +76,15 @@ def evaluate(
         UserError: the model gives logits that are not finite, or no position is scored.
     """
     device = model.device
+    prefix = SharedPrefix(model, projections)
+    depths = prefix.depths(masks)
     masks = {point: [mask.to(device) for mask in layers] for point, layers in masks.items()}
     target_stderr = target_stderr if masks else None  # it only concerns points with ablated neurons
     clean = clean or CleanPasses(model)
     limit = PassLimit(model.max_positions_per_pass, note)
-    passes = Passes(model, projections, masks, replacement, common.to(device), top_k, clean, limit, write)
+    passes = Passes(
+        model, projections, masks, replacement, common.to(device), top_k, clean, limit, write, prefix, depths
+    )
     parts = list(done)
     bar = tqdm(batches, desc=f"{model.label}, {len(masks) + 1} passes a batch", delay=2, leave=False, disable=None)
     to_do = prefetch_batches(batches[len(done) :])
@@ -136,6 +143,8 @@ class Passes:
     clean: CleanPasses
     limit: PassLimit
     write: Positions
+    prefix: SharedPrefix
+    depths: dict[Point, int]
 
     def sums(self, whole: Part) -> ScoreSums:
         """Metric sums (`SUMS`) of a batch at each point. A batch that is too large for one pass is run in parts."""
@@ -159,6 +168,10 @@ class Passes:
         Args:
             values: replacement values. None: they are computed from the activations of the clean pass.
         """
+        with self.prefix.over_batch({self.depths[point] for point in self.masks}):
+            return self._sums_over(part, values)
+
+    def _sums_over(self, part: Part, values: list[torch.Tensor] | None) -> ScoreSums:
         batch = part.batch
         size, targets = len(batch.names), _targets(batch)
         if values is None:
@@ -171,13 +184,14 @@ class Passes:
         clean = _clean(logits)
         sums = {CLEAN: _sums(logits, clean, targets, self.common, self.top_k)}
         positions = self.model.in_scope(batch, self.write)
-        for point, layers in self.masks.items():
+        for point in sorted(self.masks, key=lambda point: -self.depths[point]):
             del logits  # there may not be room for two of them
-            with ablated(self.projections, layers, values, size, positions):
+            with self.prefix.ablated(self.depths[point], self.masks[point], values, size, positions):
                 logits = self.model.logits_at(batch, targets.rows)
             sums[point] = _sums(logits, clean, targets, self.common, self.top_k)
         # Copy to the CPU only after the last pass: a GPU is idle while its results are waited for.
-        return dict(zip(sums, torch.stack(list(sums.values())).cpu().numpy(), strict=True))
+        points = [CLEAN, *self.masks]
+        return dict(zip(points, torch.stack([sums[point] for point in points]).cpu().numpy(), strict=True))
 
     def _clean_activations(self, whole: Part) -> list[torch.Tensor]:
         """Clean activations of all examples, `[batch, rows, neurons]` per layer, from several passes if necessary.

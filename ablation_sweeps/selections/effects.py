@@ -13,7 +13,8 @@ from ablation_sweeps.base.lazy import torch
 from ablation_sweeps.data.batch import NOT_SCORED, Batch
 from ablation_sweeps.data.memory import Part, PassLimit, run_in_halves
 from ablation_sweeps.models.transformer import Transformer
-from ablation_sweeps.neurons.hooks import ablated, as_rows, hooked
+from ablation_sweeps.neurons.hooks import as_rows, hooked
+from ablation_sweeps.neurons.prefix import SharedPrefix
 from ablation_sweeps.selections.selection import Selecting
 
 Baseline = Literal["mean", "zero"]
@@ -36,15 +37,17 @@ def exact_effects(
         tokens: number of scored positions, or images, to measure it on; the last batch is used whole. None is all.
     """
     model = selecting.model
-    masks = [selecting.units.masks(unit[None]) for unit in units]
+    masks = {number: selecting.units.masks(unit[None]) for number, unit in enumerate(units)}
+    prefix = SharedPrefix(model, selecting.projections)
+    depths = prefix.depths(masks)
 
     def increases(batch: Batch) -> Float[torch.Tensor, " n"]:
         found = torch.zeros(len(units), dtype=torch.float64)
         positions = model.in_scope(batch, selecting.write)
-        with torch.inference_mode():
+        with torch.inference_mode(), prefix.over_batch({*depths.values()}):
             clean = loss(model, batch)
-            for number, mask in enumerate(masks):
-                with ablated(selecting.projections, mask, values, len(batch.names), positions):
+            for number, mask in masks.items():
+                with prefix.ablated(depths[number], mask, values, len(batch.names), positions):
                     found[number] = loss(model, batch) - clean
         return found
 
