@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from ablation_sweeps.data.batch import Batch, Document
 from ablation_sweeps.data.encoder import Budget
 from ablation_sweeps.experiment import evaluate
-from ablation_sweeps.experiment.evaluate import Masks
 from ablation_sweeps.methods.method import Constant
 from ablation_sweeps.models.transformer import Transformer
 from ablation_sweeps.neurons import sites
 from ablation_sweeps.neurons.hooks import Projection
-from ablation_sweeps.neurons.schedule import Fractions
+from ablation_sweeps.neurons.schedule import Fractions, Point
 from ablation_sweeps.neurons.units import Unit, Units
 from ablation_sweeps.selections.random import Random
 from ablation_sweeps.selections.selection import Selecting
@@ -48,7 +47,9 @@ def selecting_of(projections: Sequence[Projection], units: Units, seed: int = 0)
     return selecting
 
 
-def random_masks(projections: Sequence[Projection], fractions: Sequence[float], seed: int = 0) -> Masks:
+def random_masks(
+    projections: Sequence[Projection], fractions: Sequence[float], seed: int = 0
+) -> dict[Point, list[Tensor]]:
     """The masks of random neurons, as a job with the default options has them."""
     units = Unit(name="neuron").partition(projections)
     orders = Random(label="random").orders(selecting_of(projections, units, seed))

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-Masks = dict[Point, list[Bool[torch.Tensor, " _neurons"]]]  # for each point, one mask per projection
-
 LEAST = 32  # documents or images needed before a standard error may end the evaluation of a point
 
 
@@ -41,7 +39,7 @@ def evaluate(
     model: Transformer,
     projections: list[Projection],
     batches: Sequence[Batch],
-    masks: Masks,
+    masks: dict[Point, list[Bool[torch.Tensor, " _neurons"]]],
     replacement: Replacement,
     common: Int[torch.Tensor, " common"],
     top_k: int,
@@ -120,7 +118,9 @@ def _are_first(batches: Sequence[Batch]) -> bool:
     return len(places) >= LEAST and max(places) + 1 == len(places)
 
 
-def _imprecise(masks: Masks, parts: list[pd.DataFrame], target_stderr: float) -> Masks:
+def _imprecise(
+    masks: dict[Point, list[Bool[torch.Tensor, " _neurons"]]], parts: list[pd.DataFrame], target_stderr: float
+) -> dict[Point, list[Bool[torch.Tensor, " _neurons"]]]:
     """The points of a curve whose standard error is not yet at most the target."""
     loss = pd.concat(parts).groupby("fraction")
     stderr = {fraction: ratio(group["loss"].to_numpy(), group["n"].to_numpy())[1] for fraction, group in loss}
@@ -136,7 +136,7 @@ class Passes:
 
     model: Transformer
     projections: list[Projection]
-    masks: Masks
+    masks: dict[Point, list[Bool[torch.Tensor, " _neurons"]]]
     replacement: Replacement
     common: Int[torch.Tensor, " common"]
     top_k: int

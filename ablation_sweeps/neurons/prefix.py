@@ -13,7 +13,6 @@ from ablation_sweeps.data.batch import pad_and_stack
 from ablation_sweeps.models.transformer import Transformer
 from ablation_sweeps.neurons.hooks import Projection, ablated
 
-Masks = list[Bool[torch.Tensor, " _neurons"]]  # one per projection
 K = TypeVar("K", bound=Hashable)
 
 
@@ -35,7 +34,7 @@ class SharedPrefix:
         self._outputs: dict[int, object] = {}  # by depth
         self._first_ablated = len(self._layers)  # in the pass that runs now
 
-    def depths(self, points: Mapping[K, Masks]) -> dict[K, int]:
+    def depths(self, points: Mapping[K, list[Bool[torch.Tensor, " _neurons"]]]) -> dict[K, int]:
         """The depth of the pass at each point: the largest one that is exact, by a probe of this model."""
         wanted = {point: self._layers_left_alone(masks) for point, masks in points.items()}
         exact = self._exact({*wanted.values()} - {0})
@@ -61,7 +60,7 @@ class SharedPrefix:
     def ablated(
         self,
         depth: int,
-        masks: Masks,
+        masks: list[Bool[torch.Tensor, " _neurons"]],
         values: list[torch.Tensor],
         batch: int,
         positions: Bool[torch.Tensor, "batch rows"] | None = None,
@@ -108,7 +107,7 @@ class SharedPrefix:
 
         return record
 
-    def _layers_left_alone(self, masks: Masks) -> int:
+    def _layers_left_alone(self, masks: list[Bool[torch.Tensor, " _neurons"]]) -> int:
         """Number of layers below the first one in which a neuron is ablated."""
         ablated_layers = [layer for layer, mask in zip(self._layer_of, masks, strict=True) if bool(mask.any())]
         return min(ablated_layers, default=0)

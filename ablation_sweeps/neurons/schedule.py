@@ -11,8 +11,6 @@ from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.base.lazy import torch
 
-Orders = Sequence[Int[torch.Tensor, " _units"]]  # of which each share is taken; see `Selection`
-
 
 class Point(NamedTuple):
     """One point of a result, for which the model is evaluated once.
@@ -40,7 +38,9 @@ class Schedule(Protocol):
     @property
     def content(self) -> object: ...
 
-    def points(self, orders: Orders, n_units: int) -> dict[Point, Int[torch.Tensor, " ablated"]]: ...
+    def points(
+        self, orders: Sequence[Int[torch.Tensor, " _units"]], n_units: int
+    ) -> dict[Point, Int[torch.Tensor, " ablated"]]: ...
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -62,7 +62,9 @@ class Fractions:
         """The fractions."""
         return self.values
 
-    def points(self, orders: Orders, n_units: int) -> dict[Point, Int[torch.Tensor, " ablated"]]:
+    def points(
+        self, orders: Sequence[Int[torch.Tensor, " _units"]], n_units: int
+    ) -> dict[Point, Int[torch.Tensor, " ablated"]]:
         """For each fraction, the first `round(fraction * n)` units of each order."""
         return {
             Point(fraction): torch.cat([order[: round(fraction * len(order))] for order in orders])
@@ -79,6 +81,8 @@ class Each:
         """The name of this schedule."""
         return "each"
 
-    def points(self, orders: Orders, n_units: int) -> dict[Point, Int[torch.Tensor, " ablated"]]:
+    def points(
+        self, orders: Sequence[Int[torch.Tensor, " _units"]], n_units: int
+    ) -> dict[Point, Int[torch.Tensor, " ablated"]]:
         """For each selected unit, in the order of the layers, that unit."""
         return {Point(1 / n_units, unit): torch.tensor([unit]) for unit in sorted(torch.cat([*orders]).tolist())}
