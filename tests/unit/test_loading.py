@@ -8,7 +8,6 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.data.batch import Document, pad_and_stack
 from ablation_sweeps.data.encoder import Budget
+from ablation_sweeps.datasets.digits import Digits
 from ablation_sweeps.experiment import chance as chance_module
 from ablation_sweeps.experiment.evaluate import evaluate
 from ablation_sweeps.experiment.session import Session
@@ -342,8 +342,11 @@ def test_classes_in_another_order_than_the_models_are_refused(job_of, tiny):
     digits = job_of("model=tiny_vit", "dataset=digits")
 
     def chance(*names: str) -> None:
-        dataset = SimpleNamespace(label="mine", class_names=lambda: list(names))
-        chance_module.chance_model(dataclasses.replace(digits, dataset=dataset), model, [], [])
+        class Mine(Digits):
+            def class_names(self) -> list[str]:
+                return list(names)
+
+        chance_module.chance_model(dataclasses.replace(digits, dataset=Mine(label="mine")), model, [], [])
 
     model = dataclasses.replace(tiny("vit"), class_names=("ant", "bee", "cat", "dog", "eel"))
     chance("ant", "bee", "cat", "dog", "eel")
