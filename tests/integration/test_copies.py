@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from PIL import Image
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.hashing import fingerprint_of_file, signature
 from ablation_sweeps.data.batch import SPLITS, Document, Picture
+from ablation_sweeps.datasets.dataset import Dataset
 from ablation_sweeps.datasets.text_files import TextFiles
 from ablation_sweeps.experiment import job
 from ablation_sweeps.experiment.session import Session
@@ -30,12 +30,11 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (14, 8, 8, 3), dtype=np.uint8
 
 
 @dataclass(frozen=True)
-class Own:
+class Own(Dataset):
     """A dataset of a user: nothing but examples."""
 
     modality: str
     label: str = "own"
-    path: ClassVar = None
 
     def fingerprint(self) -> str:
         return self.modality
