@@ -45,7 +45,7 @@ def status(sweep: Sweep) -> None:
     if not console.is_terminal:
         console.width = 200
     console.print(overview(runs))
-    counts = Counter(run_folder.current_status(run)["state"] for run in runs)
+    counts = Counter(run_folder.current_status(run).state for run in runs)
     console.print(", ".join(f"{n} {state}" for state, n in sorted(counts.items())), highlight=False)
 
 

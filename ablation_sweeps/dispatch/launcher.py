@@ -21,7 +21,7 @@ from ablation_sweeps.dispatch.slurm import Slurm, others_may_write
 from ablation_sweeps.dispatch.supervisor import Supervisor
 from ablation_sweeps.dispatch.sweep import Failures, end_of_sweep
 from ablation_sweeps.experiment.config import from_dict
-from ablation_sweeps.results import run_folder
+from ablation_sweeps.results import run_folder, run_status
 
 if TYPE_CHECKING:
     from ablation_sweeps.experiment.job import Job
@@ -55,8 +55,8 @@ def launch(options: Any, jobs: Sequence[Job]) -> None:
             raise
     failures = Failures()
     for folder in work.jobs:
-        if (status := run_folder.status(folder))["state"] != "finished":
-            failures.reasons.append(f"{folder.name}: {status.get('reason', status['state'])}")
+        if not (status := run_status.read(folder)).is_finished:
+            failures.reasons.append(f"{folder.name}: {status.reason or status.state}")
     end_of_sweep(jobs, failures)
 
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.lazy import torch
 from ablation_sweeps.experiment.config import from_dict
-from ablation_sweeps.results import run_folder
+from ablation_sweeps.results import progress, run_folder, run_status
+from ablation_sweeps.results.run_status import RunState
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 
 _leaving = threading.Event()  # set by a signal: errors from then on are not the job's fault
 
-FINISHED_STATES = ("finished", "failed")
 STALLS = 2  # limit of successive time-outs of a pack without progress
 POISONED = 70  # exit status of a process whose GPU has failed
 
@@ -62,14 +62,14 @@ class Pack:
         _log_to_stderr()
         time.sleep(random.random() * self.delay)
         if self.stalls == STALLS:  # otherwise it would be requeued for ever
-            stuck = next(folder for folder in self.folders if run_folder.status(folder)["state"] not in FINISHED_STATES)
-            run_folder.write_status(stuck, "failed", f"no batch was done in {STALLS} runs, each up to its time limit: "
-                                                "raise hydra.launcher.time")  # fmt: skip
+            stuck = next(folder for folder in self.folders if not run_status.read(folder).has_ended)
+            why = f"no batch was done in {STALLS} runs, each up to its time limit: raise hydra.launcher.time"
+            run_status.write_state(stuck, RunState.FAILED, why)
         from ablation_sweeps.experiment.session import Session
 
         session = Session()
         for number, (folder, config) in enumerate(self.configs.items(), start=1):
-            if run_folder.status(Path(folder))["state"] == "failed":  # before this pack was requeued
+            if run_status.read(Path(folder)).state == RunState.FAILED:  # before this pack was requeued
                 continue
             log.info("[%d/%d] %s", number, len(self.configs), Path(folder).name)
             _run(Path(folder), config, session)
@@ -79,8 +79,8 @@ class Pack:
         from submitit.helpers import DelayedSubmission
 
         _leaving.set()
-        over = sum(run_folder.status(folder)["state"] in FINISHED_STATES for folder in self.folders)
-        reached = over, sum(run_folder.batches_done(folder) for folder in self.folders)
+        over = sum(run_status.read(folder).has_ended for folder in self.folders)
+        reached = over, sum(progress.batches_done(folder) for folder in self.folders)
         stalls = self.stalls + 1 if reached == self.reached else 0
         return DelayedSubmission(replace(self, reached=reached, stalls=stalls))
 
@@ -118,13 +118,14 @@ def _run(folder: Path, config: dict[str, Any], session: Session) -> None:
     except Exception as error:
         log.exception("failed: %s", folder.name)
         if _leaving.is_set():  # the error was raised by submitit's handler of USR2
-            if run_folder.status(folder)["state"] != "finished":
-                run_folder.write_status(folder, "interrupted", f"out of time, and could not be requeued: {error}")
+            if not run_status.read(folder).is_finished:
+                why = f"out of time, and could not be requeued: {error}"
+                run_status.write_state(folder, RunState.INTERRUPTED, why)
             sys.exit(1)
         if poisons(error):
-            run_folder.write_status(folder, "died", f"{type(error).__name__}: {error}".splitlines()[0])
+            run_status.write_state(folder, RunState.DIED, f"{type(error).__name__}: {error}".splitlines()[0])
             sys.exit(POISONED)
-        if run_folder.status(folder)["state"] != "finished":
+        if not run_status.read(folder).is_finished:
             run_folder.fail(folder, error)  # an error outside of what run_job handles
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ablation_sweeps.base.terminal import counted
 from ablation_sweeps.dispatch.packs import packed
-from ablation_sweeps.results import run_folder
+from ablation_sweeps.results import progress, run_folder
 
 if TYPE_CHECKING:
     from ablation_sweeps.experiment.job import Job
@@ -23,7 +23,7 @@ def plan(jobs: Sequence[Job], most: int | None, max_concurrent_packs: int) -> No
     took: list[float | None] = []
     for number, pack in enumerate(packs, start=1):
         job = missing[pack.folders[0]]
-        begun = sum(run_folder.batches_done(folder) > 0 for folder in pack.folders)
+        begun = sum(progress.batches_done(folder) > 0 for folder in pack.folders)
         each = past[job.cost_key]
         took.append(each and each * len(pack.folders))
         about = f", about {duration(took[-1])}" if took[-1] else ""

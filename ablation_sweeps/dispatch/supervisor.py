@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.terminal import counted
-from ablation_sweeps.dispatch.packs import FINISHED_STATES, Pack, packed
+from ablation_sweeps.dispatch.packs import Pack, packed
 from ablation_sweeps.dispatch.scheduler import PackState, Scheduler
 from ablation_sweeps.dispatch.watch import Watcher
-from ablation_sweeps.results import run_folder
+from ablation_sweeps.results import progress, run_folder, run_status
+from ablation_sweeps.results.run_status import RunState
 
 if TYPE_CHECKING:
     from ablation_sweeps.experiment.job import Job
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0  # between two reads of the jobs' files
 NOT_SEEN = PackState("UNKNOWN", "", False, "")  # only the scheduler can say that a pack is over
 NOBODYS_FAULT = ("PREEMPTED", "BOOT_FAIL")
+NOT_ENDED_BY_ITSELF = (RunState.RUNNING, RunState.DIED, RunState.DAMAGED)
 MEMORY = re.compile(r"oom.?kill|out of memory|OutOfMemory|\bKilled\b|SIGKILL|MemoryError", re.IGNORECASE)
 
 
@@ -53,10 +55,10 @@ class Supervisor:
         earlier = self.scheduler.live_packs()
         # Only now: jobs that ended while the queue was asked are finished, and in no pack.
         missing = {folder: job for folder, job in self.jobs.items() if not run_folder.finished(folder)}
-        self.reached = {folder: run_folder.batches_done(folder) for folder in missing}
+        self.reached = {folder: progress.batches_done(folder) for folder in missing}
         for pack, folders in earlier.items():
             mine = [Path(folder) for folder in folders if Path(folder) in missing]
-            mine = [folder for folder in mine if run_folder.status(folder)["state"] != "failed"]  # it is past these
+            mine = [folder for folder in mine if run_status.read(folder).state != RunState.FAILED]  # it is past these
             if mine:
                 self.packs[pack] = mine
         if self.packs:
@@ -76,7 +78,7 @@ class Supervisor:
                 self.packs |= {name: pack.folders for name, pack in self.scheduler.submit(some).items()}
             except UserError as error:
                 for folder in (folder for pack in packs[start:] for folder in pack.folders):
-                    run_folder.write_status(folder, "failed", str(error))
+                    run_status.write_state(folder, RunState.FAILED, str(error))
                 if not self.packs:
                     raise
                 log.error("%s; %s already in the queue", error, counted(len(self.packs), "pack"))
@@ -88,8 +90,8 @@ class Supervisor:
             while True:
                 places, again = self.scheduler.poll(), []
                 for pack in list(self.packs):
-                    states = [run_folder.status(folder)["state"] for folder in self.packs[pack]]
-                    if all(state in FINISHED_STATES for state in states):
+                    statuses = [run_status.read(folder) for folder in self.packs[pack]]
+                    if all(status.has_ended for status in statuses):
                         del self.packs[pack]
                     elif places is not None:
                         place = places.get(pack, NOT_SEEN)
@@ -105,32 +107,35 @@ class Supervisor:
     def _is_over(self, pack: str, place: PackState) -> bool:
         """True if a pack is over, twice in a row: SLURM may report so just before it requeues a job."""
         before = pack in self.over
-        (self.over.add if place.is_over else self.over.discard)(pack)
+        if place.is_over:
+            self.over.add(pack)
+        else:
+            self.over.discard(pack)
         return place.is_over and before
 
     def _recover(self, pack: str, place: PackState) -> list[Pack]:
         """Packs with the jobs of a dead process: one for the job that was running, and one for the others."""
-        left = {folder: run_folder.status(folder)["state"] for folder in self.packs.pop(pack)}
-        left = {folder: state for folder, state in left.items() if state not in FINISHED_STATES}
+        statuses = {folder: run_status.read(folder) for folder in self.packs.pop(pack)}
+        left = {folder: status for folder, status in statuses.items() if not status.has_ended}
         reason = self._reason(pack, place)
         if place.state == "CANCELLED":
             for folder in left:
-                run_folder.write_status(
-                    folder, "failed", "cancelled, not by this launcher; the same command runs it again"
+                run_status.write_state(
+                    folder, RunState.FAILED, "cancelled, not by this launcher; the same command runs it again"
                 )
             return []
-        culprits = [folder for folder, state in left.items() if state in ("running", "died", "damaged")]
-        if not culprits and "interrupted" not in left.values():
+        culprits = [folder for folder, status in left.items() if status.state in NOT_ENDED_BY_ITSELF]
+        if not culprits and all(status.state != RunState.INTERRUPTED for status in left.values()):
             culprits = list(left)  # it died before any job began: is the environment of the nodes right?
         for folder in culprits:
-            further = run_folder.batches_done(folder) > self.reached.get(folder, 0)
-            self.reached[folder] = run_folder.batches_done(folder)
+            further = progress.batches_done(folder) > self.reached.get(folder, 0)
+            self.reached[folder] = progress.batches_done(folder)
             self.deaths[folder] += not (further or place.state in NOBODYS_FAULT)
         gone = [folder for folder in culprits if self.deaths[folder] >= self.max_attempts]
         for folder in gone:
-            died = run_folder.status(folder).get("reason") if left[folder] == "died" else reason
-            run_folder.write_status(folder, "failed", f"its process died {self.deaths[folder]} times: {died}")
-            log.error("failed: %s: %s", folder.name, run_folder.status(folder).get("reason"))
+            died = left[folder].reason if left[folder].state == RunState.DIED else reason
+            run_status.write_state(folder, RunState.FAILED, f"its process died {self.deaths[folder]} times: {died}")
+            log.error("failed: %s: %s", folder.name, run_status.read(folder).reason)
         alone = [packed([self.jobs[folder]], 1)[0] for folder in culprits if folder not in gone]
         others = packed([self.jobs[folder] for folder in left if folder not in culprits], None)
         if alone or others:

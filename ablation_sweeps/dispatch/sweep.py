@@ -19,7 +19,8 @@ from ablation_sweeps.data.batch import Split
 from ablation_sweeps.dispatch.plan import plan
 from ablation_sweeps.experiment.config import to_job
 from ablation_sweeps.report import write
-from ablation_sweeps.results import run_folder
+from ablation_sweeps.results import progress, run_folder, run_status
+from ablation_sweeps.results.run_status import RunState
 
 if TYPE_CHECKING:
     from ablation_sweeps.experiment.job import Job
@@ -76,14 +77,13 @@ class Failures:
             chained = chained.__cause__ or chained.__context__
 
 
+NOT_DONE = (RunState.NEW, RunState.INTERRUPTED, RunState.DIED, RunState.DAMAGED)  # and in no other process
+
+
 @contextmanager
 def waiting(jobs: Sequence[Job]) -> Iterator[None]:
     """Context manager: mark the jobs as queued, so that `status` and `retry` list those that never run here."""
-    mine = [
-        job
-        for job in jobs
-        if run_folder.current_status(job.folder)["state"] in ("new", "interrupted", "died", "damaged")
-    ]
+    mine = [job for job in jobs if run_folder.current_status(job.folder).state in NOT_DONE]
     for job in mine:
         run_folder.queue(job.folder, job.config, survives_launcher=False)
     try:
@@ -94,7 +94,7 @@ def waiting(jobs: Sequence[Job]) -> Iterator[None]:
 
 def _say_what_other_code_did(jobs: Sequence[Job]) -> None:
     """Say which results are from another version of this code: editing it does not change the name of a result."""
-    finished = [job.folder for job in jobs if run_folder.status(job.folder)["state"] == "finished"]
+    finished = [job.folder for job in jobs if run_status.read(job.folder).is_finished]
     other = [folder.name for folder in finished if run_folder.environment(folder).get("code") != code()]
     if other:
         named = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
@@ -111,8 +111,8 @@ def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
         UserError: a job failed, or the tracker does not take what it must.
     """
     for job in jobs:
-        if run_folder.status(job.folder)["state"] == "finished":
-            run_folder.remove_progress(job.folder)
+        if run_status.read(job.folder).is_finished:
+            progress.remove(job.folder)
     folders = dict.fromkeys(job.folder.parent for job in jobs)
     with_results = [folder for folder in folders if not failures.reasons or list(folder.glob("*/rows.parquet"))]
     for folder in with_results:
@@ -129,7 +129,7 @@ def end_of_sweep(jobs: Sequence[Job], failures: Failures) -> None:
             log.error("%s", error)  # failures come last, where they are seen
     if failures.reasons:
         n = len(failures.reasons)
-        done = sum(run_folder.status(job.folder)["state"] == "finished" for job in jobs)
+        done = sum(run_status.read(job.folder).is_finished for job in jobs)
         others = "the others are" if done == len(jobs) - n else f"{done} {'is' if done == 1 else 'are'}"
         others = f", {others} finished and kept" if done else ""
         raise UserError(

@@ -10,9 +10,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ablation_sweeps.dispatch.packs import FINISHED_STATES
 from ablation_sweeps.dispatch.scheduler import PackState
-from ablation_sweeps.results import run_folder
+from ablation_sweeps.results import progress, run_folder, run_status
+from ablation_sweeps.results.run_status import RunState, RunStatus
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,7 +50,7 @@ class Watcher:
             self.said = time.monotonic()
             states = Counter(place.state.lower() for _, place in packs.values())
             folders = [folder for folders, _ in packs.values() for folder in folders]
-            done = sum(run_folder.status(folder)["state"] == "finished" for folder in folders)
+            done = sum(run_status.read(folder).is_finished for folder in folders)
             packs_are = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
             whys = sorted({place.reason for _, place in packs.values() if place.reason and not place.is_over})
             because = f" ({', '.join(whys)})" if whys else ""
@@ -64,23 +64,23 @@ def table(packs: Packs) -> Table:
 
     shown = Table("pack", "node", "state", "jobs", "at", "left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, (folders, place) in list(packs.items())[:ROWS]:
-        statuses = {folder: run_folder.status(folder) for folder in folders}
-        done = sum(status["state"] in FINISHED_STATES for status in statuses.values())
-        running = [folder for folder, status in statuses.items() if status["state"] == "running"]
-        at, left = progress(running[0], statuses[running[0]]) if running else (place.reason, "")
+        statuses = {folder: run_status.read(folder) for folder in folders}
+        done = sum(status.has_ended for status in statuses.values())
+        running = [folder for folder, status in statuses.items() if status.state == RunState.RUNNING]
+        at, left = progress_of(running[0], statuses[running[0]]) if running else (place.reason, "")
         shown.add_row(name, place.node, place.state.lower(), f"{done}/{len(folders)}", at, left)
     if len(packs) > ROWS:
         shown.add_row(f"and {len(packs) - ROWS} more", "", "", "", "", "")
     return shown
 
 
-def progress(folder: Path, status: run_folder.Status) -> tuple[str, str]:
+def progress_of(folder: Path, status: RunStatus) -> tuple[str, str]:
     """Name of a job with its batches done, and the time left if later batches take as long as those done."""
-    total, done = status.get("batches"), run_folder.batches_done(folder)
-    if not total or "started" not in status:
+    total, done = status.batches, progress.batches_done(folder)
+    if not total or status.started is None:
         return f"{folder.name} (loading)", ""
-    spent = (datetime.now(timezone.utc) - datetime.fromisoformat(status["started"])).total_seconds()
-    lately = done - status.get("begun_at", 0)
+    spent = (datetime.now(timezone.utc) - datetime.fromisoformat(status.started)).total_seconds()
+    lately = done - (status.begun_at or 0)
     left = f"{spent / lately * (total - done):.0f} s" if lately > 0 else ""
     return f"{folder.name} {done}/{total}", left
 
@@ -94,7 +94,8 @@ def overview(runs: Sequence[Path]) -> Table:
     shown = Table("job", "state", "where", "how far, or why", box=box.SIMPLE_HEAD, pad_edge=False)
     for run in runs:
         status = run_folder.current_status(run)
-        total = status.get("batches")
-        far = f"{run_folder.batches_done(run)}/{total} batches" if status["state"] == "running" and total else ""
-        shown.add_row(*map(Text, (run.name, status["state"], status.get("host", ""), status.get("reason", far))))
+        far = ""
+        if status.state == RunState.RUNNING and status.batches:
+            far = f"{progress.batches_done(run)}/{status.batches} batches"
+        shown.add_row(*map(Text, (run.name, str(status.state), status.host or "", status.reason or far)))
     return shown

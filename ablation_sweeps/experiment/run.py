@@ -20,7 +20,7 @@ from ablation_sweeps.methods.method import Fitting, Replacement
 from ablation_sweeps.neurons import sites
 from ablation_sweeps.neurons.schedule import CLEAN
 from ablation_sweeps.neurons.units import Units
-from ablation_sweeps.results import run_folder
+from ablation_sweeps.results import progress, run_folder, run_status
 from ablation_sweeps.results.record import RunRecord
 from ablation_sweeps.selections.selection import Selecting
 
@@ -57,7 +57,7 @@ def run_job(job: Job, session: Session | None = None) -> Path:
             documents, rows = measure(job, folder, session or Session())
             run_folder.finish(folder, rows, documents, time.perf_counter() - started, job.cost_key)
         except BaseException as error:
-            if run_folder.status(folder)["state"] != "finished":  # after that, only tidying up can fail
+            if not run_status.read(folder).is_finished:  # after that, only tidying up can fail
                 run_folder.fail(folder, error)
             raise
     if job.tracking.log_run(RunRecord.of(folder)):  # only a mirror: results on disk do not depend on it
@@ -133,8 +133,10 @@ def measure(job: Job, folder: Path, session: Session) -> tuple[pd.DataFrame, pd.
     # Evaluate: one clean pass over each batch, and one at each point.
     chance = chance_model(job, model, batches, calibration)
     top_k = job.eval.top_k_images if model.modality == "image" else job.eval.top_k
-    done = run_folder.progress(folder, [batch.names for batch in batches])
-    run_folder.expect(folder, len(batches))
+    done = progress.load(
+        folder, [batch.names for batch in batches], warn=lambda text: run_folder.add_warning(folder, text)
+    )
+    run_status.expect(folder, len(batches))
     documents = evaluate(
         model=model,
         projections=projections,
@@ -144,7 +146,7 @@ def measure(job: Job, folder: Path, session: Session) -> tuple[pd.DataFrame, pd.
         common=chance.common,
         top_k=top_k,
         done=done,
-        save=lambda number, sums: run_folder.save_progress(folder, number, sums),
+        save=lambda number, sums: progress.save(folder, number, sums),
         note=lambda text: run_folder.add_warning(folder, text),
         target_stderr=job.eval.target_stderr,
         clean=session.clean_passes(job),

@@ -78,10 +78,10 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
         console.print(Text(encodable(said, console)), soft_wrap=True)
     write_csv(comparisons([(study, found) for study, (found, _, _) in both]), sweep_dir / "comparisons.csv")
     failures = [
-        (run.name, found["state"], str(found.get("reason", "")))
+        (run.name, str(found.state), found.reason or "")
         for sweep in (sweep_dir, *more)
         for run in sorted({path.parent for name in FOUND_BY for path in Path(sweep).rglob(name)})  # at any depth
-        if (found := run_folder.current_status(run))["state"] != "finished"
+        if not (found := run_folder.current_status(run)).is_finished
     ]
     files.write_text(sweep_dir / "report.html", page.render(sweep_dir.absolute().name, shown, failures))
     return [*written, sweep_dir / "comparisons.csv", sweep_dir / "report.html"]

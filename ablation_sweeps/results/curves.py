@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.lazy import pd
 from ablation_sweeps.base.terminal import as_typed, typed_subcommand
-from ablation_sweeps.results import run_folder
+from ablation_sweeps.results import run_folder, run_status
 from ablation_sweeps.results.comparison import half_gone_at, shared
 from ablation_sweeps.results.metrics import (
     is_whole,
@@ -75,9 +75,7 @@ def read_curves(*sweeps: str | Path) -> DataFrame:
 
 
 def _nothing_below(sweeps: Sequence[str | Path]) -> str:
-    states = Counter(
-        run_folder.current_status(run)["state"] for sweep in sweeps for run in run_folder.runs(Path(sweep))
-    )
+    states = Counter(run_folder.current_status(run).state for sweep in sweeps for run in run_folder.runs(Path(sweep)))
     remedy = "name the folder of a sweep (results/<sweep>) that has run"
     if states:
         known = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
@@ -161,9 +159,7 @@ def _differing(runs: dict[str, list[Path]], rows: DataFrame) -> dict[str, str]:
 
 
 def _finished(runs: list[Path]) -> str:
-    return (
-        max(str(run_folder.status(run).get("time")) for run in runs).removesuffix("+00:00").replace("T", " ") + " UTC"
-    )
+    return max(str(run_status.read(run).time) for run in runs).removesuffix("+00:00").replace("T", " ") + " UTC"
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:

@@ -4,25 +4,26 @@ progress of an unfinished run."""
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from dataclasses import replace
 from pathlib import Path
 from socket import gethostname
-from typing import Annotated, Literal
+from typing import Any
 
-from pydantic import AfterValidator, ConfigDict
-from typing_extensions import NotRequired, TypedDict
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
 
 from ablation_sweeps.base import files, hashing
 from ablation_sweeps.base.environment import describe, peak_memory
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.lazy import pd
 from ablation_sweeps.base.terminal import counted, plain
+from ablation_sweeps.results import progress, run_status
+from ablation_sweeps.results.run_status import RunState, RunStatus
 
 log = logging.getLogger(__name__)
 
@@ -30,45 +31,7 @@ log = logging.getLogger(__name__)
 GOES_ON = "the same command goes on where it was"
 WAITED = "stopped while it waited; the same command runs it"
 TOGETHER = "together"  # how texts are passed to the model, unless environment.json says otherwise
-CLOCKS = 5.0  # maximum difference in seconds between the clocks of files and of processes
 FILES = ("config.yaml", "environment.json", "documents.parquet", "rows.parquet")  # of a finished run, besides status
-
-
-def _is_time(text: str) -> str:
-    if datetime.fromisoformat(text).tzinfo is None:
-        raise ValueError("a time without a zone")
-    return text
-
-
-Time = Annotated[str, AfterValidator(_is_time)]
-
-
-class Status(TypedDict):
-    """Content of status.json.
-
-    Attributes:
-        state: "new" and "damaged" are never written: the file does not exist, or its content cannot be true.
-        host, pid: process that runs the job, or will run it; absent if a cluster decides that.
-        ran: True if the job had begun before it was queued or stopped.
-        batches: number of batches in the evaluation split.
-        begun_at: number of batches that were done when the process began.
-        sha256: checksums of the files of a finished run; for status.json, of the rest of its content.
-        run: name of the folder in which the run finished.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
-    state: Literal["new", "queued", "running", "interrupted", "died", "failed", "finished", "damaged"]
-    reason: NotRequired[str]
-    time: NotRequired[Time]
-    started: NotRequired[Time]
-    host: NotRequired[str]
-    pid: NotRequired[int]
-    ran: NotRequired[bool]
-    batches: NotRequired[int]
-    begun_at: NotRequired[int]
-    sha256: NotRequired[dict[str, str]]
-    run: NotRequired[str]
 
 
 class Environment(TypedDict, total=False):
@@ -137,10 +100,10 @@ def finished(folder: Path) -> bool:
 
 
 def _is_whole(folder: Path) -> bool:
-    if (damage := damaged(folder)) is not None:
-        log.warning("%s: %s; a launch computes it again", folder, damage)
+    if (found := damaged(folder)) is not None:
+        log.warning("%s: %s; a launch computes it again", folder, found)
         return False
-    return status(folder)["state"] == "finished"
+    return run_status.read(folder).is_finished
 
 
 def damaged(folder: Path) -> str | None:
@@ -148,21 +111,21 @@ def damaged(folder: Path) -> str | None:
 
     Files that are not part of a finished run may be absent, but status.json must be readable in any state.
     """
-    found = status(folder)
-    if found["state"] == "damaged":
-        return found.get("reason")
-    if found["state"] != "finished":
+    found = run_status.read(folder)
+    if found.state == RunState.DAMAGED:
+        return found.reason
+    if not found.is_finished:
         return None
-    sums = found.get("sha256", {})
+    sums = found.sha256
     if "status.json" not in sums:
         return _damaged_earlier(folder, sums)
     for name in FILES:
         if name in sums and hashing.sha256_of(folder / name) != sums[name]:
             return _damage(folder / name)
-    if _own_sum(found) != sums["status.json"]:
+    if status_sum(files.read_json(folder / "status.json") or {}) != sums["status.json"]:
         return _damage(folder / "status.json")
-    if found.get("run") != folder.name:
-        return f"status.json is that of another run ({found.get('run')})"
+    if found.run != folder.name:
+        return f"status.json is that of another run ({found.run})"
     return None
 
 
@@ -184,19 +147,22 @@ def _damaged_earlier(folder: Path, sums: dict[str, str]) -> str | None:
     return None if folder.name.startswith(name) else f"config.yaml is altered: its folder would be {name}..."
 
 
-def _own_sum(status: Status) -> str:
-    """sha256 of a finished run's status.json, without this checksum."""
+def _damage(file: Path) -> str:
+    return f"{file.name} is {run_status.damage(file)}"
+
+
+def status_sum(status: dict[str, Any]) -> str:
+    """sha256 of the content of a finished run's status.json, without this checksum.
+
+    It covers the file as it is: another version may have written more than `RunStatus` knows.
+    """
     others = {name: sha256 for name, sha256 in status.get("sha256", {}).items() if name != "status.json"}
     return hashlib.sha256(json.dumps({**status, "sha256": others}, sort_keys=True).encode()).hexdigest()
 
 
-def _damage(file: Path) -> str:
-    return f"{file.name} is {'damaged (truncated or altered)' if file.exists() else 'missing'}"
-
-
 def result(folder: Path, name: str) -> pd.DataFrame | None:
     """A table of a finished run; None if the run is not finished or, with a warning, if one of its files is damaged."""
-    return files.read_table(folder / name, status(folder).get("sha256", {}).get(name)) if _is_whole(folder) else None
+    return files.read_table(folder / name, run_status.read(folder).sha256.get(name)) if _is_whole(folder) else None
 
 
 def runs(sweep: Path) -> list[Path]:
@@ -231,8 +197,10 @@ def queue(folder: Path, config: dict, survives_launcher: bool) -> None:
         survives_launcher: True if the job will run even if this process ends.
     """
     _write_config(folder, config)
-    by = {} if survives_launcher else _process()
-    files.write_json(folder / "status.json", {"state": "queued", "time": _now(), **_ran(folder), **by})
+    queued = RunStatus(RunState.QUEUED, time=run_status.now(), ran=run_status.has_run(folder))
+    if not survives_launcher:
+        queued = replace(queued, host=gethostname(), pid=os.getpid())
+    run_status.write(folder, queued)
 
 
 def mark_interrupted(folders: Iterable[Path], killed: bool = False) -> None:
@@ -244,26 +212,19 @@ def mark_interrupted(folders: Iterable[Path], killed: bool = False) -> None:
     """
     with suppress(OSError, UserError):  # a full disk may be the cause
         for folder in folders:
-            found = status(folder)
-            if found["state"] == "queued":
-                write_status(folder, "interrupted", _why_stopped(folder, found))
-            elif killed and found["state"] == "running":
-                write_status(folder, "interrupted", f"cancelled while it ran; {GOES_ON}")
+            found = run_status.read(folder)
+            if found.state == RunState.QUEUED:
+                run_status.write_state(folder, RunState.INTERRUPTED, _why_stopped(folder, found))
+            elif killed and found.state == RunState.RUNNING:
+                run_status.write_state(folder, RunState.INTERRUPTED, f"cancelled while it ran; {GOES_ON}")
 
 
-def _why_stopped(folder: Path, queued: Status) -> str:
+def _why_stopped(folder: Path, queued: RunStatus) -> str:
     """Why a queued run will not be run. It was waiting, but may have run before."""
-    if not queued.get("ran"):
+    if not queued.ran:
         return WAITED
-    done = counted(batches_done(folder), "batch", "es")
+    done = counted(progress.batches_done(folder), "batch", "es")
     return f"interrupted when it had run ({done} kept), then stopped while it waited to go on; {GOES_ON}"
-
-
-def _ran(folder: Path) -> dict[str, bool]:
-    """Entry of a new status: `ran` is True if the job was begun and not finished."""
-    found = status(folder)
-    began = found["state"] in ("running", "died") or found.get("ran") or batches_done(folder) > 0
-    return {"ran": True} if began and found["state"] != "finished" else {}
 
 
 def _write_config(folder: Path, config: dict) -> None:
@@ -279,9 +240,11 @@ def begin(folder: Path, config: dict) -> None:
     kept = {key: value for key, value in earlier.items() if key in ("notes", "texts")}
     files.write_json(folder / "environment.json", now | kept)
     before = {key: earlier.get(key) for key in ("code", "packages", "device", "threads")}
-    if batches_done(folder) and any(before[key] != now[key] for key in before):
-        add_warning(folder, f"begun elsewhere ({counted(batches_done(folder), 'batch', 'es')}): {json.dumps(before)}")
-    files.write_json(folder / "status.json", _running())
+    if progress.batches_done(folder) and any(before[key] != now[key] for key in before):
+        add_warning(
+            folder, f"begun elsewhere ({counted(progress.batches_done(folder), 'batch', 'es')}): {json.dumps(before)}"
+        )
+    run_status.write(folder, run_status.running_here())
 
 
 def add_warning(folder: Path, text: str, level: int = logging.WARNING) -> None:
@@ -318,8 +281,8 @@ def remember_texts(folder: Path, passed: str) -> None:
     before = texts_of(folder)
     if (passed or TOGETHER) == before:
         return
-    if done := batches_done(folder):
-        remove_progress(folder)
+    if done := progress.batches_done(folder):
+        progress.remove(folder)
         add_warning(folder, f"texts are passed {passed or TOGETHER}, but were passed {before} in "
                      f"{counted(done, 'batch', 'es')} of an earlier launch, computed again")  # fmt: skip
     others = {key: value for key, value in environment(folder).items() if key != "texts"}
@@ -331,39 +294,21 @@ def fail(folder: Path, error: BaseException) -> None:
     log.debug("the job stopped", exc_info=error)
     with suppress(OSError, UserError):  # a full disk may be the cause, but the first error counts
         if isinstance(error, Exception):
-            write_status(folder, "failed", plain(error))
+            run_status.write_state(folder, RunState.FAILED, plain(error))
         else:
-            write_status(folder, "interrupted", f"by a signal while it ran; {GOES_ON}")
-
-
-def write_status(folder: Path, state: str, reason: str | None = None) -> None:
-    """Write the state of a job: queued, running, interrupted, died (with its process), failed or finished."""
-    why = {"reason": reason} if reason else {}
-    files.write_json(folder / "status.json", {"state": state, **why, "time": _now(), **_ran(folder)})
-
-
-def expect(folder: Path, batches: int) -> None:
-    """Record how many batches there are, and how many are done already, so that progress can be shown."""
-    found = status(folder)
-    running: Status = found if found["state"] == "running" else _running()
-    files.write_json(folder / "status.json", {**running, "batches": batches, "begun_at": batches_done(folder)})
-
-
-def batches_done(folder: Path) -> int:
-    """Number of batches of an unfinished run whose results are saved."""
-    return len(_progress_files(folder))
+            run_status.write_state(folder, RunState.INTERRUPTED, f"by a signal while it ran; {GOES_ON}")
 
 
 def mark_published(folder: Path, place: str) -> None:
     """Record that W&B has the rows of this run, at `place`."""
-    rows = status(folder).get("sha256", {}).get("rows.parquet")
-    files.write_json(folder / "wandb.json", {"rows": rows, "place": place, "time": _now()})
+    rows = run_status.read(folder).sha256.get("rows.parquet")
+    files.write_json(folder / "wandb.json", {"rows": rows, "place": place, "time": run_status.now()})
 
 
 def published(folder: Path, place: str) -> bool:
     """True if W&B has the present rows of this run, at `place`."""
     marked = files.read_json(folder / "wandb.json", Published) or {}
-    rows = status(folder).get("sha256", {}).get("rows.parquet")
+    rows = run_status.read(folder).sha256.get("rows.parquet")
     return rows is not None and (marked.get("rows"), marked.get("place")) == (rows, place)
 
 
@@ -384,60 +329,24 @@ def environment(folder: Path) -> Environment:
     return files.read_json(folder / "environment.json", Environment) or {}
 
 
-def status(folder: Path) -> Status:
-    """Content of status.json; "damaged" if it cannot be read, or is missing beside results."""
-    file = folder / "status.json"
-    found = files.read_json(file, Status)
-    if found is None and not file.exists() and not (folder / "rows.parquet").exists():
-        return {"state": "new"}
-    if found is None or found["state"] in ("new", "damaged") or ("host" in found) != ("pid" in found):
-        return {"state": "damaged", "reason": _damage(file)}
-    return found
-
-
-def current_status(folder: Path) -> Status:
+def current_status(folder: Path) -> RunStatus:
     """The status, corrected for what a killed process could not write, and for damaged files."""
-    found = status(folder)
+    found = run_status.read(folder)
     if (damage := damaged(folder)) is not None:
-        return {**found, "state": "damaged", "reason": f"{damage}; the same command computes it again"}
-    pid, since = found.get("pid"), found.get("started") or found.get("time")
-    if found.get("host") != gethostname() or pid is None or since is None or not _gone(pid, since):
+        return replace(found, state=RunState.DAMAGED, reason=f"{damage}; the same command computes it again")
+    if not run_status.is_gone(found):
         return found
-    if found["state"] == "running" and files.is_locked(folder):  # by a process that is not visible in this container
+    if found.state == RunState.RUNNING and files.is_locked(folder):  # by a process not visible in this container
         return found
-    if found["state"] == "queued":
-        return {**found, "state": "interrupted", "reason": _why_stopped(folder, found)}
-    return {**found, "state": "died", "reason": f"its process is gone; {GOES_ON}"}
+    if found.state == RunState.QUEUED:
+        return replace(found, state=RunState.INTERRUPTED, reason=_why_stopped(folder, found))
+    return replace(found, state=RunState.DIED, reason=f"its process is gone; {GOES_ON}")
 
 
 def is_held(folder: Path) -> bool:
     """True if a process on this machine runs the job, or will run it."""
     found = current_status(folder)
-    return found["state"] in ("queued", "running") and found.get("host") == gethostname()
-
-
-def _gone(pid: int, wrote: str) -> bool:
-    """True if a process has ended.
-
-    A process that began after the status was written is another one: process ids are reused, in a container even soon.
-    """
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        if process.status() == psutil.STATUS_ZOMBIE:  # killed, but still known to its parent
-            return True
-        return process.create_time() > datetime.fromisoformat(wrote).timestamp() + CLOCKS
-    except psutil.NoSuchProcess:
-        return True
-
-
-def _running() -> Status:
-    return {"state": "running", "started": _now(), "host": gethostname(), "pid": os.getpid()}
-
-
-def _process() -> dict[str, object]:
-    return {"host": gethostname(), "pid": os.getpid()}
+    return found.state in (RunState.QUEUED, RunState.RUNNING) and found.host == gethostname()
 
 
 def finish(folder: Path, rows: pd.DataFrame, documents: pd.DataFrame, seconds: float, like: str = "") -> None:
@@ -450,70 +359,7 @@ def finish(folder: Path, rows: pd.DataFrame, documents: pd.DataFrame, seconds: f
     sums = {name: files.write_table(folder / name, table) for name, table in tables.items()}
     update_environment(folder, **peak_memory(), seconds=round(seconds, 2), like=like)
     sums = {name: sha256 for name in FILES if (sha256 := hashing.sha256_of(folder / name))} | sums
-    content: Status = {"state": "finished", "time": _now(), "run": folder.name, "sha256": sums}
-    sums["status.json"] = _own_sum(content)
-    files.write_json(folder / "status.json", content)
-    remove_progress(folder)
-
-
-def remove_progress(folder: Path) -> None:
-    """Delete progress files, which a process leaves behind if it is killed just after the run has finished."""
-    for file in _progress_files(folder):
-        file.unlink(missing_ok=True)
-
-
-def progress(folder: Path, names: Sequence[Sequence[str]] | None = None) -> list[pd.DataFrame]:
-    """Saved metric sums of the batches of an interrupted run, up to the first gap.
-
-    Args:
-        names: names of the documents in each batch as it is now. From the first batch with other documents on (from an
-            earlier version's data), all saved sums are discarded. None: not compared.
-    """
-    tables = []
-    parts = _progress_files(folder)
-    for number, file in enumerate(parts):
-        table = _read_progress(file, number)
-        if table is not None and names is not None and not _is_of(table, names[number : number + 1]):
-            add_warning(
-                folder, f"batches from the {number + 1}. on were of other documents before; they are computed again"
-            )
-            table = None
-        if table is None:
-            for useless in parts[number:]:
-                useless.unlink()
-            break
-        tables.append(table)
-    if tables:
-        log.info("%s: continues after %s", folder.name, counted(len(tables), "batch", "es"))
-    return tables
-
-
-def _is_of(table: pd.DataFrame, batch: Sequence[Sequence[str]]) -> bool:
-    """True if the sums are those of the documents in `batch`, a list of one batch or none."""
-    clean = table.loc[table["fraction"] == 0, "name"]
-    return [clean.tolist()] == [list(names) for names in batch]
-
-
-def save_progress(folder: Path, number: int, table: pd.DataFrame) -> None:
-    """Save the sums of batch `number` in a file whose name contains a checksum of its content, run and batch."""
-    content, place = table.to_parquet(index=False), f"progress-{number:06d}"
-    files.write_bytes(folder / f"{place}-{hashing.sha256_at(folder / place, content)[:16]}.parquet", content)
-
-
-def _read_progress(file: Path, number: int) -> pd.DataFrame | None:
-    """Sums of batch `number`; None if the file is from another batch or run or, with a warning, damaged."""
-    place, _, sha256 = file.stem.rpartition("-")
-    if place != f"progress-{number:06d}":
-        return None
-    content = file.read_bytes()
-    if hashing.sha256_at(file.with_name(place), content).startswith(sha256):
-        return pd.read_parquet(io.BytesIO(content))
-    return files.read_table(file, sha256)  # from an earlier version: checksum of the content alone
-
-
-def _progress_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("progress-*.parquet"))
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    status = RunStatus(RunState.FINISHED, time=run_status.now(), run=folder.name, sha256=sums)
+    sums["status.json"] = status_sum(status.to_dict())
+    run_status.write(folder, status)
+    progress.remove(folder)

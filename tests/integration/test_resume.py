@@ -14,7 +14,7 @@ from command import LAUNCH, Command, Launch, states, write_texts
 from typer.testing import CliRunner
 
 from ablation_sweeps.cli.commands import app
-from ablation_sweeps.results import run_folder
+from ablation_sweeps.results import progress
 
 WAIT = 180.0  # seconds
 
@@ -72,7 +72,7 @@ def test_progress_that_a_run_no_longer_needs_is_removed(launch: Launch, options,
     assert launch(*options).code == 0
     (run,) = (tmp_path / "results" / "default").glob("*-mean-*")
     for launcher in ((), ("-m",), ("-m", "hydra/launcher=local", "hydra.launcher.gpus=[]")):
-        run_folder.save_progress(run, 0, pd.DataFrame({"i": [0]}))
+        progress.save(run, 0, pd.DataFrame({"i": [0]}))
         assert launch(*launcher, *options).code == 0
         assert not list(run.glob("progress-*"))
 

@@ -12,7 +12,7 @@ from command import Launch, text
 
 from ablation_sweeps.cli.launch import session
 from ablation_sweeps.models import masked_lm
-from ablation_sweeps.results import run_folder
+from ablation_sweeps.results import progress
 from ablation_sweeps.results.curves import read_curves
 from ablation_sweeps.results.sweep import read_studies
 
@@ -96,7 +96,7 @@ def test_batches_that_were_passed_otherwise_are_computed_again(launch: Launch, o
     small = [*options, "method=mean", "batch_tokens=80"]
     assert launch(*small, "results_dir=whole").code == 0
     (whole,) = (tmp_path / "whole" / "default").glob("*-mean-*")
-    run, save = tmp_path / "results" / "default" / whole.name, run_folder.save_progress
+    run, save = tmp_path / "results" / "default" / whole.name, progress.save
 
     def save_two(folder: Path, number: int, table: pd.DataFrame) -> None:
         save(folder, number, table)
@@ -107,9 +107,9 @@ def test_batches_that_were_passed_otherwise_are_computed_again(launch: Launch, o
     for together in (True, False):
         earlier(together)
         with monkeypatch.context() as patch:
-            patch.setattr(run_folder, "save_progress", save_two)
+            patch.setattr(progress, "save", save_two)
             stopped = launch(*small)
-        assert stopped.code and "continues after" not in stopped.err and run_folder.batches_done(run) == 2
+        assert stopped.code and "continues after" not in stopped.err and progress.batches_done(run) == 2
         assert stopped.err.count(said) == (0 if together else 1)
     done = launch(*small)
     assert "continues after 2 batches" in done.err and said not in done.err and said in record(run)["notes"]

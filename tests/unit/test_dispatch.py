@@ -30,7 +30,7 @@ from ablation_sweeps.dispatch.packs import Pack, packed
 from ablation_sweeps.dispatch.scheduler import PackState
 from ablation_sweeps.dispatch.slurm import Slurm, private
 from ablation_sweeps.experiment.config import build
-from ablation_sweeps.results import run_folder
+from ablation_sweeps.results import progress, run_folder, run_status
 
 OVER = PackState("FAILED", "node1", True, "")
 
@@ -127,7 +127,7 @@ def work(monkeypatch, tmp_path):
         mine = supervisor.Supervisor(fake, max_attempts, {job.folder: job for job in make(tmp_path, names)})
         mine.start(None)
         mine.watch()
-        return fake, {folder.name: run_folder.status(folder) for folder in mine.jobs}
+        return fake, {folder.name: run_status.read(folder) for folder in mine.jobs}
 
     return start
 
@@ -137,7 +137,7 @@ def dies_at(bad: str, state: str = "running"):
 
     def run(pack: Pack) -> PackState:
         for folder in pack.folders:
-            run_folder.write_status(folder, state if folder.name in bad else "finished")
+            run_status.write_state(folder, state if folder.name in bad else "finished")
             if folder.name in bad:
                 return OVER
         return PackState("COMPLETED", "node1", True, "")
@@ -215,17 +215,17 @@ def test_packs_share_model_and_dataset(tmp_path):
 def test_the_culprit_is_tried_alone_and_the_rest_goes_on(work, state):
     fake, ended = work("abcd", dies_at("b", state))
     assert fake.submissions == ["abcd", "cd", "b"]
-    assert {name: status["state"] for name, status in ended.items()} == dict(
+    assert {name: status.state for name, status in ended.items()} == dict(
         a="finished", b="failed", c="finished", d="finished"
     )
-    assert "its process died 2 times" in ended["b"]["reason"]
+    assert "its process died 2 times" in ended["b"].reason
 
 
 def test_a_pack_that_never_starts_is_given_up(work, tmp_path):
     (tmp_path / "log").write_text("ModuleNotFoundError: No module named 'ablation_sweeps'\n")
     fake, ended = work("ab", lambda pack: OVER)
     assert fake.submissions == ["ab", "a", "b"]
-    assert all("No module named" in status["reason"] for status in ended.values())
+    assert all("No module named" in status.reason for status in ended.values())
 
 
 def test_a_job_that_was_interrupted_is_not_to_blame(work):
@@ -233,17 +233,17 @@ def test_a_job_that_was_interrupted_is_not_to_blame(work):
 
     def run(pack: Pack) -> PackState:
         seen.append(pack)
-        run_folder.write_status(pack.folders[0], "interrupted" if len(seen) < 5 else "finished")
+        run_status.write_state(pack.folders[0], "interrupted" if len(seen) < 5 else "finished")
         return OVER
 
     fake, ended = work("a", run)
-    assert len(fake.submissions) == 5 and ended["a"]["state"] == "finished"
+    assert len(fake.submissions) == 5 and ended["a"].state == "finished"
 
 
 def test_what_the_admin_cancels_stays_cancelled(work):
     fake, ended = work("ab", lambda pack: PackState("CANCELLED", "", True, ""))
     assert fake.submissions == ["ab"]
-    assert all(status["reason"].startswith("cancelled") for status in ended.values())
+    assert all(status.reason.startswith("cancelled") for status in ended.values())
 
 
 def test_a_pack_that_is_put_into_the_queue_again_is_left_alone(monkeypatch, tmp_path):
@@ -255,7 +255,7 @@ def test_a_pack_that_is_put_into_the_queue_again_is_left_alone(monkeypatch, tmp_
     class Requeued(FakeQueue):
         def poll(self) -> dict[str, PackState]:
             if not answers:
-                run_folder.write_status(job.folder, "finished")
+                run_status.write_state(job.folder, "finished")
                 return {}
             return {"pack0": answers.pop(0)}
 
@@ -263,7 +263,7 @@ def test_a_pack_that_is_put_into_the_queue_again_is_left_alone(monkeypatch, tmp_
     mine = supervisor.Supervisor(queue, 1, {job.folder: job})
     mine.start(None)
     mine.watch()
-    assert queue.submissions == ["a"] and run_folder.status(job.folder)["state"] == "finished"
+    assert queue.submissions == ["a"] and run_status.read(job.folder).is_finished
 
 
 def test_what_an_earlier_launch_submitted_is_not_submitted_again(work, tmp_path):
@@ -271,12 +271,12 @@ def test_what_an_earlier_launch_submitted_is_not_submitted_again(work, tmp_path)
     left = PackState("RUNNING", "node1", False, "")
 
     def run(pack: Pack) -> PackState:
-        run_folder.write_status(Path(running), "finished")  # meanwhile
+        run_status.write_state(Path(running), "finished")  # meanwhile
         return dies_at("")(pack)
 
     fake, ended = work("abc", run, live={"early": [running]}, known={"early": left})
     assert fake.submissions == ["ac"]
-    assert {status["state"] for status in ended.values()} == {"finished"}
+    assert {status.state for status in ended.values()} == {"finished"}
 
 
 def test_a_second_launch_of_the_sweep_says_so(tmp_path):
@@ -308,13 +308,13 @@ def test_a_job_that_gets_further_each_time_is_not_to_blame(work):
 
     def run(pack: Pack) -> PackState:
         (folder,) = pack.folders
-        number = run_folder.batches_done(folder)
-        run_folder.write_status(folder, "running" if number < 6 else "finished")
+        number = progress.batches_done(folder)
+        run_status.write_state(folder, "running" if number < 6 else "finished")
         (folder / f"progress-{number:06d}-x.parquet").touch()
         return PackState("TIMEOUT", "node1", True, "")
 
     fake, ended = work("a", run)
-    assert len(fake.submissions) == 7 and ended["a"]["state"] == "finished"
+    assert len(fake.submissions) == 7 and ended["a"].state == "finished"
 
 
 def test_preemption_is_nobodys_fault_and_no_lack_of_memory(work, tmp_path):
@@ -322,26 +322,26 @@ def test_preemption_is_nobodys_fault_and_no_lack_of_memory(work, tmp_path):
     places = [PackState("PREEMPTED", "node1", True, "")] * 4 + [PackState("TIMEOUT", "node1", True, "")] * 9
 
     def run(pack: Pack) -> PackState:
-        run_folder.write_status(pack.folders[0], "running")
+        run_status.write_state(pack.folders[0], "running")
         return places.pop(0)
 
     fake, ended = work("a", run)
     assert len(fake.submissions) == 6
-    assert "its process died 2 times: TIMEOUT" in ended["a"]["reason"] and "memory" not in ended["a"]["reason"]
+    assert "its process died 2 times: TIMEOUT" in ended["a"].reason and "memory" not in ended["a"].reason
 
 
 def test_what_failed_in_a_pack_that_still_runs_is_submitted_again(work, tmp_path):
     failed, running = (str(tmp_path / "sweep" / name) for name in "ab")
-    run_folder.write_status(Path(failed), "failed", "no such luck")
+    run_status.write_state(Path(failed), "failed", "no such luck")
 
     def run(pack: Pack) -> PackState:
-        run_folder.write_status(Path(running), "finished")
+        run_status.write_state(Path(running), "finished")
         return dies_at("")(pack)
 
     left = PackState("RUNNING", "node1", False, "")
     fake, ended = work("ab", run, live={"early": [failed, running]}, known={"early": left})
     assert fake.submissions == ["a"]
-    assert {status["state"] for status in ended.values()} == {"finished"}
+    assert {status.state for status in ended.values()} == {"finished"}
 
 
 def test_what_finishes_while_the_queue_is_asked_is_left_alone(monkeypatch, tmp_path):
@@ -373,9 +373,9 @@ def test_a_refused_submission_is_said_and_what_is_queued_goes_on(monkeypatch, tm
     mine = supervisor.Supervisor(full, 1, {job.folder: job for job in make(tmp_path, "abcd")})
     mine.start(1)
     mine.watch()
-    ended = {folder.name: run_folder.status(folder) for folder in mine.jobs}
-    assert [ended[name]["state"] for name in "abcd"] == ["finished", "finished", "failed", "failed"]
-    assert "QOSMaxSubmit" in ended["d"]["reason"] and "2 packs already in the queue" in caplog.text
+    ended = {folder.name: run_status.read(folder) for folder in mine.jobs}
+    assert [ended[name].state for name in "abcd"] == ["finished", "finished", "failed", "failed"]
+    assert "QOSMaxSubmit" in ended["d"].reason and "2 packs already in the queue" in caplog.text
 
 
 @pytest.fixture
@@ -538,7 +538,7 @@ def test_a_refusal_for_too_many_packs_names_the_remedy(asked, tmp_path, said):
 
 def test_a_pack_that_gets_nowhere_before_its_time_limit_is_given_up(monkeypatch, tmp_path):
     monkeypatch.setattr(packs_module, "_leaving", threading.Event())  # which others of this process would see
-    run_folder.write_status(tmp_path / "a", "running")
+    run_status.write_state(tmp_path / "a", "running")
     (tmp_path / "a" / "progress-000000-x.parquet").touch()
     pack = Pack({str(tmp_path / "a"): {}})
     for stalls in (0, 1, 2):  # the first time, there was a batch
@@ -547,12 +547,12 @@ def test_a_pack_that_gets_nowhere_before_its_time_limit_is_given_up(monkeypatch,
     (tmp_path / "a" / "progress-000001-x.parquet").touch()
     assert pack.checkpoint().function.stalls == 0
     pack()
-    assert "raise hydra.launcher.time" in run_folder.status(tmp_path / "a")["reason"]
+    assert "raise hydra.launcher.time" in run_status.read(tmp_path / "a").reason
 
 
 def test_retry_runs_nothing_that_others_may_have_written(tmp_path):
     run_folder.queue(tmp_path / "sweep" / "a", {"seed": 0}, survives_launcher=True)
-    run_folder.write_status(tmp_path / "sweep" / "a", "failed")
+    run_status.write_state(tmp_path / "sweep" / "a", "failed")
     (tmp_path / "sweep" / "a").chmod(0o775)
     with pytest.raises(UserError, match="others may write to it"):
         launcher.retry(tmp_path / "sweep")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -19,13 +20,13 @@ from ablation_sweeps.cli.commands import app
 from ablation_sweeps.dispatch import watch
 from ablation_sweeps.dispatch.local import Local
 from ablation_sweeps.dispatch.scheduler import PackState
-from ablation_sweeps.results import run_folder
+from ablation_sweeps.results import progress, run_folder, run_status
 
 
 def test_status_is_read_from_the_files(tmp_path):
     run_folder.begin(tmp_path / "one", {})
     run_folder.finish(tmp_path / "one", pd.DataFrame({"value": [1.0]}), pd.DataFrame({"n": [1.0]}), 1.0)
-    run_folder.write_status(tmp_path / "two", "failed", "its process died 2 times: [red]OUT_OF_MEMORY")
+    run_status.write_state(tmp_path / "two", "failed", "its process died 2 times: [red]OUT_OF_MEMORY")
     shown = CliRunner().invoke(app, ["status", str(tmp_path)])
     assert shown.exit_code == 0 and "1 failed, 1 finished" in shown.output
     assert "its process died 2 times: [red]OUT_OF_MEMORY" in shown.output
@@ -55,7 +56,7 @@ def end_process_of(*runs: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     for run in runs:
-        files.write_json(run / "status.json", {**run_folder.status(run), "pid": ended.pid})
+        run_status.write(run, replace(run_status.read(run), pid=ended.pid))
 
 
 def test_what_waited_for_a_launcher_that_was_killed_waits_no_more(tmp_path):
@@ -72,7 +73,7 @@ def test_what_ran_before_it_waited_is_not_told_as_if_it_had_only_waited(tmp_path
     """Stopped by a signal, launched again, and stopped once more before it was its turn: by Ctrl-C, or killed."""
     ran, waited = tmp_path / "ran", tmp_path / "waited"
     run_folder.begin(ran, {})
-    run_folder.save_progress(ran, 0, pd.DataFrame({"n": [1.0]}))
+    progress.save(ran, 0, pd.DataFrame({"n": [1.0]}))
     run_folder.fail(ran, KeyboardInterrupt())
     assert "by a signal while it ran" in CliRunner().invoke(app, ["status", str(tmp_path)]).output
     for run in (ran, waited):
@@ -114,7 +115,7 @@ def test_retry_leaves_alone_what_another_process_will_come_to(tmp_path, caplog):
     others = tmp_path / "in order"
     run_folder.queue(others, {}, survives_launcher=False)
     assert CliRunner().invoke(app, ["retry", str(tmp_path)]).exit_code == 0
-    assert run_folder.status(others)["state"] == "queued" and "1 job left to the process that runs it" in caplog.text
+    assert run_status.read(others).state == "queued" and "1 job left to the process that runs it" in caplog.text
     end_process_of(others)
     tried = CliRunner().invoke(app, ["retry", str(tmp_path)])
     assert "nothing can be retried here" in str(tried.exception)
@@ -136,7 +137,7 @@ def test_a_plan_knows_how_many_packs_a_machine_runs_at_once(monkeypatch, n, opti
 def test_the_table_says_how_far_the_running_job_of_a_pack_is(tmp_path):
     from rich.console import Console
 
-    run_folder.write_status(tmp_path / "one", "finished")
+    run_status.write_state(tmp_path / "one", "finished")
     started = datetime.now(timezone.utc) - timedelta(seconds=100)
     files.write_json(tmp_path / "two" / "status.json",
                      {"state": "running", "started": started.isoformat(), "batches": 40, "begun_at": 18})  # fmt: skip

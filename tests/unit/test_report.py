@@ -24,7 +24,7 @@ from ablation_sweeps.cli.commands import app
 from ablation_sweeps.report import figures, page, write
 from ablation_sweeps.report.export import export
 from ablation_sweeps.report.tables import print_tables
-from ablation_sweeps.results import display, metrics, run_folder
+from ablation_sweeps.results import display, metrics, run_folder, run_status
 from ablation_sweeps.results.curves import areas, read_curves, studies, summarise
 from ablation_sweeps.results.sweep import read_studies
 from ablation_sweeps.tracking.wandb import summary as summary_of_run
@@ -63,7 +63,7 @@ def save_run(folder: Path, rows: pd.DataFrame, state: str = "finished", config: 
     run_folder.begin(folder, config or {})
     run_folder.finish(folder, rows, rows, 1.0)
     if state != "finished":
-        run_folder.write_status(folder, state)
+        run_status.write_state(folder, state)
 
 
 def printed(curves: pd.DataFrame, width: int = 80, terminal: bool = False) -> str:
@@ -438,7 +438,7 @@ def test_studies_of_one_name_say_in_which_options_they_differ(tmp_path: Path, mo
     dtypes = {"a": "float32", "b": "bfloat16", "c": "bfloat16"}
     for i, (name, dtype) in enumerate(dtypes.items()):
         options = {"model": {"label": f"opt{i}", "dtype": dtype}, "seed": i, "method": {"label": "zero", "n_bins": i}}
-        monkeypatch.setattr(run_folder, "_now", lambda i=i: f"2026-01-02T02:04:0{5 + i}+00:00")
+        monkeypatch.setattr(run_status, "now", lambda i=i: f"2026-01-02T02:04:0{5 + i}+00:00")
         save_run(tmp_path / name, curve("zero", study=8 * name), config=options)
     *others, newer, older = [study.title.split(" · ")[-1] for study in studies(read_curves(tmp_path))]
     assert others == ["model.dtype=float32"]

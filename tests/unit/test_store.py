@@ -27,7 +27,7 @@ from ablation_sweeps.experiment.run import measure, run_job
 from ablation_sweeps.experiment.session import Session
 from ablation_sweeps.neurons import tensor_cache
 from ablation_sweeps.report import write
-from ablation_sweeps.results import run_folder
+from ablation_sweeps.results import progress, run_folder, run_status
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_a_status_that_cannot_be_true_is_damaged(tmp_path, content):
     shown = CliRunner().invoke(app, ["status", str(run.parent)])
     assert "1 damaged" in shown.output and "status.json is damaged" in shown.output
     run_folder.queue(run, {}, survives_launcher=False)
-    assert run_folder.status(run)["state"] == "queued"
+    assert run_status.read(run).state == "queued"
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"notes": 5}', '{"notes": ["a"], "seconds": "5"}', '{"packages": 1}'])
@@ -277,32 +277,32 @@ def table(i: int) -> pd.DataFrame:
 
 def test_progress_is_read_up_to_the_first_damage(tmp_path):
     for i in range(4):
-        run_folder.save_progress(tmp_path, i, table(i))
-    assert [int(t["i"][0]) for t in run_folder.progress(tmp_path)] == [0, 1, 2, 3]
+        progress.save(tmp_path, i, table(i))
+    assert [int(t["i"][0]) for t in progress.load(tmp_path)] == [0, 1, 2, 3]
     (damaged,) = tmp_path.glob("progress-000002-*")
     damaged.write_bytes(b"half")
-    assert [int(t["i"][0]) for t in run_folder.progress(tmp_path)] == [0, 1]
+    assert [int(t["i"][0]) for t in progress.load(tmp_path)] == [0, 1]
     assert len(list(tmp_path.glob("progress-*"))) == 2
-    run_folder.save_progress(tmp_path, 2, table(7))
-    assert [int(t["i"][0]) for t in run_folder.progress(tmp_path)] == [0, 1, 7]
+    progress.save(tmp_path, 2, table(7))
+    assert [int(t["i"][0]) for t in progress.load(tmp_path)] == [0, 1, 7]
 
 
 def test_progress_of_another_batch_or_run_is_not_taken(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     for i in range(3):
-        run_folder.save_progress(one, i, table(i))
-        run_folder.save_progress(other, i, table(10 + i))
+        progress.save(one, i, table(i))
+        progress.save(other, i, table(10 + i))
     shutil.copyfile(*(next(folder.glob("progress-000001-*")) for folder in (other, one)))
-    assert [int(t["i"][0]) for t in run_folder.progress(one)] == [0]
-    run_folder.save_progress(one, 1, table(1))
+    assert [int(t["i"][0]) for t in progress.load(one)] == [0]
+    progress.save(one, 1, table(1))
     next(one.glob("progress-000001-*")).unlink()
     taken = next(other.glob("progress-000001-*"))  # under the name that it has there
     shutil.copyfile(taken, one / taken.name)
-    assert [int(t["i"][0]) for t in run_folder.progress(one)] == [0]
+    assert [int(t["i"][0]) for t in progress.load(one)] == [0]
     last = next(other.glob("progress-000002-*"))
     last.rename(last.with_name(last.name.replace("000002", "000001")))
     taken.unlink()
-    assert [int(t["i"][0]) for t in run_folder.progress(other)] == [10]
+    assert [int(t["i"][0]) for t in progress.load(other)] == [10]
 
 
 def test_progress_of_other_documents_is_not_taken(tmp_path):
@@ -311,20 +311,19 @@ def test_progress_of_other_documents_is_not_taken(tmp_path):
     batches = [["a", "b"], ["c", "d"], ["e"]]
     for i, names in enumerate(batches):
         rows = [{"fraction": fraction, "name": name} for fraction in (0.0, 0.5) for name in names]
-        run_folder.save_progress(tmp_path, i, pd.DataFrame(rows))
-    assert len(run_folder.progress(tmp_path, [*batches, ["f"]])) == 3 and "notes" not in run_folder.environment(
-        tmp_path
-    )
-    assert len(run_folder.progress(tmp_path, batches[:2])) == 2  # there are fewer now
-    assert len(run_folder.progress(tmp_path, [["a", "b"], ["d", "c"], ["e"]])) == run_folder.batches_done(tmp_path) == 1
+        progress.save(tmp_path, i, pd.DataFrame(rows))
+    assert len(progress.load(tmp_path, [*batches, ["f"]])) == 3 and "notes" not in run_folder.environment(tmp_path)
+    assert len(progress.load(tmp_path, batches[:2])) == 2  # there are fewer now
+    warn = lambda text: run_folder.add_warning(tmp_path, text)  # noqa: E731
+    assert len(progress.load(tmp_path, [["a", "b"], ["d", "c"], ["e"]], warn)) == progress.batches_done(tmp_path) == 1
     assert "batches from the 2. on were of other documents" in run_folder.environment(tmp_path)["notes"][-1]
 
 
 def test_progress_with_a_gap_stops_at_the_gap(tmp_path):
     for i in range(4):
-        run_folder.save_progress(tmp_path, i, table(i))
+        progress.save(tmp_path, i, table(i))
     next(tmp_path.glob("progress-000001-*")).unlink()
-    assert [int(t["i"][0]) for t in run_folder.progress(tmp_path)] == [0]
+    assert [int(t["i"][0]) for t in progress.load(tmp_path)] == [0]
 
 
 # Jobs
@@ -376,19 +375,19 @@ def test_a_finished_job_is_computed_again_where_any_of_its_files_is_damaged(make
             (folder / name).write_bytes(whole)
             damage(folder / name)
             found = run_folder.current_status(folder)
-            assert found["state"] == "damaged" and found.get("reason", "").startswith(f"{name} is"), damage
+            assert found.state == "damaged" and (found.reason or "").startswith(f"{name} is"), damage
             assert run_folder.result(folder, "rows.parquet") is None
         caplog.clear()
         run_job(job)
         assert len(measured) == n and f"{name} is" in caplog.text
-        assert run_folder.finished(folder) and run_folder.current_status(folder)["state"] == "finished"
+        assert run_folder.finished(folder) and run_folder.current_status(folder).is_finished
     pd.testing.assert_frame_equal(rows_of(folder), first, check_exact=True)
 
 
 def test_results_of_another_run_are_not_taken_for_its_own(make, measured):
     other, job = run_job(make("method=zero")), make("method=mean")
     shutil.copytree(other, job.folder)
-    assert "status.json is that of another run" in run_folder.current_status(job.folder).get("reason", "")
+    assert "status.json is that of another run" in (run_folder.current_status(job.folder).reason or "")
     assert set(rows_of(run_job(job))["method"]) == {"mean"} and len(measured) == 2
 
 
@@ -404,17 +403,17 @@ def test_a_run_of_an_earlier_version_stays_valid(make, measured):
     config = (folder / "config.yaml").read_text()
     for text in ("", config.replace("seed: 0", "seed: 1"), config.replace("method:", "way:"), config[:300], "- a"):
         (folder / "config.yaml").write_text(text)
-        assert run_folder.current_status(folder).get("reason", "").startswith("config.yaml is")
+        assert (run_folder.current_status(folder).reason or "").startswith("config.yaml is")
     (folder / "config.yaml").write_text(config)
     (folder / "environment.json").write_text("{")
-    assert run_folder.current_status(folder).get("reason", "").startswith("environment.json is")
+    assert (run_folder.current_status(folder).reason or "").startswith("environment.json is")
     run_job(job)
     assert len(measured) == 2 and "environment.json" in state(folder)["sha256"]
 
 
 def test_what_was_continued_in_another_environment_says_so(tmp_path, monkeypatch):
     run_folder.begin(tmp_path, {})
-    run_folder.save_progress(tmp_path, 0, table(0))
+    progress.save(tmp_path, 0, table(0))
     run_folder.begin(tmp_path, {})
     assert "notes" not in json.loads((tmp_path / "environment.json").read_text())
     real = run_folder.describe()
