@@ -228,6 +228,11 @@ def _complete(part: str, path: str, kind: type) -> None:
                 "and its yaml `label: NAME`"
             )
         raise UserError(f"{part}._target_={path}: has no {member}; see docs/adding.md")
+    if part == "selection" and len(inspect.signature(kind.orders).parameters) != 2:  # type: ignore[attr-defined]
+        raise UserError(  # rules of earlier versions were given the numbers of neurons and the seed
+            f"selection._target_={path}: its orders() must take one argument, what a rule may look at; see "
+            "docs/adding.md"
+        )
     complete(kind, PROTOCOLS[part])
 
 

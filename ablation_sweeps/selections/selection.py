@@ -61,7 +61,7 @@ class Selection(Protocol):
     """
 
     label: str
-    depends_on_seed: bool = True
+    depends_on_seed: bool
     numbers: int | None = None
 
     @abstractmethod

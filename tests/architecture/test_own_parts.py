@@ -195,6 +195,34 @@ class Told:
     assert re.findall("told of (.*)", outcome.out) == ["zero", "mean", "mine"]
 
 
+SELECTION = """
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class InOrder:
+    label: str
+    depends_on_seed = False
+
+    def orders(self, selecting):
+        return []
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("(self, selecting)", "(self, widths, seed)", "its orders() must take one argument, what a rule may look at"),
+        ("    depends_on_seed = False\n", "", "my_in_order.InOrder: has no depends_on_seed; see docs/adding.md"),
+    ],
+)
+def test_a_selection_of_an_earlier_version_is_refused_with_its_remedy(
+    launch: Launch, add: Add, on_text, before, after, said
+):
+    conf = add("selection", "in_order", SELECTION.replace(before, after), "_target_: my_in_order.InOrder\nlabel: o\n")
+    assert said in launch("--config-dir", conf, *on_text, "selection=in_order").error
+
+
 def test_a_list_that_nothing_can_be_kept_under_is_refused(launch: Launch, add: Add, on_text):
     own = DATASET.replace("letters: int", "letters: list")
     conf = add("dataset", "alphabet", own, "_target_: my_alphabet.Alphabet\nlabel: alphabet\nletters: [1, 2]\n")
