@@ -38,7 +38,7 @@ def test_a_sweep_runs_offline_on_what_was_prefetched(launch: Launch, saved, pile
              f"dataset.path={pile}", "tracking=none", *SMALL, "method=zero,mean"]  # fmt: skip
     fetched = launch(*sweep, "prefetch=true")
     assert fetched.code == 0, fetched.err
-    assert "all that is needed is on this machine" in fetched.out
+    assert "everything needed is on this machine" in fetched.out
     assert not list(tmp_path.rglob("rows.parquet")) and not list(tmp_path.rglob("moments.safetensors"))
     kept = sorted((tmp_path / "home").rglob("*.parquet"))
     assert kept

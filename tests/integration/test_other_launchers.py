@@ -80,7 +80,7 @@ def test_another_launcher_computes_nothing_that_was_not_asked_for(
     monkeypatch.setattr("ablation_sweeps.experiment.job.Job.fetch", lambda self: None)
     outcome = launch("-m", *on_text, "hydra/launcher=basic", f"hydra/sweeper={sweeper}", "method=zero,mean", asked)
     assert outcome.code == 0, outcome.err
-    assert outcome.out.count("to run" if "dry" in asked else "all that is needed") == 2
+    assert outcome.out.count("to run" if "dry" in asked else "everything needed") == 2
     assert states(tmp_path / "results" / "default") == {}
 
 
