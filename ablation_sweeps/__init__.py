@@ -36,6 +36,7 @@ Names:
     Job: one curve, with its parts `model`, `dataset`, `method`, `site`, ... and the `folder` of its results.
     run_job: runs a job, unless it has finished before; returns its folder.
     read_curves: reads the rows of all finished runs below some folders as a DataFrame.
+    read_units: reads the effects of units that were ablated alone (fraction=each), with corrected p-values.
     summarise: turns these into one row per study, method and metric, with the area under the curve.
     find_projections: finds the modules whose inputs are the neurons.
     reading, ablated: context managers that record, or replace, the neurons' activations in forward passes.
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from ablation_sweeps.neurons.hooks import ablated, reading
     from ablation_sweeps.neurons.sites import find as find_projections
     from ablation_sweeps.results.curves import read_curves, summarise
+    from ablation_sweeps.results.units import read_units
     from ablation_sweeps.selections.scored import Scored
 
     __version__: str
@@ -76,6 +78,7 @@ __all__ = [
     "compose_job",
     "find_projections",
     "read_curves",
+    "read_units",
     "reading",
     "run_job",
     "summarise",
@@ -93,6 +96,7 @@ _PLACES = {
     "compose_job": "ablation_sweeps.experiment.compose:compose_job",
     "find_projections": "ablation_sweeps.neurons.sites:find",
     "read_curves": "ablation_sweeps.results.curves:read_curves",
+    "read_units": "ablation_sweeps.results.units:read_units",
     "reading": "ablation_sweeps.neurons.hooks:reading",
     "run_job": "ablation_sweeps.experiment.run:run_job",
     "summarise": "ablation_sweeps.results.curves:summarise",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ablation_sweeps.base import hashing
 from ablation_sweeps.base.environment import is_ours
 from ablation_sweeps.base.moved import FORMER
+from ablation_sweeps.neurons.schedule import Each
 
 if TYPE_CHECKING:
     from ablation_sweeps.datasets.dataset import Dataset
@@ -92,7 +93,7 @@ def columns(job: Job, model: Transformer, *, halved: bool, some_left_out: bool) 
         "site": job.site.name,
         "unit": job.unit.name,
         "selection": job.selection.label,
-        "depends_on_seed": job.selection.depends_on_seed,
+        "depends_on_seed": job.selection.depends_on_seed and not isinstance(job.fraction, Each),  # which has all units
         "method": job.method.label,
         "method_params": json.dumps(parameters, sort_keys=True),
         "seed": job.seed,

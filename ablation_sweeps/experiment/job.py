@@ -23,7 +23,7 @@ from ablation_sweeps.experiment.identity import RESULTS_VERSION, class_of, conte
 from ablation_sweeps.methods.method import Method
 from ablation_sweeps.models.model import Model
 from ablation_sweeps.neurons import collect, sites, streaming_histogram
-from ablation_sweeps.neurons.schedule import Fractions, Schedule
+from ablation_sweeps.neurons.schedule import Each, Fractions, Schedule
 from ablation_sweeps.neurons.units import Unit
 from ablation_sweeps.results import run_folder
 from ablation_sweeps.results.metrics import MAIN
@@ -124,6 +124,11 @@ class Job:
             raise UserError(
                 "eval.target_stderr: the pieces of model.pack=concatenate come document by document, so that the first "
                 "ones are no fair sample; leave it null, or take model.pack=documents"
+            )
+        if self.eval.target_stderr and isinstance(self.fraction, Each):
+            raise UserError(
+                "eval.target_stderr: fraction=each compares all units on the same documents, so that none may stop "
+                "earlier; leave it null, and set eval.tokens or eval.documents"
             )
         if self.objective:
             _check_objective(self.objective, self.fraction)

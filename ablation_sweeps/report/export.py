@@ -13,20 +13,28 @@ from ablation_sweeps.results.curves import read_curves
 from ablation_sweeps.results.metrics import metric_named
 from ablation_sweeps.results.study import StudyResult
 from ablation_sweeps.results.sweep import read_studies
+from ablation_sweeps.results.units import read_units
 
 
 def export(sweep: Path, to: Path) -> list[Path]:
     """Write all points to curves.csv and curves.parquet, and the areas to areas.tex, one table per study.
 
+    The effects of units that were ablated alone go to units.csv and units.parquet.
+
     Returns:
         Paths of the files.
     """
-    curves = read_curves(sweep)
-    paths = [to / name for name in ("curves.csv", "curves.parquet", "areas.tex")]
-    write_csv(curves, paths[0])
-    files.write_table(paths[1], curves)
-    files.write_text(paths[2], "\n".join(_table(found) for _, found in read_studies(curves, sweep)))
-    return paths
+    curves, units = read_curves(sweep), read_units(sweep)
+    written = []
+    for name, table in (("curves", curves), ("units", units)):
+        if len(table):
+            written += [to / f"{name}.csv", to / f"{name}.parquet"]
+            write_csv(table, written[-2])
+            files.write_table(written[-1], table)
+    if len(curves):
+        written.append(to / "areas.tex")
+        files.write_text(written[-1], "\n".join(_table(found) for _, found in read_studies(curves, sweep)))
+    return written
 
 
 def _table(study: StudyResult) -> str:

@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ablation_sweeps.results.display import GREY, PLACES, method_styles
+from ablation_sweeps.results.display import GREY, PLACES, RC, WIDTH, method_styles
 from ablation_sweeps.results.metrics import MAIN, metric_named, pooled
 
 if TYPE_CHECKING:
@@ -18,23 +18,6 @@ if TYPE_CHECKING:
 
 PLACES |= {"resample-random_tokens": 5, "resample-random_pixels": 5, "resample-random_characters": 7}
 MANY_SEEDS = 3  # with more seeds, their spread is drawn instead of each one
-WIDTH = 7.2  # inches
-RC: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "axes.grid": True,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.5,
-    "axes.axisbelow": True,
-    "svg.fonttype": "path",  # looks the same where our font is missing
-    "pdf.fonttype": 42,  # TrueType, embedded: publishers refuse Type 3
-    "svg.hashsalt": "ablation-sweeps",  # the same rows give the same file
-}
 
 
 def draw(rows: DataFrame, title: str, unit: str) -> Figure:

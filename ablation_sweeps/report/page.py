@@ -1,4 +1,4 @@
-"""Renders a sweep as one offline page, report.html: verdict, curves, differences, areas, neurons, failures."""
+"""Renders a sweep as one offline page, report.html: verdict, curves, differences, areas, units, neurons, failures."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ablation_sweeps.report.plots import figures
+from ablation_sweeps.report.units import heat_maps, units_verdict
 from ablation_sweeps.report.verdict import verdict
 from ablation_sweeps.results.display import display_order, method_styles
-from ablation_sweeps.results.metrics import metric_named
+from ablation_sweeps.results.metrics import MAIN, metric_named
 from ablation_sweeps.results.study import StudyResult
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Sequence
+
+    from ablation_sweeps.results.curves import Study
 
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -54,12 +57,18 @@ def areas(study: StudyResult) -> list[dict[str, Any]]:
 ReportEntry = tuple[StudyResult, dict[str, Any] | None, dict[str, Any]]
 
 
-def render(title: str, studies: list[ReportEntry], failures: list[tuple[str, str, str]]) -> str:
+def render(
+    title: str,
+    studies: list[ReportEntry],
+    failures: list[tuple[str, str, str]],
+    units: Sequence[tuple[Study, dict[str, Any]]] = (),
+) -> str:
     """Render the page.
 
     Args:
         studies: each with the summary of its neurons, if there is one, and with its configuration and environment.
         failures: run, state and reason of all unfinished runs.
+        units: studies of single units, each with its configuration and environment.
     """
     from plotly.offline import get_plotlyjs
 
@@ -72,6 +81,14 @@ def render(title: str, studies: list[ReportEntry], failures: list[tuple[str, str
                 "reach": study.reach, "basis": study.basis,
             }
             for study, about, setup in studies
+        ] + [
+            {
+                "name": study.name, "title": study.title, "verdict": units_verdict(study),
+                "heat_maps": heat_maps(study), "methods": display_order(study.rows["method"].unique()), "setup": setup,
+                "metrics": {metric: metric_named(metric).label_in(study.unit) for metric in MAIN
+                            if metric in set(study.rows["metric"])},
+            }
+            for study, setup in units
         ],
         "failures": failures,
     }  # fmt: skip

@@ -1,9 +1,9 @@
-"""Writes the report of a sweep: curves.parquet, summary.csv, comparisons.csv, figures and report.html."""
+"""Writes the report of a sweep: tables of curves and of single units, figures and report.html."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,16 @@ from ablation_sweeps.neurons.statistics import Histogram
 from ablation_sweeps.report import neurons, page, verdict
 from ablation_sweeps.report.figures import draw, save
 from ablation_sweeps.report.tables import print_tables
-from ablation_sweeps.results import run_folder
+from ablation_sweeps.report.units import print_units, units_verdict
+from ablation_sweeps.results import heat_map, run_folder
 from ablation_sweeps.results.curves import Study, read_curves, studies, summarise
 from ablation_sweeps.results.record import flatten
 from ablation_sweeps.results.sweep import comparisons, folders_by_id, read_study, runs_of
+from ablation_sweeps.results.units import read_units, unit_studies
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
     from rich.console import Console
 
 
@@ -34,7 +38,10 @@ NOTES = "notes"  # warnings for the reader
 
 
 def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[Path]:
-    """Write curves.parquet, summary.csv, comparisons.csv, report.html and a figure for each study; print the tables.
+    """Write tables, report.html and a figure for each study; print the tables.
+
+    Curves give curves.parquet, summary.csv and comparisons.csv; runs with fraction=each give units.csv and
+    units.parquet.
 
     Args:
         sweep_dir: sweep to report on, and folder for the files.
@@ -43,48 +50,85 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
     Returns:
         Paths of the files.
     """
-    from rich.text import Text
-
     sweep_dir = Path(sweep_dir)
-    curves = read_curves(sweep_dir, *more)
+    curves, units = read_curves(sweep_dir, *more), read_units(sweep_dir, *more)
     folders = folders_by_id(sweep_dir, *more)
-    of_sweep = studies(curves)
+    of_sweep, of_units = studies(curves), unit_studies(units)
     runs = [runs_of(study, folders) for study in of_sweep]
-    doubts = _doubts(chain(*(own.values() for own in runs)))
+    runs_of_units = [runs_of(study, folders) for study in of_units]
+    doubts = _doubts(chain(*(own.values() for own in (*runs, *runs_of_units))))
     both = [(study, found) for study, own in zip(of_sweep, runs, strict=True) if (found := _shown(study, own, doubts))]
     measured_ = {study.rows["study"].iloc[0]: found for study, (found, _, _) in both}
-    files.write_table(sweep_dir / "curves.parquet", curves)
-    write_csv(summarise(curves, measured_), sweep_dir / "summary.csv")
-    written = [sweep_dir / "curves.parquet", sweep_dir / "summary.csv"]
-    for study in of_sweep:
-        figure = draw(study.rows, study.title, study.unit)
-        for suffix in ("png", "svg", "pdf"):
-            written.append(sweep_dir / "figures" / f"{study.name}.{suffix}")
-            with files.replacing(written[-1]) as temporary:
-                save(figure, temporary, suffix)
-    _remove_figures_of_before(sweep_dir / "figures", [file.name for file in written[2:]])
+    written = [
+        *_written(sweep_dir / "curves.parquet", curves, not curves.empty),
+        *_written(sweep_dir / "summary.csv", summarise(curves, measured_), not curves.empty),
+        *_written(sweep_dir / "units.parquet", units, not units.empty),
+        *_written(sweep_dir / "units.csv", units, not units.empty),
+    ]
+    figures = [
+        *_drawn(sweep_dir, of_sweep, lambda study: draw(study.rows, study.title, study.unit)),
+        *_drawn(sweep_dir, of_units, lambda study: heat_map.draw(study.rows, study.title, study.unit)),
+    ]
+    _remove_figures_of_before(sweep_dir / "figures", [file.name for file in figures])
     console = console or terminal()
     print_tables(curves, console, measured_)
+    print_units(of_units, console)
     shown = [found for _, found in both]
-    if not shown:
+    shown_units = [
+        (study, {NOTES: _notes(study, own, doubts), **_setup([*own.values()])})
+        for study, own in zip(of_units, runs_of_units, strict=True)
+    ]
+    written += figures
+    if not shown and not shown_units:
         return written
-    for found, _, setup in shown:
-        for note in setup[NOTES]:
-            note = f"{found.title}: {note}" if len(shown) > 1 else note
-            console.print(Text(encodable(note, console), style="dim"), soft_wrap=True)
-        said = verdict.verdict(found)
-        said = f"{found.title}: {said}" if len(shown) > 1 else said
-        said += f" Its runs differ in {setup[DIFFER]}." if setup[DIFFER] else ""
-        console.print(Text(encodable(said, console)), soft_wrap=True)
-    write_csv(comparisons([(study, found) for study, (found, _, _) in both]), sweep_dir / "comparisons.csv")
+    said = [(found.title, verdict.verdict(found), setup) for found, _, setup in shown]
+    _print_verdicts([*said, *((study.title, units_verdict(study), setup) for study, setup in shown_units)], console)
+    compared = comparisons([(study, found) for study, (found, _, _) in both])
+    written += _written(sweep_dir / "comparisons.csv", compared, bool(both))
     failures = [
         (run.name, str(found.state), found.reason or "")
         for sweep in (sweep_dir, *more)
         for run in sorted({path.parent for name in FOUND_BY for path in Path(sweep).rglob(name)})  # at any depth
         if not (found := run_folder.current_status(run)).is_finished
     ]
-    files.write_text(sweep_dir / "report.html", page.render(sweep_dir.absolute().name, shown, failures))
-    return [*written, sweep_dir / "comparisons.csv", sweep_dir / "report.html"]
+    files.write_text(sweep_dir / "report.html", page.render(sweep_dir.absolute().name, shown, failures, shown_units))
+    return [*written, sweep_dir / "report.html"]
+
+
+def _written(path: Path, table: DataFrame, wanted: bool) -> list[Path]:
+    """Write a table; if it is not wanted, delete one of an earlier report."""
+    if not wanted:
+        path.unlink(missing_ok=True)
+        return []
+    if path.suffix == ".csv":
+        write_csv(table, path)
+    else:
+        files.write_table(path, table)
+    return [path]
+
+
+def _drawn(sweep_dir: Path, found: Sequence[Study], draw: Callable[[Study], Figure]) -> list[Path]:
+    """Save the figure of each study, as png, svg and pdf."""
+    paths = []
+    for study in found:
+        figure = draw(study)
+        for suffix in ("png", "svg", "pdf"):
+            paths.append(sweep_dir / "figures" / f"{study.name}.{suffix}")
+            with files.replacing(paths[-1]) as temporary:
+                save(figure, temporary, suffix)
+    return paths
+
+
+def _print_verdicts(said: Sequence[tuple[str, str, dict[str, Any]]], console: Console) -> None:
+    """Print the notes and the verdict on each study, with its title if there are several."""
+    from rich.text import Text
+
+    for title, verdict_, setup in said:
+        before = f"{title}: " if len(said) > 1 else ""
+        for note in setup[NOTES]:
+            console.print(Text(encodable(f"{before}{note}", console), style="dim"), soft_wrap=True)
+        differ = f" Its runs differ in {setup[DIFFER]}." if setup[DIFFER] else ""
+        console.print(Text(encodable(f"{before}{verdict_}{differ}", console)), soft_wrap=True)
 
 
 class Written(TypedDict):

@@ -141,7 +141,7 @@ def _estimates(statistic: Callable[..., Values], like: Curve, seed: int) -> tupl
     if n_seeds > 1:
         over_seeds = _variance(n_seeds, rng, lambda w: statistic(w, np.repeat(all_documents, len(w), 0)))
     found = [
-        _with_interval(value, of_documents, of_seeds, n, n_seeds)
+        with_interval(value, of_documents, of_seeds, n, n_seeds)
         for value, of_documents, of_seeds, n in zip(values, over_documents, over_seeds, of_points, strict=True)
     ]
     return found[:-1], found[-1]
@@ -172,7 +172,8 @@ def _variance(n: int, rng: np.random.Generator, statistic: Callable[..., Values]
     return np.concatenate(draws).var(0, ddof=1) * n / (n - 1)
 
 
-def _with_interval(value: float, of_documents: float, of_seeds: float, n_documents: int, n_seeds: int) -> Estimate:
+def with_interval(value: float, of_documents: float, of_seeds: float, n_documents: int, n_seeds: int) -> Estimate:
+    """The value with its t-interval, from its variance over documents and that over seeds."""
     from scipy.special import stdtr
 
     variance = of_documents + of_seeds

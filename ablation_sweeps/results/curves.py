@@ -6,8 +6,9 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +17,7 @@ from ablation_sweeps.base.lazy import pd
 from ablation_sweeps.base.terminal import as_typed, typed_subcommand
 from ablation_sweeps.results import run_folder, run_status
 from ablation_sweeps.results.comparison import half_gone_at, shared
+from ablation_sweeps.results.display import scored
 from ablation_sweeps.results.metrics import (
     is_whole,
     metric_named,
@@ -25,7 +27,7 @@ from ablation_sweeps.results.metrics import (
     safe_divide,
     with_clean,
 )
-from ablation_sweeps.results.record import flatten
+from ablation_sweeps.results.record import flatten, is_leave_one_out
 from ablation_sweeps.results.study import NOT_MEASURED, StudyResult, of_calibration, thin_calibration
 
 if TYPE_CHECKING:
@@ -54,7 +56,23 @@ def read_curves(*sweeps: str | Path) -> DataFrame:
 
     A run with a damaged file is skipped, with a warning that names the file. Runs of one study are compared on the same
     documents: if a run has more of them at a fraction than another one (see eval.target_stderr), its rows are computed
-    from those that all have.
+    from those that all have. Runs with fraction=each are no curves, and are left out: see `units.read_units`. If there
+    are no others, the result is empty.
+
+    Raises:
+        UserError: there is no finished run.
+    """
+    runs = {folder: rows for folder, rows in read_runs(*sweeps).items() if not is_leave_one_out(rows)}
+    if not runs:
+        return pd.DataFrame(columns=[*STUDY, *POINT[1:]])
+    for folders in _by_study(runs).values():
+        runs |= _on_the_same_documents({folder: runs[folder] for folder in folders})
+    rows = _one_seed_where_none_matters(pd.concat(runs.values(), ignore_index=True))
+    return rows.drop_duplicates(POINT).sort_values(POINT).reset_index(drop=True)
+
+
+def read_runs(*sweeps: str | Path) -> dict[Path, DataFrame]:
+    """The rows of each finished run below some folders, with methods and studies told apart by their options.
 
     Raises:
         UserError: there is no finished run.
@@ -64,14 +82,19 @@ def read_curves(*sweeps: str | Path) -> DataFrame:
     whole = {folder: _filled(rows, run_folder.environment(folder)) for folder, rows in read.items() if rows is not None}
     if not whole:
         raise UserError(_nothing_below(sweeps))
-    by_study: dict[str, list[Path]] = {}
-    for folder, rows in whole.items():
-        by_study.setdefault(rows["study"].iloc[0], []).append(folder)
-    for folders in by_study.values():
-        whole |= _on_the_same_documents({folder: whole[folder] for folder in folders})
-    rows = _one_seed_where_none_matters(_distinguish(pd.concat(whole.values(), ignore_index=True)))
-    rows["options"] = rows["study"].map(_differing(by_study, rows))
-    return rows.drop_duplicates(POINT).sort_values(POINT).reset_index(drop=True)
+    together = _distinguish(pd.concat(whole.values(), ignore_index=True))
+    options, methods = _differing(_by_study(whole), together), iter(together["method"])
+    return {
+        folder: rows.assign(method=[*islice(methods, len(rows))], options=rows["study"].map(options))
+        for folder, rows in whole.items()
+    }
+
+
+def _by_study(runs: Mapping[Path, DataFrame]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for folder, rows in runs.items():
+        found.setdefault(rows["study"].iloc[0], []).append(folder)
+    return found
 
 
 def _nothing_below(sweeps: Sequence[str | Path]) -> str:
@@ -240,13 +263,22 @@ def _measured_area(study: StudyResult, metric: str, method: str) -> dict[str, fl
 
 
 def studies(curves: DataFrame) -> list[Study]:
-    """All studies, each with a name that describes it.
+    """All studies, each with a name that describes it; see `named`."""
+    return named(curves, "", _title)
+
+
+def named(table: DataFrame, ending: str, title: Callable[[DataFrame, str], str]) -> list[Study]:
+    """All studies of a table, each with a name that describes it.
 
     If names are not unique, a hash is added to the name, and the differences to the title. Of studies that differ in no
     option, the last to finish comes first.
+
+    Args:
+        ending: end of all names.
+        title: gives the title of a study from its rows and what is scored, "token" or "image".
     """
     by_name: dict[str, list[DataFrame]] = {}
-    for _, rows in curves.groupby("study"):
+    for _, rows in table.groupby("study"):
         name = "-".join(str(rows[label].iloc[0]) for label in NAME)
         by_name.setdefault(re.sub(r"[^\w.-]+", "_", name), []).append(rows)
     found = []
@@ -254,11 +286,11 @@ def studies(curves: DataFrame) -> list[Study]:
         of_name.sort(key=lambda rows: rows["options"].iloc[0], reverse=True)
         options = [rows["options"].iloc[0] for rows in of_name]
         for rows, own in zip(of_name, options, strict=True):
-            short, unit = rows["study"].iloc[0][:8], "image" if rows["kind"].iloc[0] == "image_classifier" else "token"
+            short, unit = rows["study"].iloc[0][:8], scored(rows["kind"].iloc[0])
             apart = [own] if own else []
             apart += [f"study {short}"] if options.count(own) > 1 else []
             unique = name if len(of_name) == 1 else f"{name}-{short}"
-            found.append(Study(unique, " · ".join([_title(rows, unit), *apart]), unit, rows))
+            found.append(Study(f"{unique}{ending}", " · ".join([title(rows, unit), *apart]), unit, rows))
     return found
 
 

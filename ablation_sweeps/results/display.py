@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
-
+from ablation_sweeps.base.terminal import counted
 
 # The palette of Okabe and Ito, safe for the colour-blind, without its yellow, which is too pale for a line on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#8C6D1F")
@@ -20,6 +18,34 @@ DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
 PLACES = {"zero": 0, "mean": 1, "median": 2, "peak": 3, "resample": 4, "resample-random_input": 6}
 FAMILIAR = [PLACES[method] for method in ("zero", "mean", "peak", "resample")]
 GREY = "#6E6E6E"
+WIDTH = 7.2  # inches
+RC: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "svg.fonttype": "path",  # looks the same where our font is missing
+    "pdf.fonttype": 42,  # TrueType, embedded: publishers refuse Type 3
+    "svg.hashsalt": "ablation-sweeps",  # the same rows give the same file
+}
+UNITS = {"kv_group": "key/value group"}  # names of units for people, where they differ from the option
+
+
+def scored(kind: str) -> str:
+    """What a kind of model is scored on: "token" or "image"."""
+    return "image" if kind == "image_classifier" else "token"
+
+
+def units_said(kind: str, number: int) -> str:
+    """A number of units, in words: "1 head", "12 key/value groups"."""
+    return counted(number, UNITS.get(kind, kind))
 
 
 def display_order(methods: Iterable[str]) -> list[str]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablation_sweeps.base import hashing
 from ablation_sweeps.results import run_folder
+from ablation_sweeps.results.effects import effects
 from ablation_sweeps.results.metrics import MAIN, normalised_auc
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
     Rows = DataFrame | Sequence[Mapping[str, Any]]
@@ -33,6 +35,7 @@ class RunRecord:
     config: Mapping[str, Any]  # options of the job, nested or flat; see `flatten`
     rows: Rows  # rows of rows.parquet, in any order
     folder: Path  # sweep folder; W&B writes to `wandb/` in it
+    units: DataFrame | None = None  # with fraction=each: the effect of each unit (see `units.read_units`)
 
     @classmethod
     def of(cls, run: Path) -> RunRecord:
@@ -42,7 +45,11 @@ class RunRecord:
         job = rows["run_id"].iloc[0]
         labels = rows.iloc[0][["model", "dataset", "site", "method", "seed", "study"]].to_dict()
         own = hashing.signature([job, config["sweep"]])[:16]  # the same job in two sweeps is a run in each group
-        return cls(own, config["sweep"], **labels, config={**config, "run_id": job}, rows=rows, folder=run.parent)
+        documents = run_folder.result(run, "documents.parquet") if is_leave_one_out(rows) else None
+        of_run = rows.iloc[0][["kind", "unit", "method"]].to_dict()
+        units = None if documents is None else effects(rows, documents).assign(**of_run)
+        config = {**config, "run_id": job}
+        return cls(own, config["sweep"], **labels, config=config, rows=rows, folder=run.parent, units=units)
 
     @property
     def name(self) -> str:
@@ -59,25 +66,35 @@ class SweepRecord:
     tables: Mapping[str, DataFrame]
     statistics: Mapping[str, tuple[Path, Mapping[str, Any]]]  # by signature: cache folder, and a description
     folder: Path
+    heat_maps: Mapping[str, Figure] = field(default_factory=dict)  # of single units, by the name of the study
+
+
+def is_leave_one_out(rows: Rows) -> bool:
+    """True for the rows of a run with fraction=each, which is no curve: each point is one unit, ablated alone."""
+    return "index" in (rows[0] if isinstance(rows, Sequence) else rows)
 
 
 def points(rows: Rows) -> list[dict[str, float]]:
-    """Values to log at each fraction, in increasing order of fractions, without NaN."""
+    """Values to log at each fraction, in increasing order of fractions, without NaN.
+
+    With fraction=each, that is the clean pass alone: all units have the same fraction.
+    """
     by_fraction: dict[float, dict[str, float]] = {}
-    for row in _records(rows):
+    for row in _of_a_curve(rows):
         point = by_fraction.setdefault(float(row["fraction"]), {"fraction": float(row["fraction"])})
         point[f"eval/{row['metric']}"] = float(row["value"])
         point[f"eval/{row['metric']}_stderr"] = float(row["stderr"])
     return [{k: v for k, v in point.items() if not math.isnan(v)} for _, point in sorted(by_fraction.items())]
 
 
-def _records(rows: Rows) -> Sequence[Mapping[Any, Any]]:
-    return rows if isinstance(rows, Sequence) else rows.to_dict("records")
+def _of_a_curve(rows: Rows) -> Sequence[Mapping[Any, Any]]:
+    records = rows if isinstance(rows, Sequence) else rows.to_dict("records")
+    return [row for row in records if row["fraction"] == 0] if is_leave_one_out(rows) else records
 
 
 def summary(rows: Rows) -> dict[str, float]:
     """One number per curve: `auc/<metric>` (see `metrics.normalised_auc`), `at_50/...`, `clean/...`, where known."""
-    found, records = {}, _records(rows)
+    found, records = {}, _of_a_curve(rows)
     for metric in MAIN:
         curve = {row["fraction"]: row for row in records if row["metric"] == metric}
         values = {at: float(curve[at]["value"]) for at in sorted(curve)}

@@ -24,7 +24,7 @@ def comparisons(found: list[tuple[Study, StudyResult]]) -> DataFrame:
         tables[-1].insert(0, "study", study.rows["study"].iloc[0])
         tables[-1].insert(1, "name", study.name)
         tables[-1].insert(2, "options", study.rows["options"].iloc[0])
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def read_study(study: Study, runs: dict[str, Path]) -> StudyResult | None:

@@ -13,10 +13,11 @@ from typing_extensions import TypedDict
 from ablation_sweeps.base import files, hashing
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.terminal import counted
-from ablation_sweeps.results import run_folder
+from ablation_sweeps.results import heat_map, run_folder
 from ablation_sweeps.results.curves import read_curves, summarise
 from ablation_sweeps.results.record import RunRecord, SweepRecord
 from ablation_sweeps.results.sweep import comparisons, read_studies
+from ablation_sweeps.results.units import read_units, unit_studies
 from ablation_sweeps.tracking import dashboard
 from ablation_sweeps.tracking.wandb import Wandb, online
 
@@ -76,8 +77,9 @@ def send_tables(sweep: Path) -> bool:
 
 def _send_tables(sweep: Path, runs: list[Path], project: str | None, entity: str | None, again: bool) -> bool:
     tracking = _tracking(runs[0], project, entity)
-    curves, statistics = read_curves(sweep), _statistics(runs)
-    content = hashing.signature([curves.to_csv(), sorted(statistics), tracking.place])
+    curves, units, statistics = read_curves(sweep), read_units(sweep), _statistics(runs)
+    texts = [table.to_csv() for table in (curves, units) if len(table)]
+    content = hashing.signature([*texts, sorted(statistics), tracking.place])
     known = files.read_json(sweep / MARK, Mark) or {}
     if known.get("content") == content and not again:
         return False
@@ -85,11 +87,16 @@ def _send_tables(sweep: Path, runs: list[Path], project: str | None, entity: str
     files.write_json(sweep / MARK, known)  # saved first: if sending is stopped, it is repeated under the same id
     found = read_studies(curves, sweep)
     measured = {study.rows["study"].iloc[0]: of_study for study, of_study in found}
-    tables = {"curves": curves, "summary": summarise(curves, measured)}
-    if found:
-        tables["comparisons"] = comparisons(found)
+    every = {
+        "curves": curves,
+        "summary": summarise(curves, measured),
+        "units": units,
+        "comparisons": comparisons(found),
+    }
+    tables = {name: table for name, table in every.items() if len(table)}
+    heat_maps = {study.name: heat_map.draw(study.rows, study.title, study.unit) for study in unit_studies(units)}
     name = run_folder.config(runs[0])["sweep"]
-    tracking.send_tables(SweepRecord(known["run_id"], name, tables, statistics, sweep))
+    tracking.send_tables(SweepRecord(known["run_id"], name, tables, statistics, sweep, heat_maps))
     files.write_json(sweep / MARK, {**known, "content": content})
     return True
 

@@ -19,7 +19,8 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.base.errors import UserError
-from ablation_sweeps.results import run_folder
+from ablation_sweeps.results import heat_map, run_folder
+from ablation_sweeps.results.display import scored
 from ablation_sweeps.results.record import flatten, points, summary
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ class Wandb:
             tags=self.tags, config={"sweep": sweep.name}, finish_seconds=FINISH_TABLES,
         ) as logged:  # fmt: skip
             logged.log({name: wandb.Table(dataframe=table) for name, table in sweep.tables.items()})
+            if sweep.heat_maps:
+                logged.log({f"units/{name}": wandb.Image(figure) for name, figure in sweep.heat_maps.items()})
             for signature, (folder, about) in sweep.statistics.items():
                 artifact = wandb.Artifact(
                     f"statistics-{signature}", "statistics", metadata={**about, "signature": signature}
@@ -170,6 +173,8 @@ class Wandb:
             for point in points(run.rows):
                 logged.log(point)
             logged.summary.update(summary(run.rows))
+            if run.units is not None:
+                _log_units(logged, run, run.units)
 
     @contextlib.contextmanager
     def _start(
@@ -206,6 +211,14 @@ class Wandb:
             run.finish(exit_code=1)  # an error inside the run's own `with` would print a traceback
             raise
         run.finish()
+
+
+def _log_units(logged: Any, run: RunRecord, units: DataFrame) -> None:
+    """Log the effects of units that were ablated alone, as a table and as a heat map."""
+    import wandb
+
+    figure = heat_map.draw(units, run.name, scored(units["kind"].iloc[0]))
+    logged.log({"units": wandb.Table(dataframe=units), "heat map": wandb.Image(figure)})
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import yaml
 from command import ROOT, Launch
 
 from ablation_sweeps.results.run_folder import Environment, Status
+from ablation_sweeps.results.units import OF_EFFECT, OF_RUN
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
@@ -149,6 +150,10 @@ def test_every_column_is_described(launch: Launch, on_text: tuple[str, ...], tmp
     assert {*environment} <= described("environment.json")
     assert described("environment.json") <= {*environment, *typing.get_type_hints(Environment)}
     assert described("status.json") == {*Status.__annotations__}
+
+
+def test_every_column_of_the_effects_is_described():
+    assert described("units.csv") == {*OF_RUN, *OF_EFFECT}
 
 
 def test_every_state_is_explained():
