@@ -113,39 +113,43 @@ class SharedPrefix:
         return min(ablated_layers, default=0)
 
     def _exact(self, depths: Collection[int]) -> set[int]:
-        """The depths at which the logits of an ablated probe are bit-equal to those of a pass through all layers.
+        """The depths at which the logits of a probe are bit-equal to those of a pass through all layers.
 
-        A pass over other texts in between changes whatever layers that are left out have kept from their last call:
-        the largest depth is tried first, so that none of them is called again before.
+        Layers must be called once each, in the order of their numbers, so that none is called after an ablated one that
+        has a larger number. A pass over other texts in between changes whatever layers that are left out have kept from
+        their last call: the largest depth is tried first, so that none of them is called again before.
         """
         if not depths:
             return set()
         one, other, third = (self._model.other_input("probe", n, seed) for n, seed in ((5, 0), (8, 1), (8, 2)))
         probe, between = (pad_and_stack(*pair).to(self._model.device) for pair in ((one, other), (other, third)))
-        values = [torch.zeros(projection.width) for projection in self._projections]
 
-        def logits(depth: int) -> torch.Tensor:
-            masks = [
-                torch.arange(projection.width) % 2 == 0 if layer >= depth else torch.zeros(projection.width) > 0
-                for projection, layer in zip(self._projections, self._layer_of, strict=True)
-            ]
-            with self.ablated(depth, masks, values, 2):
-                return self._model.logits(probe)
-
-        def same(depth: int, expected: torch.Tensor) -> bool:
+        def is_exact(depth: int) -> bool:
             try:
-                return torch.equal(logits(depth), expected)
+                with self._leaving_out(depth):
+                    return torch.equal(self._model.logits(probe), expected)
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # a model that misses what its lower layers do may raise anything
                 return False
 
-        with torch.inference_mode():
-            expected = {depth: logits(depth) for depth in depths}
-            with self.over_batch(depths):
-                self._model.logits(probe)
-                self._model.logits(between)
-                return {depth for depth in sorted(depths, reverse=True) if same(depth, expected[depth])}
+        with torch.inference_mode(), self.over_batch(depths):
+            with self._called() as called:
+                expected = self._model.logits(probe)
+            if called != sorted({*called}):
+                return set()
+            self._model.logits(between)
+            return {depth for depth in sorted(depths, reverse=True) if depth in self._outputs and is_exact(depth)}
+
+    @contextmanager
+    def _called(self) -> Iterator[list[int]]:
+        """Context manager: gives a list, to which each layer that is called adds its index."""
+        called: list[int] = []
+        with ExitStack() as hooks:
+            for number, layer in enumerate(self._layers):
+                note = layer.register_forward_pre_hook(lambda *_, number=number: called.append(number))
+                hooks.callback(note.remove)
+            yield called
 
 
 def _numbered_layers(module: torch.nn.Module, projections: list[Projection]) -> tuple[list[torch.nn.Module], list[int]]:
