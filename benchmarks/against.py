@@ -134,22 +134,40 @@ class Ours:
 
     def export(self, folder: Path) -> None:
         """The model, its tokenizer, and the work, for the others."""
-        module: Any = self.case.model.module
-        config = copy.deepcopy(module.config)
-        if hasattr(config, "quantization_config"):  # read from GGUF, which transformers does not write
-            del config.quantization_config
-        plain = type(module)(config).to(getattr(torch, self.dtype))
-        plain.load_state_dict(module.state_dict())
-        plain.save_pretrained(folder)
-        load_tokenizer(self.case.job.model).save_pretrained(folder)  # type: ignore[arg-type]
-        np.savez(
-            folder / "work.npz",
-            ids=torch.stack([batch.inputs["input_ids"] for batch in self.case.batches]).numpy(),
-            masks=stacked(self.masks),
-            sweep_masks=stacked(masks_of(self.case, TENTHS)),
-            values=torch.stack(self.values).cpu().numpy(),
-            dtype=self.dtype,
-        )
+        export(self.case, folder, stacked(self.masks), stacked(masks_of(self.case, TENTHS)), self.values, self.dtype)
+
+
+def export(
+    case: Case,
+    folder: Path,
+    masks: np.ndarray,
+    sweep_masks: np.ndarray,
+    values: Sequence[torch.Tensor],
+    dtype: str = "float32",
+) -> None:
+    """Write a model, its tokenizer and the work to a folder, where the scripts of others/ read them.
+
+    Args:
+        masks: `[points, layers, neurons]`, of the points to measure.
+        sweep_masks: likewise, of a whole sweep.
+        values: what is written, `[neurons]` per layer.
+    """
+    module: Any = case.model.module
+    config = copy.deepcopy(module.config)
+    if hasattr(config, "quantization_config"):  # read from GGUF, which transformers does not write
+        del config.quantization_config
+    plain = type(module)(config).to(getattr(torch, dtype))
+    plain.load_state_dict(module.state_dict())
+    plain.save_pretrained(folder)
+    load_tokenizer(case.job.model).save_pretrained(folder)  # type: ignore[arg-type]
+    np.savez(
+        folder / "work.npz",
+        ids=torch.stack([batch.inputs["input_ids"] for batch in case.batches]).numpy(),
+        masks=masks,
+        sweep_masks=sweep_masks,
+        values=torch.stack([*values]).cpu().numpy(),
+        dtype=dtype,
+    )
 
 
 def model_options(name: str, folder: Path, length: int) -> list[str]:
