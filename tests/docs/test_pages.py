@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import typing
@@ -13,7 +12,8 @@ import pytest
 import yaml
 from command import ROOT, Launch
 
-from ablation_sweeps.results.run_folder import Environment, Status
+from ablation_sweeps.results.run_folder import Environment
+from ablation_sweeps.results.run_status import RunState, RunStatus
 from ablation_sweeps.results.units import OF_EFFECT, OF_RUN
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -149,7 +149,7 @@ def test_every_column_is_described(launch: Launch, on_text: tuple[str, ...], tmp
     environment = json.loads((run / "environment.json").read_text())
     assert {*environment} <= described("environment.json")
     assert described("environment.json") <= {*environment, *typing.get_type_hints(Environment)}
-    assert described("status.json") == {*Status.__annotations__}
+    assert described("status.json") == {*RunStatus.__annotations__}
 
 
 def test_every_column_of_the_effects_is_described():
@@ -157,7 +157,7 @@ def test_every_column_of_the_effects_is_described():
 
 
 def test_every_state_is_explained():
-    states = set(re.findall(r'"(\w+)"', inspect.getsource(Status).partition("Literal[")[2].partition("]")[0])) - {"new"}
+    states = {state.value for state in RunState} - {"new"}
     section = TEXTS["docs/launcher.md"].partition("## Status and retry")[2].partition("\n## ")[0]
     assert states == set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
 
