@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ablation_sweeps.results.display import GREY, PLACES, RC, WIDTH, method_styles
+from ablation_sweeps.results.display import GREY, PLACES, RC, WIDTH, method_styles, units_of
 from ablation_sweeps.results.metrics import MAIN, metric_named, pooled
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ def draw(rows: DataFrame, title: str, unit: str) -> Figure:
         for axes, label, lines in zip(panels, labels.values(), notes, strict=True):
             axes.set_title(label, loc="left", pad=4 + 9 * len(lines) + 2 * bool(lines))
             axes.annotate("\n".join(lines), (0, 1), (0, 6), "axes fraction", "offset points", color=GREY, fontsize=6.5)
-        _arrange(figure, style, textwrap.fill(title, 100).replace("$", r"\$"), max(map(len, notes)), _spread(rows))
+        _arrange(figure, style, textwrap.fill(title, 100).replace("$", r"\$"), max(map(len, notes)), rows)
     return figure
 
 
-def _arrange(figure: Figure, style: dict[str, dict[str, Any]], title: str, n_notes: int, spread: str) -> None:
+def _arrange(figure: Figure, style: dict[str, dict[str, Any]], title: str, n_notes: int, rows: DataFrame) -> None:
     """Set sizes in inches, from the bottom: legend, label of the x axes, panels, their titles and notes, title."""
     from matplotlib.lines import Line2D
 
@@ -57,8 +57,8 @@ def _arrange(figure: Figure, style: dict[str, dict[str, Any]], title: str, n_not
     of_one = (right - gap * len(figure.axes)) / len(figure.axes)
     figure.subplots_adjust(left=gap / WIDTH, right=right / WIDTH, wspace=gap / of_one)
     figure.text(0.5, 1 - 0.06 / height, title, ha="center", va="top", fontsize=8.5, fontweight="bold")
-    figure.text(0.5175, (legend + 0.1) / height, "Neurons ablated (%)", ha="center")
-    figure.text(0.99, (legend + 0.1) / height, spread, ha="right", color=GREY, fontsize=6.5)
+    figure.text(0.5175, (legend + 0.1) / height, f"{units_of(rows).capitalize()} ablated (%)", ha="center")
+    figure.text(0.99, (legend + 0.1) / height, _spread(rows), ha="right", color=GREY, fontsize=6.5)
     figure.legend(handles=handles, loc="lower center", ncols=n_columns, frameon=False, handlelength=2.6, borderpad=0.3)
 
 

@@ -32,17 +32,17 @@ LAYOUT = {
 
 def figures(study: StudyResult) -> dict[str, Any]:
     """Plotly figures as json: curves under `<metric>|`, differences from a method under `<metric>|<method>`."""
-    found = {}
+    found, x = {}, f"{study.ablated.capitalize()} ablated (%)"
     for metric, lines in study.levels.items():
         known = metric_named(metric)
         scale, y = known.scale, known.label_in(study.unit)
         clean = next(iter(lines.values()))[0][1].value
         marked = {} if not known.is_relative else {"clean": clean, "chance": study.chance.get(metric, math.nan)}
-        found[f"{metric}|"] = _figure(lines, study.methods, scale, y, marked)
+        found[f"{metric}|"] = _figure(lines, study.methods, scale, x, y, marked)
         for reference in study.methods if len(study.methods) > 1 else ():
             apart = {method: _apart(study.comparisons, metric, method, reference) for method in study.methods}
             apart = {method: points for method, points in apart.items() if points}
-            found[f"{metric}|{reference}"] = _figure(apart, study.methods, scale, f"{y}, minus {reference}'s", {})
+            found[f"{metric}|{reference}"] = _figure(apart, study.methods, scale, x, f"{y}, minus {reference}'s", {})
     return found
 
 
@@ -55,16 +55,16 @@ def _apart(comparisons: DataFrame, metric: str, method: str, reference: str) -> 
     return [(0.0, Estimate(0.0, 0.0, 0.0, 1.0)), *points] if points else []
 
 
-def _figure(lines: dict[str, Line], methods: list[str], scale: float, y: str, marked: dict[str, float]) -> Any:
+def _figure(lines: dict[str, Line], methods: list[str], scale: float, x: str, y: str, marked: dict[str, float]) -> Any:
     import plotly.graph_objects as go
 
     style = method_styles(methods)
     figure = go.Figure()
     for method, points in lines.items():
         colour, symbol = style[method]["color"], SYMBOLS[style[method]["marker"]]
-        x = [100 * fraction for fraction, _ in points]
+        percent = [100 * fraction for fraction, _ in points]
         middle, low, high = ([scale * getattr(e, at) for _, e in points] for at in ("value", "low", "high"))
-        add_line(figure, method, x, middle, low, high, colour, "[%{customdata[0]:.4g}, %{customdata[1]:.4g}]")
+        add_line(figure, method, percent, middle, low, high, colour, "[%{customdata[0]:.4g}, %{customdata[1]:.4g}]")
         shown = {"name": html.escape(method)}
         figure.update_traces(marker={"size": 7, "symbol": symbol}, selector=shown)
         if style[method]["linestyle"] != "-":
@@ -74,7 +74,7 @@ def _figure(lines: dict[str, Line], methods: list[str], scale: float, y: str, ma
             dashes, side = ("dash", "right") if name == "clean" else ("dot", "left")  # away from the curves
             figure.add_hline(scale * value, line_color=GREY, line_width=1, line_dash=dashes, annotation_text=name,
                              annotation_font_color=GREY, annotation_position=f"top {side}")  # fmt: skip
-    figure.update_layout(**LAYOUT, xaxis_title="Neurons ablated (%)", yaxis_title=y)
+    figure.update_layout(**LAYOUT, xaxis_title=x, yaxis_title=y)
     return figure.to_plotly_json()
 
 

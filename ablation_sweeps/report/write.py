@@ -186,6 +186,9 @@ def _notes(study: Study, runs: dict[str, Path], doubts: dict[Path, str]) -> list
     for run in study.rows.drop_duplicates(["method", "run_id"]).to_dict("records"):
         folder = runs[run["run_id"]]
         doubt = [doubts[folder]] if folder in doubts else []
+        if others := run["seeds_left_out"]:
+            seeds = "seeds" if "," in others else "seed"
+            doubt.append(f"results of {seeds} {others} are left out: the ablated units do not depend on the seed")
         for note in [*doubt, *run_folder.environment(folder).get("notes", []), *run_folder.left_out(folder)]:
             methods.setdefault(note, []).append(run["method"])
     return [f"{', '.join(dict.fromkeys(noted))}: {note}" for note, noted in methods.items()]

@@ -17,7 +17,7 @@ from ablation_sweeps.base.lazy import pd
 from ablation_sweeps.base.terminal import as_typed, typed_subcommand
 from ablation_sweeps.results import run_folder, run_status
 from ablation_sweeps.results.comparison import half_gone_at, shared
-from ablation_sweeps.results.display import scored
+from ablation_sweeps.results.display import scored, units_of
 from ablation_sweeps.results.metrics import (
     is_whole,
     metric_named,
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 STUDY = ["study", "kind", "model", "dataset", "site", "selection", "options"]
 NAME = ["model", "dataset", "site"]
 WITHIN_A_STUDY = ("method", "fraction", "seed", "tracking", "sweep", "results_dir", "prefetch", "dry_run", "objective")
+NAMED = {"unit": "unit.name", "selection": "selection.label", "scope": "scope.write"}  # options by which parts go
+EARLIER = {"unit.name": "neuron", "scope.write": "all", "scope.statistics": "all", "site.layers": "all"}
+CLASSES = ("unit._target_", "selection._target_", "scope._target_", "site._target_")
 CALIBRATION = ["calibration_positions", "calibration_asked"]
 POINT = ["study", "method", "seed", "fraction", "metric"]
 
@@ -136,11 +139,21 @@ def _on_the_same_documents(runs: dict[Path, DataFrame]) -> dict[Path, DataFrame]
 
 
 def _one_seed_where_none_matters(rows: DataFrame) -> DataFrame:
-    """Keep only the first seed where units do not depend on the seed: others are no further sample of units."""
+    """Keep only the first seed where units do not depend on the seed: others are no further sample of units.
+
+    The column `seeds_left_out` names the others.
+    """
+    rows = rows.assign(seeds_left_out="")
     if rows["depends_on_seed"].all():
         return rows
-    first = rows.groupby(["study", "method"])["seed"].transform("min")
-    return rows.loc[rows["depends_on_seed"] | (rows["seed"] == first)]
+    of_method = rows.groupby(["study", "method"])["seed"]
+    rows["seeds_left_out"] = of_method.transform(seeds_after_the_first).where(~rows["depends_on_seed"], "")
+    return rows.loc[rows["depends_on_seed"] | (rows["seed"] == of_method.transform("min"))]
+
+
+def seeds_after_the_first(seeds: Iterable[int]) -> str:
+    """All seeds but the first, in words: "1, 2"."""
+    return ", ".join(str(seed) for seed in sorted(set(seeds))[1:])
 
 
 def _distinguish(rows: DataFrame) -> DataFrame:
@@ -168,10 +181,11 @@ def _differing(runs: dict[str, list[Path]], rows: DataFrame) -> dict[str, str]:
     found = {}
     for _, same in rows.groupby(NAME):
         options = {study: _options(run_folder.config(runs[study][0])) for study in same["study"].unique()}
-        keys = sorted({key for of_study in options.values() for key in of_study})
-        keys = [key for key in keys if len({of_study.get(key) for of_study in options.values()}) > 1]
+        keys = sorted({key for of_study in options.values() for key in of_study}, key=_named_first)
+        keys = [key for key in keys if _tells_apart(key, [*options.values()])]
         for study, of_study in options.items():
-            found[study] = " ".join(f"{key}={as_typed(of_study.get(key))}" for key in keys)
+            has = [key for key in keys if key in of_study or not key.startswith("selection.")]  # rules differ in these
+            found[study] = " ".join(f"{key}={as_typed(of_study.get(key))}" for key in has)
         texts = {study: run_folder.texts_of(runs[study][0]) for study in options}
         for study, passed in texts.items() if len(set(texts.values())) > 1 else ():
             found[study] = f"{found[study]} texts passed {passed}".strip()
@@ -181,16 +195,32 @@ def _differing(runs: dict[str, list[Path]], rows: DataFrame) -> dict[str, str]:
     return found
 
 
+def _named_first(key: str) -> tuple[int, str]:
+    return [*NAMED].index(key) if key in NAMED else len(NAMED), key
+
+
+def _tells_apart(key: str, options: Sequence[Mapping[str, Any]]) -> bool:
+    """True if studies differ in an option. An option of the selection counts only among selections of one name."""
+    of_selection = key.startswith("selection.")
+    values: dict[Any, set[Any]] = {}
+    for of_study in options:
+        values.setdefault(of_study.get("selection") if of_selection else None, set()).add(of_study.get(key))
+    return any(len(of_name) > 1 for of_name in values.values())
+
+
 def _finished(runs: list[Path]) -> str:
     return max(str(run_status.read(run).time) for run in runs).removesuffix("+00:00").replace("T", " ") + " UTC"
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:
-    """The options that distinguish studies, flattened."""
-    return {
-        key: value
-        for key, value in flatten(config).items()
-        if key.split(".")[0] not in WITHIN_A_STUDY and not key.endswith(".label")
+    """The options that distinguish studies, flattened; unit, selection and scope by their names."""
+    flat = EARLIER | flatten(config)
+    layers = config.get("site", {}).get("layers", "all")
+    named_parts = {name: flat.pop(key) for name, key in NAMED.items() if key in flat}
+    return named_parts | {
+        key: as_typed(layers) if key == "site.layers" else value
+        for key, value in flat.items()
+        if key.split(".")[0] not in WITHIN_A_STUDY and not key.endswith(".label") and key not in CLASSES
     }
 
 
@@ -289,17 +319,26 @@ def named(table: DataFrame, ending: str, title: Callable[[DataFrame, str], str])
             short, unit = rows["study"].iloc[0][:8], scored(rows["kind"].iloc[0])
             apart = [own] if own else []
             apart += [f"study {short}"] if options.count(own) > 1 else []
-            unique = name if len(of_name) == 1 else f"{name}-{short}"
+            unique = name if len(of_name) == 1 else f"{name}-{_in_a_name(own) or short}"
             found.append(Study(f"{unique}{ending}", " · ".join([title(rows, unit), *apart]), unit, rows))
     return found
 
 
+def _in_a_name(options: str) -> str:
+    """Options as part of a file name; "" if there are others than unit, selection, scope and layers."""
+    only_these = re.fullmatch(r"((unit|selection|scope|site\.layers)=\S+ ?)+", options)
+    return re.sub(r"[^\w.-]+", "_", options.replace("=", "-")).strip("_") if only_these else ""
+
+
 def _title(rows: DataFrame, unit: str) -> str:
     model, dataset, site, selection = rows.iloc[0][["model", "dataset", "site", "selection"]]
+    options = rows["options"].iloc[0]
+    what = [] if "unit=" in options or (kind := units_of(rows)) == "neurons" else [kind]
+    what += [] if "selection=" in options else [selection]
     size = f"{span(first_metric(rows)['n'].astype(int).tolist())} {unit}s"
     thin = thin_calibration(rows)
     statistics = f" · statistics {of_calibration(thin)}" if thin else ""
-    return f"{model} on {dataset} · {site} · {selection} · {size} · {seeds_said(rows)}{statistics}"
+    return f"{' · '.join([f'{model} on {dataset}', site, *what, size, seeds_said(rows)])}{statistics}"
 
 
 def first_metric(rows: DataFrame) -> DataFrame:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ablation_sweeps.base.terminal import counted
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # The palette of Okabe and Ito, safe for the colour-blind, without its yellow, which is too pale for a line on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#8C6D1F")
@@ -41,6 +44,12 @@ UNITS = {"kv_group": "key/value group"}  # names of units for people, where they
 def scored(kind: str) -> str:
     """What a kind of model is scored on: "token" or "image"."""
     return "image" if kind == "image_classifier" else "token"
+
+
+def units_of(rows: DataFrame) -> str:
+    """What is ablated in the rows of a study: "neurons", "heads", ..."""
+    kind = str(rows["unit"].iloc[0]) if "unit" in rows else "neuron"
+    return f"{UNITS.get(kind, kind)}s"
 
 
 def units_said(kind: str, number: int) -> str:

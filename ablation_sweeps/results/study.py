@@ -12,7 +12,7 @@ import numpy as np
 
 from ablation_sweeps.base.terminal import counted
 from ablation_sweeps.results.comparison import Documents, Estimate, are_too_few, compare, half_gone_at, levels, paired
-from ablation_sweeps.results.display import display_order
+from ablation_sweeps.results.display import display_order, units_of
 from ablation_sweeps.results.metrics import display_rank, metric_named, safe_divide
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class StudyResult:
         chance: chance level of each metric.
         missing: for each metric, the methods with runs that have not measured it.
         calibration: see `thin_calibration`.
+        ablated: what is ablated, "neurons", "heads", ...
     """
 
     name: str
@@ -53,6 +54,7 @@ class StudyResult:
     chance: dict[str, float]
     missing: dict[str, list[str]]
     calibration: tuple[int, int] | None
+    ablated: str = "neurons"
 
     @property
     def reach(self) -> float:
@@ -121,6 +123,7 @@ def analyse_study(
             if (lacking := [m for m in methods if any(key[0] == m and key not in has[metric] for key in in_turn)])
         },
         calibration=thin_calibration(rows),
+        ablated=units_of(rows),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ablation_sweeps.base.lazy import pd
 from ablation_sweeps.results import run_folder
-from ablation_sweeps.results.curves import STUDY, Study, named, read_runs
+from ablation_sweeps.results.curves import STUDY, Study, named, read_runs, seeds_after_the_first
 from ablation_sweeps.results.display import units_said
 from ablation_sweeps.results.effects import effects
 from ablation_sweeps.results.record import is_leave_one_out
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 OF_RUN = [*STUDY, "unit", "method", "run_id"]  # columns that the rows of a run share
 OF_EFFECT = ["layer", "index", "metric", "value", "clean", "effect", "stderr", "low", "high", "p", "p_holm",
-             "significant", "n", "n_documents"]  # fmt: skip
+             "significant", "n", "n_documents", "seeds_left_out"]  # fmt: skip
 
 
 def read_units(*sweeps: str | Path) -> DataFrame:
@@ -35,11 +35,18 @@ def read_units(*sweeps: str | Path) -> DataFrame:
     first: dict[tuple[str, str], tuple[Path, DataFrame]] = {}
     for folder, rows in sorted(runs, key=lambda run: int(run[1]["seed"].iloc[0])):
         first.setdefault((rows["study"].iloc[0], rows["method"].iloc[0]), (folder, rows))
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for _, rows in runs:
+        seeds.setdefault((rows["study"].iloc[0], rows["method"].iloc[0]), set()).add(int(rows["seed"].iloc[0]))
     tables = [pd.DataFrame(columns=[*OF_RUN, *OF_EFFECT])] if not first else []
-    for folder, rows in first.values():
+    for key, (folder, rows) in first.items():
         documents = run_folder.result(folder, "documents.parquet")
         if documents is not None:
-            tables.append(effects(rows, documents).assign(**rows.iloc[0][OF_RUN].to_dict()))
+            tables.append(
+                effects(rows, documents).assign(
+                    **rows.iloc[0][OF_RUN].to_dict(), seeds_left_out=seeds_after_the_first(seeds[key])
+                )
+            )
     table = pd.concat(tables, ignore_index=True)
     return table.sort_values(OF_RUN, kind="stable", ignore_index=True).loc[:, [*OF_RUN, *OF_EFFECT]]
 

@@ -59,6 +59,7 @@ def _runs(study: Study, name: str) -> Any:
     }
     return ws.RunsetSettings(
         filters=[
+            *_of_seeds(study),
             expr.Metric("Group") == group_of(name),
             expr.Metric("JobType") == job_type(),
             expr.Config("study") == study.rows["study"].iloc[0],
@@ -66,6 +67,15 @@ def _runs(study: Study, name: str) -> Any:
         groupby=[expr.Config("method"), *(expr.Config(f"method.{key}.value") for key in differing(study))],
         group_colors={} if differing(study) else colours,
     )
+
+
+def _of_seeds(study: Study) -> list[Any]:
+    """Leave out the runs of seeds that ablate the same units: W&B would take them for a sample, without any spread."""
+    import wandb_workspaces.expr as expr
+
+    if not study.rows["seeds_left_out"].any():
+        return []
+    return [expr.Config("run_id").isin(study.rows["run_id"].unique().tolist())]
 
 
 def differing(study: Study) -> list[str]:

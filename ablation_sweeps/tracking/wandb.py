@@ -7,6 +7,7 @@ WANDB_NAME, WANDB_NOTES, WANDB_TAGS, WANDB_DIR, WANDB_MODE and WANDB_DISABLED. W
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import shutil
@@ -24,6 +25,7 @@ from ablation_sweeps.results.display import scored
 from ablation_sweeps.results.record import flatten, points, summary
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
     Rows = DataFrame | Sequence[Mapping[str, Any]]
@@ -133,7 +135,7 @@ class Wandb:
         ) as logged:  # fmt: skip
             logged.log({name: wandb.Table(dataframe=table) for name, table in sweep.tables.items()})
             if sweep.heat_maps:
-                logged.log({f"units/{name}": wandb.Image(figure) for name, figure in sweep.heat_maps.items()})
+                logged.log({f"units/{name}": _image(figure) for name, figure in sweep.heat_maps.items()})
             for signature, (folder, about) in sweep.statistics.items():
                 artifact = wandb.Artifact(
                     f"statistics-{signature}", "statistics", metadata={**about, "signature": signature}
@@ -218,7 +220,17 @@ def _log_units(logged: Any, run: RunRecord, units: DataFrame) -> None:
     import wandb
 
     figure = heat_map.draw(units, run.name, scored(units["kind"].iloc[0]))
-    logged.log({"units": wandb.Table(dataframe=units), "heat map": wandb.Image(figure)})
+    logged.log({"units": wandb.Table(dataframe=units), "heat_map": _image(figure)})
+
+
+def _image(figure: Figure) -> Any:
+    """The picture of a figure. W&B itself can only take those of pyplot, which nothing here imports."""
+    import wandb
+    from PIL import Image
+
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=200)
+    return wandb.Image(Image.open(file))
 
 
 @contextlib.contextmanager

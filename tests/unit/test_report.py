@@ -451,6 +451,78 @@ def test_studies_of_one_name_say_in_which_options_they_differ(tmp_path: Path, mo
     assert alone.title.endswith(" · 1 seed")
 
 
+RULES = {
+    "random": {"_target_": "a.Random", "label": "random", "within": None},
+    "wifv": {"_target_": "b.ByStatistic", "label": "wifv-least_first", "order": "least_first", "checked_units": 30},
+}
+
+
+def options(unit: str, rule: str, write: str = "all", layers: object = "all", **of_rule: object) -> dict:
+    """The options of a run, as config.yaml has them."""
+    scope = {"_target_": "c.Scope", "write": write, "statistics": "all"}
+    site = {"_target_": "d.Site", "label": "attn_pre_out", "layers": layers}
+    return {
+        "unit": {"_target_": "e.Unit", "name": unit},
+        "selection": RULES[rule] | of_rule,
+        "scope": scope,
+        "site": site,
+    }
+
+
+def test_studies_that_differ_in_unit_selection_or_scope_say_so_as_typed(tmp_path: Path):
+    configs = {
+        "a": {"model": {"label": "opt"}},  # of an earlier version
+        "b": options("head", "random"),
+        "c": options("head", "wifv", write="not_first"),
+        "d": options("head", "wifv", write="not_first", checked_units=10),
+        "e": options("head", "wifv", layers=[1]),
+    }
+    for name, config in configs.items():
+        unit, rule = (
+            (config["unit"]["name"], config["selection"]["label"]) if "unit" in config else ("neuron", "random")
+        )
+        rows = curve("zero", study=8 * name, selection=rule, unit=unit, depends_on_seed=rule == "random", n_units=8)
+        save_run(tmp_path / name, rows, config={"selection": RULES["random"]} | config)
+    found = {study.rows["study"].iloc[0][0]: study for study in studies(read_curves(tmp_path))}
+    told = {name: study.rows["options"].iloc[0] for name, study in found.items()}
+    assert not any("_target_" in text or "null" in text for text in told.values()), told
+    assert told["a"].startswith("unit=neuron selection=random scope=all")
+    assert told["c"].startswith("unit=head selection=wifv-least_first scope=not_first")
+    assert "selection.checked_units=30" in told["c"] and "selection.checked_units=10" in told["d"]
+    assert told["e"].endswith("site.layers=[1]")
+    assert found["b"].title.count("random") == 1
+    assert found["b"].name == "opt-pile-attn_pre_out-unit-head_selection-random_scope-all_site.layers-all"
+
+
+def test_heads_are_not_called_neurons():
+    texts = text_of(drawn(curve("zero", unit="head")))
+    assert "opt on pile · attn_pre_out · heads · random · 4,000 tokens · 1 seed" in texts
+    assert "Heads ablated (%)" in texts and "Neurons ablated (%)" not in texts
+
+
+def test_seeds_of_a_rule_that_does_not_depend_on_them_are_one_and_that_is_said(tmp_path: Path):
+    for seed in (2, 0, 1):
+        rows = curve("zero", seed, slope=4.0 + seed, depends_on_seed=False, unit="head", n_units=8)
+        run_folder.begin(tmp_path / f"r{seed}-rrrrrrrr", {})
+        sums = pd.DataFrame({"fraction": rows["fraction"].unique()}).merge(
+            pd.DataFrame({"document": range(3)}), "cross"
+        )
+        sums = sums.assign(
+            name="d", n=10.0, loss=30.0 + seed + sums["document"] * (1 + sums["fraction"]), top1=5.0, kl=0.0
+        )
+        run_folder.finish(tmp_path / f"r{seed}-rrrrrrrr", rows.assign(run_id="r" * 8), sums, 1.0)
+    curves = read_curves(tmp_path)
+    assert set(curves["seed"]) == {0} and set(curves["seeds_left_out"]) == {"1, 2"}
+    (study,) = studies(curves)
+    assert study.title.endswith("1 seed")
+    file = io.StringIO()
+    write.write(tmp_path, console=Console(file=file, width=200))
+    assert "zero: results of seeds 1, 2 are left out: the ablated units do not depend on the seed" in file.getvalue()
+    summary = pd.read_csv(tmp_path / "summary.csv")
+    assert set(summary["n_seeds"]) == {1} and set(summary["auc_n_seeds"].dropna()) <= {1}
+    assert file.getvalue().count("seeds") == 1
+
+
 def text_of(figure) -> list[str]:
     figure.canvas.draw()
     return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")) if text.get_text()]

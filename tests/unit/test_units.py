@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from command import run_python
 from matplotlib.collections import PathCollection
+from matplotlib.image import imread
 from rich.console import Console
 from scipy import stats
 from typer.testing import CliRunner
@@ -178,3 +180,19 @@ def test_head_importance_of_a_model(tmp_path: Path):
     assert len(units[units["metric"] == "loss"]) == 2 * 8 and set(units["layer"]) == {0, 2}
     rows = pd.read_parquet(folder / "rows.parquet")
     assert not rows["depends_on_seed"].any() and (rows.loc[rows["fraction"] > 0, "n_ablated"] == 1).all()
+
+
+def test_wandb_gets_a_table_and_a_picture(tmp_path: Path):
+    save_run(tmp_path / "run-of-mean0")
+    code = (
+        "import sys; from pathlib import Path; from ablation_sweeps.results.record import RunRecord; "
+        "from ablation_sweeps.tracking.wandb import Wandb; "
+        "Wandb('p', None, 'offline', (), False).log_run(RunRecord.of(Path(sys.argv[1])))"
+    )
+    done = run_python("-c", code, str(tmp_path / "run-of-mean0"), cwd=tmp_path)
+    assert (done.code, done.err) == (0, "")
+    (media,) = tmp_path.glob("wandb/offline-run-*/files/media")
+    (table,) = media.glob("table/units*.json")
+    assert len(json.loads(table.read_text())["data"]) == 16
+    (picture,) = media.glob("images/heat_map*.png")
+    assert imread(picture).std() > 0.05
