@@ -61,6 +61,28 @@ def retry(sweep: Sweep) -> None:
 
 
 @app.command()
+def check(
+    options: Annotated[list[str] | None, typer.Argument(help="options of a job: model=gpt2 site=mlp_pre_out")] = None,
+    config_dir: Annotated[
+        Path | None, typer.Option("--config-dir", "-cd", help="folder with yamls of your own")
+    ] = None,
+) -> None:
+    """Prove for a model what an ablation changes: one line per property; exit code 1 if one of them fails."""
+    from ablation_sweeps.experiment.compose import unchecked_job
+    from ablation_sweeps.experiment.session import Session
+    from ablation_sweeps.neurons import sites
+
+    logging.basicConfig(format="%(message)s")
+    job, session = unchecked_job(*(options or ()), config_dir=config_dir), Session()
+    projections = sites.find(session.model(job), job.site, job.model.site_paths)
+    job.unit.partition(sites.in_layers(projections, job.site))
+    certificate = session.certificate(job, projections)
+    for verdict in certificate.verdicts:
+        print(f"{verdict.outcome:10}  {verdict}")
+    certificate.require(job.unit.name)
+
+
+@app.command()
 def report(
     sweep: Sweep,
     more: Annotated[list[Path] | None, typer.Argument(help="further sweeps to include in the tables")] = None,

@@ -38,6 +38,13 @@ def compose_job(*options: str, config_dir: str | os.PathLike[str] | None = None)
     Raises:
         UserError: one line that names the option and the remedy.
     """
+    job = unchecked_job(*options, config_dir=config_dir)
+    job.check()
+    return job
+
+
+def unchecked_job(*options: str, config_dir: str | os.PathLike[str] | None = None) -> Job:
+    """The job of `compose_job`, whose parts need not fit together: for a command that uses some of them only."""
     more = [] if config_dir is None else [Path(config_dir).expanduser().absolute()]
     search = [f"hydra.searchpath={typed([f'file://{folder}' for folder in more])}"] if more else []
     try:
@@ -46,6 +53,4 @@ def compose_job(*options: str, config_dir: str | os.PathLike[str] | None = None)
             check_choices(config, GlobalHydra.instance().config_loader())
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise UserError(one_line(error, CONF, *more)) from error
-    job = to_job(config)
-    job.check()
-    return job
+    return to_job(config)

@@ -18,6 +18,8 @@ from ablation_sweeps.experiment import identity
 from ablation_sweeps.experiment.clean_passes import CleanPasses
 from ablation_sweeps.models.model import Model
 from ablation_sweeps.models.transformer import Transformer
+from ablation_sweeps.neurons.certificate import Certificate, certify
+from ablation_sweeps.neurons.hooks import Projection
 from ablation_sweeps.neurons.replay import Replay
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class Session:
     def __init__(self) -> None:
         self._config: Model | None = None
         self._model: Transformer | None = None
+        self._certificates: dict[tuple, Certificate] = {}
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -48,6 +51,7 @@ class Session:
         """The job's model, loaded unless the job before had the same."""
         if self._model is None or self._config != job.model:
             self._model = None
+            self._certificates.clear()
             self._start_anew()
             if torch.cuda.is_available():
                 gc.collect()  # a model that is split across devices holds references to itself
@@ -57,6 +61,14 @@ class Session:
             model.module.requires_grad_(False)
             self._config, self._model = job.model, model
         return self._model
+
+    def certificate(self, job: Job, projections: list[Projection]) -> Certificate:
+        """What is proven of the job's model at these projections, those of all layers. It is found out once."""
+        model = self.model(job)
+        key = (job.scope.write, *((projection.site, projection.path) for projection in projections))
+        if key not in self._certificates:
+            self._certificates[key] = certify(model, projections, job.scope.write)
+        return self._certificates[key]
 
     def batches(self, job: Job, split: Split) -> list[Batch]:
         """The batches of a split, encoded for the job's model."""

@@ -67,7 +67,7 @@ def isolate(model: Transformer, encoder: TextEncoder, option: str) -> Transforme
         model.other_input("probe", n, seed) for seed, n in enumerate((max(2, n // 2), n, encoder.max_tokens))
     )
     exact = all(p.dtype in (torch.float32, torch.float64) for p in model.module.parameters())
-    differ = functools.partial(_differ, exact=exact)
+    is_other = functools.partial(differ, exact=exact)
     state = State(model.module)
     alone, again = _scores(model, short), _scores(model, short)
     if alone.isnan().any():  # reported later, with its cause
@@ -75,7 +75,7 @@ def isolate(model: Transformer, encoder: TextEncoder, option: str) -> Transforme
     try:
         beside = [_scores(model, short, longer), _scores(model, short, longest)]
         changes = state.changes()
-        depends = any(differ(scores, alone) for scores in beside)
+        depends = any(is_other(scores, alone) for scores in beside)
         depends = depends or _length_matters(_restored(model, changes), longest, encoder.max_tokens)
         changes = state.changes()
     except torch.OutOfMemoryError:
@@ -88,16 +88,16 @@ def isolate(model: Transformer, encoder: TextEncoder, option: str) -> Transforme
         encoder = dataclasses.replace(encoder, max_tokens=context)
         cut = (*model.texts, f"cut to {context} tokens")
         return isolate(dataclasses.replace(model, encode=encoder, texts=cut), encoder, option)
-    if changes and (depends or differ(again, alone) or _remembers(model, encoder.max_tokens, changes)):
+    if changes and (depends or is_other(again, alone) or _remembers(model, encoder.max_tokens, changes)):
         model = _restored(model, changes)
-    if differ(_scores(model, short), alone):
+    if is_other(_scores(model, short), alone):
         raise UserError(
             f"{option}: gives different logits when the same text is passed again, so that damage cannot be told from "
             "chance; use another model, or another model.attn_implementation"
         )
     if not depends:
         return model
-    if differ(_scores(model, short, model.other_input("probe", max(2, n // 2), 2)), alone):
+    if is_other(_scores(model, short, model.other_input("probe", max(2, n // 2), 2)), alone):
         if exact:
             raise UserError(
                 f"{option}: the logits of a text depend on the other texts in its batch, even on those of "
@@ -219,7 +219,7 @@ def _scores_of_beginnings(model: Transformer, text: Batch, lengths: list[int], *
         return [of_one.cpu().double().log_softmax(-1) for of_one in logits.split([len(own) for own in places])]
 
 
-def _differ(found: torch.Tensor, expected: torch.Tensor, exact: bool) -> bool:
+def differ(found: torch.Tensor, expected: torch.Tensor, exact: bool) -> bool:
     """True if two predictions differ by more than rounding.
 
     In half precision, rounding may send single positions to another expert, so most positions must differ.

@@ -44,6 +44,7 @@ class Environment(TypedDict, total=False):
         left_out: one of these two, in runs of earlier versions.
         texts: how texts were passed to the model: "apart" if those of different lengths were never in the same pass;
             absent if together.
+        certificate: what was proven of the model, one sentence per property: passed, failed, not_proven.
         statistics: name of the cache folder of the calibration statistics.
         seconds: duration of the run.
         like: cost key: runs with the same one take about equally long.
@@ -60,6 +61,7 @@ class Environment(TypedDict, total=False):
     data_left_out: dict[str, list[str]]
     left_out: list[str] | dict[str, list[str]]
     texts: str
+    certificate: dict[str, list[str]]
     statistics: str | None
     n_heads: int | None
     model_device: str | None
