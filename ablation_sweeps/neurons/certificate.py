@@ -303,8 +303,8 @@ def only_the_input_of_projections_is_changed(subject: Subject) -> str:
     """The projection gets exactly what was written, and its output is that of the projection applied to it."""
     _check_written(subject, None)
     return (
-        "with values written to every second neuron, each projection gets these, and the others as they come, and its "
-        "output is what it computes from them: bit-equal"
+        "with every second neuron replaced, each projection gets that input, and gives what it computes from it: "
+        "bit-equal"
     )
 
 

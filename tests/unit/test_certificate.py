@@ -235,7 +235,11 @@ def test_examples_that_depend_on_their_neighbours_are_refused(fresh, site, famil
 def test_an_output_that_is_changed_after_the_projection_is_refused(fresh, site):
     model = fresh("llama")
     projections = sites.find(model, site("attn_pre_out"), None)
-    handle = projections[1].module.register_forward_hook(lambda module, args, out: torch.mul(out, 1.001))
+
+    def louder(module: nn.Module, args: object, out: Tensor) -> Tensor:
+        return out * 1.001
+
+    handle = projections[1].module.register_forward_hook(louder)
     found = certify(model, projections, "all")
     handle.remove()
     assert failed(found) == ["written", "scope"] and "layers.1" in evidence(found, "written")
