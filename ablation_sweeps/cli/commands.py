@@ -62,7 +62,7 @@ def retry(sweep: Sweep) -> None:
 
 @app.command()
 def check(
-    options: Annotated[list[str] | None, typer.Argument(help="options of a job: model=gpt2 site=mlp_pre_out")] = None,
+    options: Annotated[list[str] | None, typer.Argument(help="options of a job: site=mlp_pre_out unit=head")] = None,
     config_dir: Annotated[
         Path | None, typer.Option("--config-dir", "-cd", help="folder with yamls of your own")
     ] = None,

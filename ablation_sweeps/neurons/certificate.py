@@ -580,9 +580,10 @@ def padding_changes_nothing(subject: Subject) -> str:
         return "texts of different lengths are run apart: nothing is padded"
     if not subject.pads:
         raise NotProven("the inputs have no attention_mask, which tells padding from text")
+    batch = subject.batch.to(torch.device("cpu"))
+    is_padding = ~batch.inputs["attention_mask"].bool()
     for scope in get_args(Positions):
-        where = model.in_scope(subject.batch, scope)
-        is_padding = ~subject.batch.inputs["attention_mask"].bool()
+        where = model.in_scope(batch, scope)
         if bool((is_padding if where is None else is_padding & where).any()):
             raise Refuted(f"padding is in scope={scope}")
     inputs = {key: x[:1] for key, x in pad_and_stack(text, subject.probe(LONG, 1)).inputs.items()}

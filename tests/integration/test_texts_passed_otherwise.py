@@ -11,7 +11,9 @@ import pytest
 from command import Launch, text
 
 from ablation_sweeps.cli.launch import session
+from ablation_sweeps.experiment import session as session_module
 from ablation_sweeps.models import masked_lm
+from ablation_sweeps.neurons.certificate import Certificate
 from ablation_sweeps.results import progress
 from ablation_sweeps.results.curves import read_curves
 from ablation_sweeps.results.sweep import read_studies
@@ -21,12 +23,13 @@ WARNING = "texts were passed together, but other runs of this model pass them ap
 
 @pytest.fixture
 def earlier(monkeypatch) -> Iterator[Callable[[bool], None]]:
-    """`earlier(True)`: models are loaded as by an earlier version, which passed all texts together."""
-    isolate = masked_lm.isolate
+    """`earlier(True)`: as an earlier version: all texts together, and no certificate to refuse that."""
+    isolate, certify = masked_lm.isolate, session_module.certify
 
     def switch(on: bool) -> None:
         session.cache_clear()
         monkeypatch.setattr(masked_lm, "isolate", (lambda model, *_: model) if on else isolate)
+        monkeypatch.setattr(session_module, "certify", (lambda *_: Certificate(())) if on else certify)
 
     yield switch
     session.cache_clear()
