@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from typing_extensions import TypedDict
 
@@ -17,10 +17,12 @@ from ablation_sweeps.neurons.collect import load_cached_statistics
 from ablation_sweeps.neurons.statistics import Histogram
 from ablation_sweeps.report import neurons, page, verdict
 from ablation_sweeps.report.figures import draw, save
+from ablation_sweeps.report.layers import draw_layers
 from ablation_sweeps.report.tables import print_tables
 from ablation_sweeps.report.units import print_units, units_verdict
 from ablation_sweeps.results import heat_map, run_folder
 from ablation_sweeps.results.curves import Study, read_curves, studies, summarise
+from ablation_sweeps.results.layers import LayerSweep, layer_sweeps, layers_verdict
 from ablation_sweeps.results.record import flatten
 from ablation_sweeps.results.sweep import comparisons, folders_by_id, read_study, runs_of
 from ablation_sweeps.results.units import read_units, unit_studies
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+T = TypeVar("T", Study, LayerSweep)
 KINDS = {".png": "figure", ".html": "page"}  # written files that are shown to the user, by suffix
 FOUND_BY = ("status.json", "rows.parquet")  # a run has at least one of them
 DIFFER = "runs differ in"  # other than method and seed
@@ -65,9 +68,11 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
         *_written(sweep_dir / "units.parquet", units, not units.empty),
         *_written(sweep_dir / "units.csv", units, not units.empty),
     ]
+    sweeps = layer_sweeps((study, found, setup["configuration"]) for study, (found, _, setup) in both)
     figures = [
         *_drawn(sweep_dir, of_sweep, lambda study: draw(study.rows, study.title, study.unit)),
         *_drawn(sweep_dir, of_units, lambda study: heat_map.draw(study.rows, study.title, study.unit)),
+        *_drawn(sweep_dir, sweeps, draw_layers),
     ]
     _remove_figures_of_before(sweep_dir / "figures", [file.name for file in figures])
     console = console or terminal()
@@ -82,7 +87,11 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
     if not shown and not shown_units:
         return written
     said = [(found.title, verdict.verdict(found), setup) for found, _, setup in shown]
-    _print_verdicts([*said, *((study.title, units_verdict(study), setup) for study, setup in shown_units)], console)
+    said += [(study.title, units_verdict(study), setup) for study, setup in shown_units]
+    setups = {id(found): setup for found, _, setup in shown}
+    shown_sweeps = [(sweep, setups[id(next(iter(sweep.studies.values())))] | {NOTES: []}) for sweep in sweeps]
+    said += [(sweep.title, layers_verdict(sweep), setup) for sweep, setup in shown_sweeps]
+    _print_verdicts(said, console)
     compared = comparisons([(study, found) for study, (found, _, _) in both])
     written += _written(sweep_dir / "comparisons.csv", compared, bool(both))
     failures = [
@@ -91,7 +100,9 @@ def write(sweep_dir: Path, *more: Path, console: Console | None = None) -> list[
         for run in sorted({path.parent for name in FOUND_BY for path in Path(sweep).rglob(name)})  # at any depth
         if not (found := run_folder.current_status(run)).is_finished
     ]
-    files.write_text(sweep_dir / "report.html", page.render(sweep_dir.absolute().name, shown, failures, shown_units))
+    files.write_text(
+        sweep_dir / "report.html", page.render(sweep_dir.absolute().name, shown, failures, shown_units, shown_sweeps)
+    )
     return [*written, sweep_dir / "report.html"]
 
 
@@ -107,8 +118,8 @@ def _written(path: Path, table: DataFrame, wanted: bool) -> list[Path]:
     return [path]
 
 
-def _drawn(sweep_dir: Path, found: Sequence[Study], draw: Callable[[Study], Figure]) -> list[Path]:
-    """Save the figure of each study, as png, svg and pdf."""
+def _drawn(sweep_dir: Path, found: Sequence[T], draw: Callable[[T], Figure]) -> list[Path]:
+    """Save the figure of each study or layer sweep, as png, svg and pdf."""
     paths = []
     for study in found:
         figure = draw(study)

@@ -180,7 +180,7 @@ def _differing(runs: dict[str, list[Path]], rows: DataFrame) -> dict[str, str]:
     """
     found = {}
     for _, same in rows.groupby(NAME):
-        options = {study: _options(run_folder.config(runs[study][0])) for study in same["study"].unique()}
+        options = {study: distinguishing_options(run_folder.config(runs[study][0])) for study in same["study"].unique()}
         keys = sorted({key for of_study in options.values() for key in of_study}, key=_named_first)
         keys = [key for key in keys if _tells_apart(key, [*options.values()])]
         for study, of_study in options.items():
@@ -212,7 +212,7 @@ def _finished(runs: list[Path]) -> str:
     return max(str(run_status.read(run).time) for run in runs).removesuffix("+00:00").replace("T", " ") + " UTC"
 
 
-def _options(config: dict[str, Any]) -> dict[str, Any]:
+def distinguishing_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """The options that distinguish studies, flattened; unit, selection and scope by their names."""
     flat = EARLIER | flatten(config)
     layers = config.get("site", {}).get("layers", "all")
@@ -327,7 +327,7 @@ def named(table: DataFrame, ending: str, title: Callable[[DataFrame, str], str])
 def _in_a_name(options: str) -> str:
     """Options as part of a file name; "" if there are others than unit, selection, scope and layers."""
     only_these = re.fullmatch(r"((unit|selection|scope|site\.layers)=\S+ ?)+", options)
-    return re.sub(r"[^\w.-]+", "_", options.replace("=", "-")).strip("_") if only_these else ""
+    return re.sub(r"[^\w.-]+", "_", re.sub(r"[\[\]]", "", options).replace("=", "-")) if only_these else ""
 
 
 def _title(rows: DataFrame, unit: str) -> str:

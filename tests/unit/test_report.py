@@ -565,3 +565,31 @@ def test_no_method_is_called_the_best_by_other_seeds_than_the_others():
     assert "3.512*" not in even and "4.025*" in even and "not every method" not in even
     some = printed(pd.concat([*zero, *(curve("mean", seed, fractions[: 3 - seed], 4.1) for seed in (0, 1))]), width=200)
     assert "4.025*" in some and "7.100*" not in some
+
+
+# Layers
+
+
+def test_layers_that_are_ablated_alone_are_drawn_against_each_other(tmp_path: Path):
+    places = {"a": [0], "b": [1], "c": [2], "d": "all", "e": [0, 1]}
+    for number, (name, layers) in enumerate(places.items()):
+        folder = tmp_path / f"run-{8 * name}"
+        rows = curve("zero", fractions=(0.0, 0.5, 1.0), study=8 * name, run_id=8 * name, unit="head", n_units=8,
+                     depends_on_seed=True)  # fmt: skip
+        sums = pd.DataFrame({"fraction": [0.0, 0.5, 1.0]}).merge(pd.DataFrame({"document": range(3)}), "cross")
+        loss = 30.0 + sums["document"] + sums["fraction"] * (number + sums["document"] / 10)
+        sums = sums.assign(name="d", n=10.0, loss=loss, top1=5.0, kl=0.0)
+        run_folder.begin(folder, options("head", "random", layers=layers))
+        run_folder.finish(folder, rows, sums, 1.0)
+    file = io.StringIO()
+    written = write.write(tmp_path, console=Console(file=file, width=200))
+    assert "opt-pile-attn_pre_out-site.layers-0-to-2.png" in {path.name for path in written}
+    assert "opt on pile · attn_pre_out · heads · random · layers 0 to 2" in file.getvalue()
+    assert "100% of the heads of one layer ablated (clean: 3.100): zero: 3.310 in layer 2, 3.110 in layer 0." in (
+        " ".join(file.getvalue().split())
+    )
+    html = (tmp_path / "report.html").read_text()
+    (sweep,) = (one for one in json.loads(html.partition('id="content">')[2].partition("</script>")[0])["studies"]
+                if one.get("heading") == "Layer by layer")  # fmt: skip
+    line = sweep["charts"]["loss|0.5"]["data"][-1]
+    assert line["x"] == [0, 1, 2] and line["y"] == pytest.approx([3.105, 3.155, 3.205])

@@ -138,7 +138,7 @@ def test_the_report_names_the_strongest_units(tmp_path: Path):
     html = (tmp_path / "report.html").read_text()
     content = json.loads(html.partition('id="content">')[2].partition("</script>")[0])
     (study,) = content["studies"]
-    heat, unclear = study["heat_maps"]["loss|mean"]["data"]
+    heat, unclear = study["charts"]["loss|mean"]["data"]
     assert heat["z"] == [
         [pytest.approx(0.5433, abs=1e-4), pytest.approx(0.0067, abs=1e-4)],
         [pytest.approx(0.0817, abs=1e-4), 0],
