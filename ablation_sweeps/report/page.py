@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 UNITS_CAPTION = (
     "Each unit is ablated alone; its effect is the metric minus that of the clean model on the same documents. Dotted "
-    "or, in wide layers, grey: not significant (p ≥ 0.05 after Holm's correction over all units). Extreme effects do "
+    "or, in wide layers, greyed: not significant (p ≥ 0.05 after Holm's correction over all units). Extreme effects do "
     "not stretch the colours. Pointing at a cell gives the effect, its 95 % interval and the corrected p; units.csv "
     "has all of them."
 )

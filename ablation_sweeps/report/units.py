@@ -11,7 +11,7 @@ import numpy as np
 from ablation_sweeps.base.terminal import encodable
 from ablation_sweeps.report.plots import LAYOUT
 from ablation_sweeps.results.display import GREY, UNITS, display_order, units_said
-from ablation_sweeps.results.heat_map import DOTTED, PALE, grid, limit
+from ablation_sweeps.results.heat_map import DOTTED, OPACITY, VEIL, grid, limit
 from ablation_sweeps.results.metrics import MAIN, metric_named
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ def _heat_map(rows: DataFrame, end: float) -> dict[str, Any]:
                            marker={"size": 4, "color": GREY}, showlegend=False)  # fmt: skip
     else:
         figure.add_heatmap(z=np.where(unclear, 1.0, math.nan).tolist(), y=[str(layer) for layer in cells.layers],
-                           colorscale=[[0, PALE], [1, PALE]], showscale=False, hoverinfo="skip", ygap=1)  # fmt: skip
+                           colorscale=[[0, VEIL], [1, VEIL]], opacity=OPACITY, showscale=False, hoverinfo="skip",
+                           ygap=1)  # fmt: skip
     figure.update_layout(**LAYOUT, yaxis_title="Layer")
     # A title of the axis would be drawn over its numbers, since the bar of colours takes its place.
     figure.add_annotation(text=name.capitalize(), xref="paper", yref="paper", x=0.5, y=0, yshift=-44, showarrow=False)

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-DOTTED = 64  # units of a layer up to which a cell has room for a dot; narrower ones are grey
-PALE = "#DADADA"  # cells of units without a significant effect, where they have no dot
+DOTTED = 64  # units of a layer up to which a cell has room for a dot; narrower ones are greyed
+VEIL = "#BFBFBF"  # lies over cells without a significant effect, where they have no dot
+OPACITY = 0.65  # of the veil: through it, the larger of these effects can still be told
 OUTLIER = 3.0  # effects beyond this multiple of the 95th percentile do not stretch the scale of colours
 
 
@@ -67,6 +68,7 @@ def draw(rows: DataFrame, title: str, unit: str, metric: str = "loss") -> Figure
     """
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rows = rows.loc[rows["metric"] == (metric if (rows["metric"] == metric).any() else rows["metric"].iloc[0])]
     known = metric_named(str(rows["metric"].iloc[0]))
@@ -98,9 +100,11 @@ def draw(rows: DataFrame, title: str, unit: str, metric: str = "loss") -> Figure
         bar = figure.colorbar(image, ax=list(panels), location="bottom", aspect=50, shrink=0.6, pad=0.02,
                               extend="both" if beyond else "neither")  # fmt: skip
         bar.set_label(f"Effect on {label[0].lower() if label[:2] != 'KL' else 'K'}{label[1:]}; red: damage{beyond}")
+        bar.locator = MaxNLocator(7)
+        bar.update_ticks()
         bar.outline.set_linewidth(0.4)
         figure.suptitle(title, fontsize=8.5, fontweight="bold")
-        mark = "dot" if n_units <= DOTTED else "grey"
+        mark = "dot" if n_units <= DOTTED else "greyed"
         figure.supxlabel(f"{mark}: not significant (p ≥ 0.05 after Holm's correction over all units)",
                          fontsize=7, color=GREY)  # fmt: skip
     return figure
@@ -117,7 +121,13 @@ def _panel(axes: Axes, cells: Grid, end: float, colours: str):
         y, x = unclear.nonzero()
         axes.scatter(x, y, s=2.5, color=GREY, linewidths=0)
     else:
-        axes.imshow(np.where(unclear, 1.0, np.nan), cmap=ListedColormap([PALE]), aspect="auto", interpolation="nearest")
+        axes.imshow(
+            np.where(unclear, 1.0, np.nan),
+            cmap=ListedColormap([VEIL]),
+            alpha=OPACITY,
+            aspect="auto",
+            interpolation="nearest",
+        )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(n_units, 10), min_n_ticks=1))
     step = math.ceil(n_layers / 16)
     axes.set_yticks(range(0, n_layers, step), [str(layer) for layer in cells.layers[::step]])
