@@ -238,7 +238,10 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters of a formula in a
 
 def write_csv(table: DataFrame, path: Path) -> None:
     """Write a csv. Text that a spreadsheet would take for a formula gets an apostrophe; numbers are unchanged."""
-    safe = lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell  # noqa: E731
+
+    def safe(cell: object) -> object:
+        return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
+
     texts = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
     with replacing(path) as temporary:
         table.assign(**{name: table[name].map(safe) for name in texts}).to_csv(temporary, index=False)

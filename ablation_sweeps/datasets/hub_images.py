@@ -90,7 +90,10 @@ class HubImages(Rows):
 
     def _stream(self, part: str, taken: frozenset[int] | None) -> Iterator[tuple[str, Any, Callable[[], Any]]]:
         """Rows of a stream, in the form of `by_hash`; the files of the images stay in memory."""
-        wanted = lambda row: taken is None or row[self.label_column] in taken  # noqa: E731
+
+        def wanted(row: dict[str, Any]) -> bool:
+            return taken is None or row[self.label_column] in taken
+
         for name, row in self.in_order(part, (self.image_column, self.label_column), wanted):
             yield name, row[self.label_column], partial(row.__getitem__, self.image_column)
 

@@ -63,5 +63,8 @@ def by_model(jobs: Sequence[Job]) -> list[int]:
     """Order of the jobs in which each model is loaded only once; otherwise, jobs stay in order."""
     model_first = {job.model: i for i, job in reversed(list(enumerate(jobs)))}
     data_first = {(job.model, job.dataset): i for i, job in reversed(list(enumerate(jobs)))}
-    place = lambda i: (model_first[jobs[i].model], data_first[jobs[i].model, jobs[i].dataset], i)  # noqa: E731
+
+    def place(i: int) -> tuple[int, int, int]:
+        return model_first[jobs[i].model], data_first[jobs[i].model, jobs[i].dataset], i
+
     return sorted(range(len(jobs)), key=place)

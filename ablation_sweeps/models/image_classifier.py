@@ -44,7 +44,10 @@ class ImageClassifier(Pretrained):
         sizes = getattr(config, "vision_config", config)
         heads = getattr(sizes, "num_attention_heads", None)
         mode = "L" if getattr(sizes, "num_channels", 3) == 1 else "RGB"
-        body = lambda batch: tower(**batch.inputs)  # type: ignore[operator] # noqa: E731
+
+        def body(batch: Batch) -> Any:
+            return tower(**batch.inputs)  # type: ignore[operator]
+
         encoder = ImageEncoder(transform, "pixel_values", mode, config.num_labels, tokens=1)  # type: ignore[union-attr,arg-type]
         probe = encoder.other_input("probe", 1, 0).to(input_device(module))
         with torch.inference_mode():

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass as validated
 
 from ablation_sweeps.base.errors import UserError
 from ablation_sweeps.base.lazy import torch
-from ablation_sweeps.data.batch import Modality
+from ablation_sweeps.data.batch import Batch, Modality
 from ablation_sweeps.data.encoder import Encoder
 from ablation_sweeps.data.images import ImageEncoder
 from ablation_sweeps.models.pretrained import Pretrained
@@ -74,7 +74,9 @@ class Timm(Pretrained):
         to_pixels = create_transform(**config, is_training=False)
         dtype = getattr(torch, self.dtype)
         mode = "L" if config["input_size"][0] == 1 else "RGB"
-        body = lambda batch: module.forward_features(batch.inputs["x"])  # noqa: E731
+
+        def body(batch: Batch) -> Any:
+            return module.forward_features(batch.inputs["x"])
 
         def transform(image) -> torch.Tensor:
             return to_pixels(image).to(dtype)  # type: ignore[union-attr]

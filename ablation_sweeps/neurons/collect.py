@@ -94,7 +94,7 @@ def collect(
     def run(batches: Sequence[Batch], too_large: int | None) -> Statistics:
         data = CalibrationData(model, projections, batches, None if passes == 1 else replay, too_large)
         with files.locked(cache):
-            found = (_in_one_pass if passes == 1 else _in_two_passes)(data, cache, histograms)
+            found = _in_one_pass(data, cache, histograms) if passes == 1 else _in_two_passes(data, cache, histograms)
             for one in medians:
                 _add_medians(found, data, cache, one)
             if any(isinstance(one, MeanAbsolute) for one in wanted):

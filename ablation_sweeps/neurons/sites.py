@@ -234,8 +234,10 @@ def _by_structure(model: Transformer, site: Site) -> dict[str, torch.nn.Module]:
         remedy = _remedy(model, site, list(towers))
         raise UserError(f"site={site.name}: {kind} has several: {', '.join(towers)}; {remedy}")
     if not towers:
-        body = lambda: model.body(pad_and_stack(*_probes(model)).to(model.device))  # noqa: E731
-        after = proposals.projections_after("attention" if site.by_head else "activation", model.module, body)
+        probe = pad_and_stack(*_probes(model)).to(model.device)
+        after = proposals.projections_after(
+            "attention" if site.by_head else "activation", model.module, lambda: model.body(probe)
+        )
         if site.by_head and after is None:
             raise UserError(
                 f"site={site.name}: {kind} has no attention, as far as a pass over a probe shows, and so no projection "

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ablation_sweeps.results.comparison import t_half_width
 from ablation_sweeps.results.display import GREY, PLACES, RC, WIDTH, method_styles, units_of
 from ablation_sweeps.results.metrics import MAIN, metric_named, pooled
 
@@ -123,14 +124,12 @@ def _panel(axes: Axes, rows: DataFrame, style: dict[str, dict[str, Any]]) -> lis
 
 def _line(axes: Axes, curves: DataFrame, over_seeds: Series, look: dict[str, Any]) -> None:
     """Draw the curve over all seeds, and each seed if they are few, or the 95 % t-interval if they are many."""
-    from scipy.special import stdtrit  # as in scipy.stats, which takes a second to import
-
     x, mean = 100 * curves.index.to_numpy(), over_seeds.to_numpy()
     every = max(1, round(len(x) / 11))
     axes.plot(x, mean, linewidth=1.3, markersize=3.2, markevery=every, markeredgewidth=0, zorder=3, **look)
     n = curves.notna().sum(axis=1).to_numpy()
     if curves.shape[1] > MANY_SEEDS:
-        half = stdtrit((n - 1).clip(1), 0.975) * curves.std(axis=1, ddof=1).to_numpy() / n**0.5
+        half = t_half_width(curves.std(axis=1, ddof=1).to_numpy() / n**0.5, (n - 1).clip(1))
         axes.fill_between(x, mean - half, mean + half, color=look["color"], alpha=0.18, linewidth=0)
     elif curves.shape[1] > 1:
         axes.plot(x, curves.to_numpy(), color=look["color"], linewidth=0.5, alpha=0.6)

@@ -96,7 +96,9 @@ def _table(study: Study, summary: DataFrame, metric: str, step: int, console: Co
         table.add_column(title, justify="right", no_wrap=True)
         known = {value for value in values if not math.isnan(value)}
         # If all are equal, as in the column of clean values, none is the best.
-        best = (min if shown_as.less_is_better else max)(known) if len(known) > 1 and fair[title] else None
+        best = None
+        if len(known) > 1 and fair[title]:
+            best = min(known) if shown_as.less_is_better else max(known)
         for method, row, value in zip(methods, cells, values, strict=True):
             text = "–" if math.isnan(value) else f"{value:.{3 if title == 'AUC' else shown_as.digits}f}"
             text += "" if console.is_terminal else "*" if value == best else " "

@@ -69,6 +69,13 @@ def _mean(
     return safe_divide(total, count)
 
 
+def t_half_width(stderr: Any, freedom: Any, level: float = LEVEL) -> Any:
+    """Half of the width of Student's t-interval; element by element for arrays."""
+    from scipy.special import stdtrit  # as in scipy.stats, which takes a second to import
+
+    return stdtrit(freedom, (1 + level) / 2) * stderr
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A value with its confidence interval.
@@ -88,11 +95,9 @@ class Estimate:
 
     def interval(self, level: float) -> tuple[float, float]:
         """Ends of the interval at another confidence level."""
-        from scipy.special import stdtrit  # as in scipy.stats, which takes a second to import
-
         if not self.stderr > 0:
             return self.low, self.high
-        half = float(stdtrit(self.freedom, (1 + level) / 2)) * self.stderr
+        half = float(t_half_width(self.stderr, self.freedom, level))
         return self.value - half, self.value + half
 
 
