@@ -73,4 +73,4 @@ def layer_charts(sweep: LayerSweep) -> dict[str, Any]:
 def _columns(line: list[Any], scale: float) -> tuple[list[float], list[float], list[float], list[float]]:
     """Layers, values, and the ends of the intervals."""
     middle, low, high = ([scale * getattr(value, end) for _, value in line] for end in ("value", "low", "high"))
-    return [layer for layer, _ in line], middle, low, high
+    return [float(layer) for layer, _ in line], middle, low, high
