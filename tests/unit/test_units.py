@@ -38,7 +38,8 @@ def documents(damage: np.ndarray, sizes: np.ndarray) -> pd.DataFrame:
     losses = np.vstack([CLEAN[: len(sizes)], CLEAN[: len(sizes)] + damage[:, : len(sizes)]])
     return pd.concat([
         pd.DataFrame({"fraction": 0.25 * (unit >= 0), "unit": unit, "document": range(len(sizes)), "name": "d",
-                      "n": np.asarray(sizes, float), "loss": loss, "top1": 4.0 - (unit >= 0), "topk": 5.0, "kl": loss - losses[0],
+                      "n": sizes.astype(float), "loss": loss, "top1": 4.0 - (unit >= 0), "topk": 5.0,
+                      "kl": loss - losses[0],
                       "n_rare": sizes, "loss_rare": loss, "top1_rare": 0.0, "topk_rare": 0.0})
         for unit, loss in enumerate(losses, start=-1)
     ])  # fmt: skip
