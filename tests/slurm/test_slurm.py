@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from cluster import control, hurry, restart, until
-from command import FAULTS, LAUNCH, Launch, same_bits, states
+from command import FAULTS, LAUNCH, Launch, last_of_each, same_bits, states
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 
@@ -86,7 +86,7 @@ def test_the_launcher_and_nodes_and_slurmctld_die_and_nothing_is_lost(
     """One pack is requeued by the admin, one loses its node, one is preempted; slurmctld is restarted; and the launcher
     was killed before. The same command collects, and submits nothing again."""
     options = [*FAULTS, *slurm, "hydra.launcher.cpus_per_task=4", *on_text, "method=waits", "seed=0,1,2"]
-    options += ["hydra.launcher.max_jobs_per_pack=1"]
+    options = [*last_of_each((*options, "hydra.launcher.max_jobs_per_pack=1"))]
     with open(tmp_path / "output", "w") as output:
         launcher = subprocess.Popen([sys.executable, str(LAUNCH), *options], cwd=tmp_path, stdout=output, stderr=output)
     sweep = tmp_path / "results" / "default"
