@@ -28,7 +28,7 @@ PACKAGES = (
     "wandb",
 )
 
-# Folders in which users may put models, datasets or methods of their own, and the modules in them that are ours.
+# Folders in which users may put models, datasets, methods or selections of their own, and our modules in them.
 PLUGINS = {
     "models": (
         *("adapters", "causal_lm", "image_classifier", "masked_lm", "model", "pretrained", "probing", "timm"),
@@ -39,6 +39,7 @@ PLUGINS = {
         *("python_docs", "text_files"),
     ),
     "methods": ("mean", "median", "method", "peak", "resample", "zero"),
+    "selections": ("attribution", "by_statistic", "effects", "exact", "listed", "random", "scored", "selection"),
 }
 
 

@@ -137,6 +137,13 @@ def test_the_list_of_our_modules_is_whole():
         assert {file.stem for file in (package / folder).glob("*.py")} == {*names, "__init__"}
 
 
+@pytest.mark.parametrize("folder", ["models", "datasets", "methods", "selections"])
+def test_a_module_that_a_user_puts_beside_ours_is_not_ours(folder: str):
+    ours, *_ = environment.PLUGINS[folder]
+    assert environment.is_ours(f"ablation_sweeps.{folder}.{ours}")
+    assert not environment.is_ours(f"ablation_sweeps.{folder}.mine")
+
+
 def test_a_package_of_ones_own_that_is_called_as_ours_is_not_ours(tmp_path: Path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "methods").mkdir()
