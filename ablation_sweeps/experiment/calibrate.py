@@ -85,15 +85,11 @@ class CalibrationStatistics:
         return statistics if len(layers) == len(self.projections) else statistics.of_layers(layers)
 
     def cached_scores(self, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The scores of the job's selection rule, computed unless an earlier job has."""
-        file = self._cache / f"scores-{hashing.signature(self.job.scores_key)[:16]}.safetensors"
-        found = tensor_cache.load_tensors(file)
-        if found is None:
-            # Computed without the folder's lock, which the statistics that a rule may ask for need.
-            found = compute()
-            with files.locked(self._cache):
-                tensor_cache.save_tensors(file, found)
-        return found
+        """The scores of the job's selection rule, computed once, also by jobs that run at the same time."""
+        # A folder of their own, since a rule may ask for statistics, which lock theirs.
+        folder = self._cache / f"scores-{hashing.signature(self.job.scores_key)[:16]}"
+        with files.locked(folder):
+            return tensor_cache.cached(folder / "scores.safetensors", dict, dict, compute)
 
     def _positions_asked(self, positions: int) -> int:
         """Number of calibration positions that the options ask for. If `statistics.documents` was reached first, the
