@@ -31,20 +31,19 @@ def read_units(*sweeps: str | Path) -> DataFrame:
     Raises:
         UserError: there is no finished run.
     """
-    runs = [(folder, rows) for folder, rows in read_runs(*sweeps).items() if is_leave_one_out(rows)]
-    first: dict[tuple[str, str], tuple[Path, DataFrame]] = {}
-    for folder, rows in sorted(runs, key=lambda run: int(run[1]["seed"].iloc[0])):
-        first.setdefault((rows["study"].iloc[0], rows["method"].iloc[0]), (folder, rows))
-    seeds: dict[tuple[str, str], set[int]] = {}
-    for _, rows in runs:
-        seeds.setdefault((rows["study"].iloc[0], rows["method"].iloc[0]), set()).add(int(rows["seed"].iloc[0]))
-    tables = [pd.DataFrame(columns=[*OF_RUN, *OF_EFFECT])] if not first else []
-    for key, (folder, rows) in first.items():
+    of_seeds: dict[tuple[str, str], dict[int, tuple[Path, DataFrame]]] = {}
+    for folder, rows in read_runs(*sweeps).items():
+        if is_leave_one_out(rows):
+            study, method, seed = rows.iloc[0][["study", "method", "seed"]]
+            of_seeds.setdefault((study, method), {}).setdefault(int(seed), (folder, rows))
+    tables = [pd.DataFrame(columns=[*OF_RUN, *OF_EFFECT])] if not of_seeds else []
+    for runs in of_seeds.values():
+        folder, rows = runs[min(runs)]
         documents = run_folder.result(folder, "documents.parquet")
         if documents is not None:
             tables.append(
                 effects(rows, documents).assign(
-                    **rows.iloc[0][OF_RUN].to_dict(), seeds_left_out=seeds_after_the_first(seeds[key])
+                    **rows.iloc[0][OF_RUN].to_dict(), seeds_left_out=seeds_after_the_first({*runs})
                 )
             )
     table = pd.concat(tables, ignore_index=True)
