@@ -1,4 +1,4 @@
-"""What is done where a device has too little memory for a batch: the batch is run in halves."""
+"""Runs a batch in halves where the device has too little memory for it."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ class Job:
 
     @property
     def _which_units(self) -> dict[str, Any]:
-        """What is ablated, and where. Without what was added later, at its default: earlier results stay valid."""
+        """The unit, the layers and the positions, without those at their default: earlier results stay valid."""
         added = {"unit": self.unit.name, "layers": self.site.layers, "write": self.scope.write}
         default = {"unit": "neuron", "layers": "all", "write": "all"}
         return {key: value for key, value in added.items() if value != default[key]}

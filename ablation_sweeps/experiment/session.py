@@ -63,7 +63,7 @@ class Session:
         return self._model
 
     def certificate(self, job: Job, projections: list[Projection]) -> Certificate:
-        """What is proven of the job's model at these projections, those of all layers. It is found out once."""
+        """The certificate of the job's model at these projections, those of all layers; found out once."""
         model = self.model(job)
         key = (job.scope.write, *((projection.site, projection.path) for projection in projections))
         if key not in self._certificates:

@@ -44,7 +44,7 @@ class NotProven(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found out about one property."""
+    """The outcome of the proof of one property, with its evidence."""
 
     name: str
     outcome: Outcome

@@ -53,7 +53,7 @@ class Units:
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Unit:
-    """What is ablated as a whole.
+    """Kind of unit, which is ablated as a whole.
 
     Attributes:
         name: "neuron"; "head", the neurons of one query head; "kv_group", all query heads that share a key/value head;

@@ -42,12 +42,12 @@ UNITS = {"kv_group": "key/value group"}  # names of units for people, where they
 
 
 def scored(kind: str) -> str:
-    """What a kind of model is scored on: "token" or "image"."""
+    """The unit that a kind of model is scored on: "token" or "image"."""
     return "image" if kind == "image_classifier" else "token"
 
 
 def units_of(rows: DataFrame) -> str:
-    """What is ablated in the rows of a study: "neurons", "heads", ..."""
+    """The units that are ablated in the rows of a study: "neurons", "heads", ..."""
     kind = str(rows["unit"].iloc[0]) if "unit" in rows else "neuron"
     return f"{UNITS.get(kind, kind)}s"
 

@@ -99,7 +99,7 @@ def read(folder: Path) -> RunStatus:
 
 
 def damage(file: Path) -> str:
-    """What is wrong with a file that cannot be read, or does not match its checksum."""
+    """The fault of a file that cannot be read, or does not match its checksum."""
     return "damaged (truncated or altered)" if file.exists() else "missing"
 
 
